@@ -1,0 +1,1 @@
+"""Act: carry a plan out on Ray: inventory, engines, replicas, scaling, the command line."""

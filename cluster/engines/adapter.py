@@ -1,0 +1,60 @@
+"""The seam between replicas and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from placement.plan import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start: `command`, and what to add to the environment."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """An engine's own metrics, now."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float  # 0..1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of itself while it starts; None: it has not said (yet)."""
+
+    kv_cache_tokens: int | None = None
+    weights_bytes: int | None = None  # of one rank
+
+
+class Engine(Protocol):
+    """One per engine kind; stateless."""
+
+    def launch(
+        self, variant: Variant, *, checkpoint: Path | str, host: str, port: int, api_key: str
+    ) -> Launch:
+        """Command and environment that serve `variant` on `host:port` under the name `variant.model`.
+
+        `checkpoint` is a local folder or file, or a Hugging Face repo id.
+        """
+        ...
+
+    def stage(self, log_line: str) -> str | None:
+        """What the engine is doing (`loading weights`, ...), if this line of its log tells."""
+        ...
+
+    def facts(self, log: str) -> EngineFacts:
+        """What the log tells about memory."""
+        ...
+
+    def load(self, metrics: str) -> EngineLoad:
+        """Parse the text of the engine's `/metrics`."""
+        ...

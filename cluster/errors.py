@@ -1,0 +1,40 @@
+"""What can go wrong while acting.
+
+ClusterError
+├── ClusterUnreachable   no cluster, controller or gateway answers (exit code 4)
+├── EngineFailed         an engine did not start; its last log lines are in the message (5)
+├── PortInUse            (2)
+└── AlreadyRunning       a bora of this user already runs here (2)
+"""
+
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """Base of this package's errors. `exit_code` is what the CLI ends with."""
+
+    exit_code = 1
+
+
+class ClusterUnreachable(ClusterError):
+    """Nothing answers where a cluster, controller or gateway should be."""
+
+    exit_code = 4
+
+
+class EngineFailed(ClusterError):
+    """An engine ended before it was ready."""
+
+    exit_code = 5
+
+
+class PortInUse(ClusterError):
+    """A port that bora was told to use is taken."""
+
+    exit_code = 2
+
+
+class AlreadyRunning(ClusterError):
+    """Another `bora up` of this user runs on this machine."""
+
+    exit_code = 2

@@ -1,0 +1,84 @@
+"""Endpoints: how the gateway reaches replicas, and the versioned table it gets them from.
+
+The table comes from a file (`bora gateway --endpoints`) or from the cluster's controller, which the
+gateway asks with `SyncRequest` and which answers with `SyncResponse` as soon as the table changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from placement.spec import Spec
+
+
+class Endpoint(Spec):
+    """One replica's OpenAI-compatible HTTP server."""
+
+    model: str = Field(min_length=1, description="What clients send as `model`.")
+    url: str = Field(pattern=r"^https?://[^\s/]+$", description="Scheme, host and port, no path.")
+    variant: str = "static"
+    id: str = Field("", description="Replica id; empty: the URL.")
+    served_model_name: str | None = Field(None, description="The engine's name; None: `model`.")
+    max_in_flight: PositiveInt = Field(256, description="Requests it runs or queues at once.")
+    max_model_len: PositiveInt | None = Field(None, description="Context, tokens.")
+    api_key: str | None = Field(None, description="Bearer token the engine asks for.", repr=False)
+    state: Literal["ready", "draining"] = "ready"
+
+    @property
+    def key(self) -> str:
+        """Identity within a table."""
+        return self.id or self.url
+
+
+class ServedModel(Spec):
+    """A model that clients may name, also while it has no endpoint (starting, scaled to zero)."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    created: NonNegativeInt = 0
+    max_model_len: PositiveInt | None = None
+    capabilities: tuple[str, ...] = ()
+    scalable: bool = Field(
+        False, description="A replica starts when a request waits, so that holding it makes sense."
+    )
+
+
+class EndpointTable(Spec):
+    """All that the gateway routes to. `version` grows with every change."""
+
+    version: NonNegativeInt = 0
+    models: tuple[ServedModel, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class EndpointsFile(Spec):
+    """The form of `bora gateway --endpoints FILE`."""
+
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
+    models: tuple[ServedModel, ...] = Field((), description="Optional: aliases and metadata.")
+
+
+class ModelLoad(Spec):
+    """What one gateway saw of a model since its last report."""
+
+    in_flight: NonNegativeFloat = Field(description="Requests at engines, time-averaged.")
+    queued: NonNegativeInt = Field(description="Requests held now, waiting for an endpoint.")
+    requests_total: NonNegativeInt = Field(description="Accepted since the gateway started.")
+
+
+class SyncRequest(Spec):
+    """POST /v1/sync: a gateway reports its load and waits for a table newer than `version`."""
+
+    gateway: str
+    version: int = Field(-1, description="Of the table it has; -1: none yet.")
+    wait_s: NonNegativeFloat = Field(0.5, le=30.0)
+    loads: Mapping[str, ModelLoad] = Field(default_factory=dict)
+
+
+class SyncResponse(Spec):
+    """The newest table, or None when nothing changed within `wait_s`."""
+
+    table: EndpointTable | None = None

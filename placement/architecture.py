@@ -1,0 +1,65 @@
+"""What a transformer of the Mistral family is made of: the numbers that memory and speed follow from."""
+
+from __future__ import annotations
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from placement.spec import Spec
+
+
+class MultiheadLatentAttention(Spec):
+    """DeepSeek-style latent attention: one latent vector per token and layer is cached."""
+
+    q_lora_rank: PositiveInt
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+
+
+class MixtureOfExperts(Spec):
+    """The feed-forward part of the layers after the first `num_dense_layers`."""
+
+    num_experts: PositiveInt = Field(description="Routed experts per layer.")
+    num_experts_per_token: PositiveInt
+    expert_intermediate_size: PositiveInt
+    num_shared_experts: NonNegativeInt = 0
+    num_dense_layers: NonNegativeInt = Field(0, description="Leading layers without experts.")
+
+
+class VisionTower(Spec):
+    """A Pixtral-style vision encoder with its projector."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    patch_size: PositiveInt
+    image_size: PositiveInt
+    num_channels: PositiveInt = 3
+    spatial_merge_size: PositiveInt = 1
+    patch_merger: bool = Field(
+        False, description="Neighbouring patches are merged by a linear layer."
+    )
+    adapter_bias: bool = False
+
+
+class Architecture(Spec):
+    """Shape of the language model; `None` for what a model does not have."""
+
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt | None = Field(None, description="Of the dense layers.")
+    vocab_size: PositiveInt
+    tied_embeddings: bool = False
+    sliding_window: PositiveInt | None = Field(
+        None, description="Tokens a layer looks back; all layers alike."
+    )
+    max_position: PositiveInt = Field(description="Longest context the positions allow, tokens.")
+    mla: MultiheadLatentAttention | None = None
+    moe: MixtureOfExperts | None = None
+    vision: VisionTower | None = None

@@ -1,0 +1,131 @@
+"""The catalogue: every model and GPU type that bora knows by name, read from `configs/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from placement.architecture import Architecture
+from placement.errors import ConfigError, UnknownName
+from placement.spec import Spec, load_yaml
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+Precision = Literal[
+    "fp32", "bf16", "fp16", "fp8", "nvfp4", "awq", "gptq",
+    "q2_k", "iq4_xs", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0",
+]  # fmt: skip
+
+
+class Checkpoint(Spec):
+    """One set of weights of a model."""
+
+    precision: Precision
+    format: Literal["hf", "mistral", "gguf"] = Field(
+        "hf", description="Layout: Hugging Face, Mistral's params.json + consolidated, or GGUF."
+    )
+    source: str = Field(
+        description="Hugging Face repo id, a path, or `nano:NAME` (made on first use)."
+    )
+    size_bytes: PositiveInt | None = Field(None, description="Of the weight files; None: unknown.")
+
+
+class ModelSpec(Spec):
+    """A catalogue entry."""
+
+    name: str
+    title: str
+    architecture: Architecture
+    checkpoints: tuple[Checkpoint, ...]
+    context: PositiveInt = Field(description="Longest context served, tokens.")
+    aliases: tuple[str, ...] = ()
+    capabilities: tuple[Literal["chat", "completion", "tools", "vision", "reasoning"], ...] = ()
+    engine_args: tuple[str, ...] = Field((), description="vLLM flags the model needs.")
+    published_parameters: PositiveInt | None = None
+    licence: str = ""
+    note: str = ""
+    sources: tuple[str, ...] = ()
+
+
+class GpuType(Spec):
+    """One kind of accelerator. `cpu` is one too: a share of a machine that runs a rank."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...] = ()
+    architecture: str = ""
+    compute_capability: float | None = Field(None, description="e.g. 8.9; None: no CUDA device.")
+    memory_bytes: PositiveInt | None = Field(
+        None, description="What torch sees, not nvidia-smi. None: given by the node (cpu)."
+    )
+    memory_bandwidth_bytes_per_s: PositiveFloat
+    bf16_flops: PositiveFloat
+    fp8_flops: PositiveFloat | None = None
+    fp4_flops: PositiveFloat | None = None
+    nvlink_bytes_per_s: NonNegativeFloat = Field(0.0, description="Per direction; 0: none.")
+    pcie_bytes_per_s: NonNegativeFloat = 0.0
+    peer_to_peer: bool = True
+    ray_accelerator_type: str | None = None
+    price_per_hour: NonNegativeFloat | None = Field(None, description="USD, list price.")
+    note: str = ""
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Models and GPU types by name."""
+
+    models: Mapping[str, ModelSpec]
+    gpus: Mapping[str, GpuType]
+
+    def model(self, name: str) -> ModelSpec:
+        """The entry called or aliased `name` (case-insensitive).
+
+        Raises:
+            UnknownName: with the nearest names.
+        """
+        for model in self.models.values():
+            if name.lower() in {model.name.lower(), *(alias.lower() for alias in model.aliases)}:
+                return model
+        raise UnknownName("model", name, self.models)
+
+    def gpu(self, name: str) -> GpuType:
+        """The GPU type called or aliased `name` (case-insensitive).
+
+        Raises:
+            UnknownName: with the nearest names.
+        """
+        for gpu in self.gpus.values():
+            if name.lower() in {gpu.name.lower(), *(alias.lower() for alias in gpu.aliases)}:
+                return gpu
+        raise UnknownName("GPU type", name, self.gpus)
+
+    def with_model(self, model: ModelSpec) -> Catalogue:
+        """A catalogue that also knows `model`."""
+        return Catalogue(models={**self.models, model.name: model}, gpus=self.gpus)
+
+
+def load_catalogue(configs: Path = CONFIGS) -> Catalogue:
+    """Read `configs/models/*.yaml` and `configs/gpus/*.yaml`, one entry a file.
+
+    Raises:
+        ConfigError: a file is wrong, or two entries share a name or alias.
+    """
+    models = [load_yaml(path, ModelSpec) for path in sorted((configs / "models").glob("*.yaml"))]
+    gpus = [load_yaml(path, GpuType) for path in sorted((configs / "gpus").glob("*.yaml"))]
+    _refuse_shared_names(configs / "models", models)
+    _refuse_shared_names(configs / "gpus", gpus)
+    return Catalogue({model.name: model for model in models}, {gpu.name: gpu for gpu in gpus})
+
+
+def _refuse_shared_names(folder: Path, entries: list[ModelSpec] | list[GpuType]) -> None:
+    owners: dict[str, str] = {}
+    for entry in entries:
+        for name in (entry.name, *entry.aliases):
+            owner = owners.setdefault(name.lower(), entry.name)
+            if owner != entry.name:
+                raise ConfigError(f"{folder}: {entry.name} and {owner} both answer to {name!r}")

@@ -1,0 +1,135 @@
+"""Plan: the planner's answer, a frozen value with placements, predictions and reasons."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from placement.catalogue import Precision
+from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
+from placement.spec import Spec
+
+
+class GpuMemory(Spec):
+    """Where one GPU's memory goes, bytes. On a `cpu` rank the KV cache is a fixed budget."""
+
+    total_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    cuda_graph_bytes: int
+    kv_cache_bytes: int
+    headroom_bytes: int
+
+
+class Prediction(Spec):
+    """Speed of one replica under the load that was asked about."""
+
+    ttft_s: float
+    tpot_ms: float
+    output_tokens_per_s: float = Field(description="Of the whole replica.")
+
+
+class Shape(Spec):
+    """How one replica runs: engine, checkpoint, parallel sizes, limits, and what follows from it."""
+
+    engine: Literal["vllm", "llamacpp", "sim"]
+    precision: Precision
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel: bool = False
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kv_cache_dtype: str = "auto"
+    per_gpu: GpuMemory
+    kv_bytes_per_token: int = Field(description="Per GPU (rank).")
+    kv_cache_tokens: int = Field(description="What the engine logs for the whole replica.")
+    max_concurrency: float = Field(description="Requests of max_model_len that the KV cache holds.")
+    num_layers: int
+    gpu_layers: int | None = None
+    host_memory_bytes: int = 0
+    prediction: Prediction
+    engine_args: tuple[str, ...] = ()
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+
+class Rejection(Spec):
+    """A shape that was looked at and is not possible."""
+
+    shape: dict[str, str | int | bool]
+    rule: str
+    reason: str
+
+
+class NodeGpus(Spec):
+    """GPUs of one node."""
+
+    node: str
+    gpus: tuple[int, ...]
+
+
+class Predicted(Spec):
+    """What a variant's users will see."""
+
+    ttft_p95_s: float
+    tpot_p95_ms: float
+    utilization: float = Field(description="Demand over capacity; 0 without a demand.")
+
+
+class Variant(Spec):
+    """A model in one shape on one pool: one Ray Serve deployment."""
+
+    model: str = Field(description="The fleet's name for it: what clients send.")
+    variant: str = Field(description="MODEL@POOL-SHAPE")
+    aliases: tuple[str, ...] = ()
+    catalogue_model: str = Field(description="Catalogue name, or the path or repo id given.")
+    checkpoint: str = Field(description="Where the weights come from.")
+    checkpoint_format: Literal["hf", "mistral", "gguf"] = "hf"
+    pool: str
+    gpu: str
+    simulated_gpu: str | None = None
+    shape: Shape
+    replicas: int = Field(description="To start with.")
+    bounds: ReplicaBounds
+    scaling: ScalingPolicy
+    slo: Objective = Objective()
+    placement: tuple[tuple[NodeGpus, ...], ...] = Field(description="For each replica, its GPUs.")
+    capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
+    predicted: Predicted
+    capabilities: tuple[str, ...] = ()
+
+
+class Unmet(Spec):
+    """A wish that the inventory cannot fulfil."""
+
+    model: str
+    constraint: str
+    cheapest_relaxation: str
+
+
+class Plan(Spec):
+    """The whole answer for a fleet on an inventory."""
+
+    fleet: str
+    status: Literal["optimal", "feasible", "infeasible"]
+    objective: float
+    bound: float
+    gap: float
+    solve_s: float = 0.0
+    cost_per_hour: float
+    currency: str = "USD"
+    gpus_used: int
+    gpus_total: int
+    variants: tuple[Variant, ...]
+    unmet: tuple[Unmet, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    gateway: GatewaySpec = GatewaySpec()
