@@ -24,7 +24,9 @@ class MixtureOfExperts(Spec):
     num_experts_per_token: PositiveInt
     expert_intermediate_size: PositiveInt
     num_shared_experts: NonNegativeInt = 0
-    num_dense_layers: NonNegativeInt = Field(0, description="Leading layers without experts.")
+    num_dense_layers: NonNegativeInt = Field(
+        default=0, description="Leading layers without experts."
+    )
 
 
 class VisionTower(Spec):
@@ -40,7 +42,7 @@ class VisionTower(Spec):
     num_channels: PositiveInt = 3
     spatial_merge_size: PositiveInt = 1
     patch_merger: bool = Field(
-        False, description="Neighbouring patches are merged by a linear layer."
+        default=False, description="Neighbouring patches are merged by a linear layer."
     )
     adapter_bias: bool = False
 
@@ -53,11 +55,13 @@ class Architecture(Spec):
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
-    intermediate_size: PositiveInt | None = Field(None, description="Of the dense layers.")
+    intermediate_size: PositiveInt | None = Field(default=None, description="Of the dense layers.")
     vocab_size: PositiveInt
     tied_embeddings: bool = False
+    attention_bias: bool = Field(default=False, description="Biases on q, k and v (Qwen2).")
+    qk_norm: bool = Field(default=False, description="RMS norms on the heads of q and k (Qwen3).")
     sliding_window: PositiveInt | None = Field(
-        None, description="Tokens a layer looks back; all layers alike."
+        default=None, description="Tokens a layer looks back; all layers alike."
     )
     max_position: PositiveInt = Field(description="Longest context the positions allow, tokens.")
     mla: MultiheadLatentAttention | None = None

@@ -26,12 +26,15 @@ class Checkpoint(Spec):
 
     precision: Precision
     format: Literal["hf", "mistral", "gguf"] = Field(
-        "hf", description="Layout: Hugging Face, Mistral's params.json + consolidated, or GGUF."
+        default="hf",
+        description="Layout: Hugging Face, Mistral's params.json + consolidated, or GGUF.",
     )
     source: str = Field(
         description="Hugging Face repo id, a path, or `nano:NAME` (made on first use)."
     )
-    size_bytes: PositiveInt | None = Field(None, description="Of the weight files; None: unknown.")
+    size_bytes: PositiveInt | None = Field(
+        default=None, description="Of the weight files; None: unknown."
+    )
 
 
 class ModelSpec(Spec):
@@ -44,7 +47,7 @@ class ModelSpec(Spec):
     context: PositiveInt = Field(description="Longest context served, tokens.")
     aliases: tuple[str, ...] = ()
     capabilities: tuple[Literal["chat", "completion", "tools", "vision", "reasoning"], ...] = ()
-    engine_args: tuple[str, ...] = Field((), description="vLLM flags the model needs.")
+    engine_args: tuple[str, ...] = Field(default=(), description="vLLM flags the model needs.")
     published_parameters: PositiveInt | None = None
     licence: str = ""
     note: str = ""
@@ -58,19 +61,21 @@ class GpuType(Spec):
     title: str
     aliases: tuple[str, ...] = ()
     architecture: str = ""
-    compute_capability: float | None = Field(None, description="e.g. 8.9; None: no CUDA device.")
+    compute_capability: float | None = Field(
+        default=None, description="e.g. 8.9; None: no CUDA device."
+    )
     memory_bytes: PositiveInt | None = Field(
-        None, description="What torch sees, not nvidia-smi. None: given by the node (cpu)."
+        default=None, description="What torch sees, not nvidia-smi. None: given by the node (cpu)."
     )
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops: PositiveFloat
     fp8_flops: PositiveFloat | None = None
     fp4_flops: PositiveFloat | None = None
-    nvlink_bytes_per_s: NonNegativeFloat = Field(0.0, description="Per direction; 0: none.")
+    nvlink_bytes_per_s: NonNegativeFloat = Field(default=0.0, description="Per direction; 0: none.")
     pcie_bytes_per_s: NonNegativeFloat = 0.0
     peer_to_peer: bool = True
     ray_accelerator_type: str | None = None
-    price_per_hour: NonNegativeFloat | None = Field(None, description="USD, list price.")
+    price_per_hour: NonNegativeFloat | None = Field(default=None, description="USD, list price.")
     note: str = ""
     sources: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -35,8 +36,12 @@ class Demand(Spec):
 class Objective(Spec):
     """Service level: percentiles that hold under the demand."""
 
-    ttft_p95_s: PositiveFloat | None = Field(None, description="Time to first token, seconds.")
-    tpot_p95_ms: PositiveFloat | None = Field(None, description="Time per output token, ms.")
+    ttft_p95_s: PositiveFloat | None = Field(
+        default=None, description="Time to first token, seconds."
+    )
+    tpot_p95_ms: PositiveFloat | None = Field(
+        default=None, description="Time per output token, ms."
+    )
 
 
 class ReplicaBounds(Spec):
@@ -56,13 +61,32 @@ class ScalingPolicy(Spec):
     """How the replica count follows the load between `replicas.min` and `replicas.max`."""
 
     target_utilization: PositiveFloat = Field(
-        0.7, le=1.0, description="Share of a replica's request slots that should be busy."
+        default=0.7, le=1.0, description="Share of a replica's request slots that should be busy."
     )
-    scale_up_delay_s: NonNegativeFloat = Field(1.0, description="Load must be high for this long.")
+    scale_up_delay_s: NonNegativeFloat = Field(
+        default=1.0, description="Load must be high for this long."
+    )
     scale_down_delay_s: NonNegativeFloat = Field(
-        30.0, description="Load must be low for this long."
+        default=30.0, description="Load must be low for this long."
     )
-    scale_to_zero_delay_s: NonNegativeFloat = Field(300.0, description="Idle for this long: to 0.")
+    scale_to_zero_delay_s: NonNegativeFloat = Field(
+        default=300.0, description="Idle for this long: to 0."
+    )
+
+
+# vLLM flags that the planner writes, and the key of the fleet that sets each.
+_PLANNED_FLAGS = {
+    "--model": "model",
+    "--tensor-parallel-size": "tensor_parallel_size",
+    "-tp": "tensor_parallel_size",
+    "--enable-expert-parallel": "expert_parallel",
+    "--max-model-len": "max_model_len",
+    "--max-num-seqs": "max_num_seqs",
+    "--max-num-batched-tokens": "max_num_batched_tokens",
+    "--gpu-memory-utilization": "gpu_memory_utilization",
+    "--dtype": "dtype",
+    "--kv-cache-dtype": "kv_cache_dtype",
+}
 
 
 class FleetModel(Spec):
@@ -79,27 +103,48 @@ class FleetModel(Spec):
     engine: Literal["vllm", "sim"] = "vllm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = Field(
-        None, description="Tokens; None: the model's context."
+        default=None, description="Tokens; None: the model's context."
     )
-    max_num_seqs: PositiveInt | None = Field(None, description="Requests an engine runs at once.")
-    tensor_parallel_size: PositiveInt | None = Field(None, description="None: the planner chooses.")
-    expert_parallel: bool | None = Field(None, description="None: the planner chooses.")
+    max_num_seqs: PositiveInt | None = Field(
+        default=None, description="Requests an engine runs at once."
+    )
+    max_num_batched_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Tokens an engine computes in one step; None: 8192, on `cpu` 2048.",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.92, gt=0.0, le=1.0, description="Share of a GPU's memory that an engine may take."
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    tensor_parallel_size: PositiveInt | None = Field(
+        default=None, description="None: the planner chooses."
+    )
+    expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
     demand: Demand | None = None
     slo: Objective = Objective()
     replicas: ReplicaBounds = ReplicaBounds()
-    pools: tuple[str, ...] | None = Field(None, description="Only on these pools.")
+    pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
     scaling: ScalingPolicy = ScalingPolicy()
     simulate_gpu: str | None = Field(
-        None, description="engine: sim only: the GPU type whose speed is simulated."
+        default=None, description="engine: sim only: the GPU type whose speed is simulated."
     )
-    engine_args: tuple[str, ...] = Field((), description="More flags for the engine.")
+    engine_args: tuple[str, ...] = Field(default=(), description="More flags for the engine.")
+
+    @field_validator("engine_args")
+    @classmethod
+    def _none_that_is_planned(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        for flag in flags:
+            name = flag.split("=")[0].replace("_", "-")
+            if name in _PLANNED_FLAGS:
+                raise ValueError(f"{flag} would contradict the plan; use {_PLANNED_FLAGS[name]}")
+        return flags
 
 
 class GatewaySpec(Spec):
     """The front door."""
 
-    http_port: NonNegativeInt = Field(8000, le=65535)
-    grpc_port: NonNegativeInt = Field(8001, le=65535)
+    http_port: NonNegativeInt = Field(default=8000, le=65535)
+    grpc_port: NonNegativeInt = Field(default=8001, le=65535)
     host: str = "127.0.0.1"
     auth: Literal["none"] = "none"
 

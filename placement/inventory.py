@@ -15,9 +15,11 @@ class Links(Spec):
     """How GPUs talk to each other."""
 
     intra: Literal["nvlink", "pcie", "pcie-no-p2p", "host"] | None = Field(
-        None, description="Inside a node; None: as the GPU type has it."
+        default=None, description="Inside a node; None: as the GPU type has it."
     )
-    inter_gbps: PositiveFloat | None = Field(None, description="Between nodes, Gbit/s per node.")
+    inter_gbps: PositiveFloat | None = Field(
+        default=None, description="Between nodes, Gbit/s per node."
+    )
 
 
 class Pool(Spec):
@@ -28,16 +30,20 @@ class Pool(Spec):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt
     memory_gib_per_gpu: PositiveFloat | None = Field(
-        None, description="Torch-visible; None: the GPU type's. Needed for `cpu`."
+        default=None, description="Torch-visible; None: the GPU type's. Needed for `cpu`."
     )
     kv_cache_gib_per_gpu: PositiveFloat | None = Field(
-        None, description="`cpu` only: GiB that a rank sets aside for its KV cache."
+        default=None, description="`cpu` only: GiB that a rank sets aside for its KV cache."
     )
     host_memory_gib: PositiveFloat | None = None
     links: Links = Links()
-    price_per_gpu_hour: NonNegativeFloat | None = Field(None, description="None: list price.")
+    price_per_gpu_hour: NonNegativeFloat | None = Field(
+        default=None, description="None: list price."
+    )
     labels: Mapping[str, str] = Field(default_factory=dict)
-    node_names: tuple[str, ...] | None = Field(None, description="None: POOL-0, POOL-1, ...")
+    node_names: tuple[str, ...] | None = Field(
+        default=None, description="None: POOL-0, POOL-1, ..."
+    )
 
     @model_validator(mode="after")
     def _one_name_a_node(self) -> Self:

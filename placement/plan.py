@@ -102,6 +102,9 @@ class Variant(Spec):
     bounds: ReplicaBounds
     scaling: ScalingPolicy
     slo: Objective = Objective()
+    gpus_per_replica: int = Field(
+        default=1, description="GPUs (on a `cpu` pool: slots) that one replica occupies."
+    )
     placement: tuple[tuple[NodeGpus, ...], ...] = Field(description="For each replica, its GPUs.")
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
     predicted: Predicted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,13 +56,25 @@ def parse_yaml(text: str, spec: type[SpecT], *, source: str) -> SpecT:
         # Through JSON, because strict mode then takes lists for tuples but no "8" for 8.
         return spec.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        lines = [_describe(problem, root, spec, source) for problem in error.errors()]
+        problems = error.errors()
+        lines = [
+            _describe(problem, root, spec, source)
+            for problem in problems
+            if not _follows_from_another(problem, problems)
+        ]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 def dump_yaml(value: BaseModel) -> str:
     """`value` as YAML that `parse_yaml` reads back to an equal value."""
     return yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _follows_from_another(problem: Any, problems: Sequence[Any]) -> bool:
+    """A list whose items are wrong is also called too short, because pydantic counts good items."""
+    loc = tuple(problem["loc"])
+    deeper = [other for other in problems if tuple(other["loc"])[: len(loc)] == loc]
+    return problem["type"] == "too_short" and len(deeper) > 1
 
 
 def _describe(problem: Any, root: yaml.Node, spec: type[BaseModel], source: str) -> str:

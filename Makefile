@@ -1,0 +1,51 @@
+# The only commands anyone types. `make serve` and `make test` install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check test-fast test-engine test-ray test-system format proto lock
+
+help:  ## what can be typed here
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED)  ## .venv with everything in it
+
+# Made anew when a lock file or the project's metadata changes; otherwise nothing is reinstalled.
+$(INSTALLED): requirements/cpu.txt requirements/dev.txt pyproject.toml requirements/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh requirements/install.sh
+	touch $@
+
+serve: install  ## Ray, engines and gateway on this machine, until Ctrl-C
+	$(BIN)/bora up
+
+check: install  ## format, lint, types, imports, generated files: no test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check test-fast test-engine test-ray test-system  ## everything that CI runs
+
+test-fast: install  ## seconds: no engine, no Ray
+	$(BIN)/python -m pytest
+
+test-engine: install  ## minutes: real vLLM processes
+	$(BIN)/python -m pytest -m engine
+
+test-ray: install  ## minutes: Ray with simulated engines
+	$(BIN)/python -m pytest -m ray
+
+test-system: install  ## minutes: all of bora, as a user starts it
+	$(BIN)/python -m pytest -m system
+
+format: install  ## write the code the way `check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: install  ## gateway/proto/*_pb2*.py from the .proto files
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. gateway/proto/*.proto
+
+lock: install  ## requirements/*.txt from pyproject.toml
+	BIN="$(BIN)" sh requirements/lock.sh

@@ -1,0 +1,5 @@
+"""`python -m cluster` is `bora`."""
+
+from cluster.cli import main
+
+main()

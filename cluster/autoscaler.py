@@ -1,0 +1,74 @@
+"""Autoscaler: what gateways report, remembered, so that `placement.scaling` can decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gateway.endpoints import ModelLoad
+from placement import scaling
+from placement.plan import Variant
+
+GATEWAY_TIMEOUT_S = 5.0
+_IDLE = ModelLoad(in_flight=0.0, queued=0, requests_total=0)
+
+
+class Autoscaler:
+    """Targets per variant. Holds no clock: the time is an argument."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, tuple[float, Mapping[str, ModelLoad]]] = {}
+        self._targets: dict[str, int] = {}
+        self._states: dict[str, scaling.ScalingState] = {}
+
+    def observe(self, gateway: str, loads: Mapping[str, ModelLoad], now_s: float) -> None:
+        """Take in what one gateway saw since its last report."""
+        self._reports[gateway] = (now_s, loads)
+
+    def gateways(self, now_s: float) -> tuple[str, ...]:
+        """Those that reported lately; the others are forgotten."""
+        for name, (heard_s, _) in list(self._reports.items()):
+            if now_s - heard_s > GATEWAY_TIMEOUT_S:
+                del self._reports[name]
+        return tuple(sorted(self._reports))
+
+    def load(self, model: str) -> ModelLoad:
+        """Of a model, summed over gateways."""
+        loads = [loads.get(model, _IDLE) for _, loads in self._reports.values()]
+        return ModelLoad(
+            in_flight=sum(load.in_flight for load in loads),
+            queued=sum(load.queued for load in loads),
+            requests_total=sum(load.requests_total for load in loads),
+        )
+
+    def adopt(self, variant: Variant, *, running: bool) -> int:
+        """Replicas to give `variant` now: what it has if it runs, within its bounds."""
+        before = self._targets.get(variant.variant) if running else None
+        wanted = variant.replicas if before is None else before
+        self._targets[variant.variant] = min(max(wanted, variant.bounds.min), variant.bounds.max)
+        return self._targets[variant.variant]
+
+    def target(self, variant: Variant) -> int:
+        """Replicas that `variant` should have."""
+        return self._targets.get(variant.variant, variant.replicas)
+
+    def set(self, variant: Variant, replicas: int) -> None:
+        """An operator's wish; it holds until the load asks for another count."""
+        self._targets[variant.variant] = replicas
+        self._states.pop(variant.variant, None)
+
+    def decide(self, variant: Variant, ready: int, now_s: float) -> scaling.Decision | None:
+        """The new target if it differs from the current one."""
+        if not self.gateways(now_s):
+            return None  # nobody tells about the load: leave everything as it is
+        load = self.load(variant.model)
+        decision, self._states[variant.variant] = scaling.decide(
+            self._states.get(variant.variant, scaling.ScalingState()),
+            scaling.Load(in_flight=load.in_flight, queued=load.queued),
+            variant.scaling,
+            variant.bounds,
+            slots_per_replica=variant.shape.max_num_seqs,
+            current_replicas=self.target(variant),
+            ready_replicas=ready,
+            now_s=now_s,
+        )
+        return None if decision.target == self.target(variant) else decision

@@ -1,0 +1,76 @@
+"""Put controller and gateway on a Ray cluster, and take them off again."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.controller import Controller
+from cluster.errors import ClusterUnreachable
+from cluster.gateway_host import GatewayHost
+from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
+from placement.fleet import GatewaySpec
+
+# Neither takes a CPU away from engines, and both come back when their process dies.
+_ACTOR = {"num_cpus": 0, "lifetime": "detached", "max_restarts": -1, "namespace": NAMESPACE}
+
+
+def connect(address: str) -> None:
+    """Join the Ray cluster at `address` as a driver.
+
+    Raises:
+        ClusterUnreachable: nothing answers there, or the token is wrong.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterUnreachable(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def disconnect() -> None:
+    """Leave the cluster; what was started on it goes on."""
+    ray.shutdown()
+
+
+def node_address() -> str:
+    """This node's address, as other nodes see it."""
+    return str(ray.util.get_node_ip_address())
+
+
+def start(
+    *,
+    run_dir: Path,
+    token: str,
+    control: tuple[str, int],
+    gateway: GatewaySpec,
+    engine_host: str | None,
+) -> None:
+    """Start the controller (listening on `control`) and a gateway on this node."""
+    host, port = control
+    controller = _actor(
+        Controller, CONTROLLER, str(run_dir), token, host, port, engine_host, max_concurrency=1000
+    )
+    arguments = ["--controller", f"http://{host}:{port}", "--host", gateway.host]
+    arguments += ["--http-port", str(gateway.http_port), "--grpc-port", str(gateway.grpc_port)]
+    log_file = str(run_dir / "logs" / "gateway.log")
+    host_actor = _actor(GatewayHost, GATEWAY, arguments, token, log_file)
+    ray.get([controller.start.remote(), host_actor.start.remote()])
+
+
+def stop() -> None:
+    """End gateway, controller and Serve on a cluster that goes on without bora."""
+    for name in (GATEWAY, CONTROLLER):
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+            ray.get(actor.stop.remote())
+            ray.kill(actor, no_restart=True)
+    serve.shutdown()
+
+
+def _actor(kind: type, name: str, *arguments: Any, **options: Any) -> Any:
+    remote = ray.remote(kind).options(name=name, get_if_exists=True, **_ACTOR, **options)
+    return remote.remote(*arguments)

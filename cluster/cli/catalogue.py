@@ -1,0 +1,128 @@
+"""`bora models`, `bora gpus`, `bora plan`: what can be known without a cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from placement.planner import make_plan
+from rich.console import Console
+from rich.table import Table
+
+from cluster import context
+from cluster.cli.render import plan_page
+from cluster.control_api import ControlClient
+from cluster.local_inventory import local_inventory
+from cluster.models import catalogue_for
+from placement.catalogue import Catalogue, load_catalogue
+from placement.errors import ConfigError
+from placement.fleet import FleetSpec
+from placement.inventory import Inventory
+from placement.parameters import count_parameters
+from placement.plan import Plan
+from placement.spec import dump_yaml, load_yaml
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command()(models)
+    app.command()(gpus)
+    app.command()(plan)
+
+
+def models(*, json_: Json = False) -> None:
+    """The models in the catalogue."""
+    entries = load_catalogue().models.values()
+    if json_:
+        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))  # noqa: T201
+        return
+    table = Table("model", "parameters", "active", "context", "checkpoints", "licence", box=None)
+    for entry in entries:
+        count = count_parameters(entry.architecture)
+        table.add_row(
+            entry.name,
+            _billions(count.total),
+            _billions(count.active),
+            f"{entry.context:,}",
+            ", ".join(checkpoint.precision for checkpoint in entry.checkpoints),
+            entry.licence,
+        )
+    Console().print(table)
+
+
+def gpus(*, json_: Json = False) -> None:
+    """The GPU types in the catalogue."""
+    entries = load_catalogue().gpus.values()
+    if json_:
+        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))  # noqa: T201
+        return
+    table = Table(
+        "GPU", "memory GiB", "GB/s", "bf16 TFLOPS", "NVLink GB/s", "P2P", "USD/h", box=None
+    )
+    for gpu in entries:
+        table.add_row(
+            gpu.name,
+            f"{gpu.memory_bytes / 2**30:.2f}" if gpu.memory_bytes else "-",
+            f"{gpu.memory_bandwidth_bytes_per_s / 1e9:.0f}",
+            f"{gpu.bf16_flops / 1e12:.0f}",
+            f"{gpu.nvlink_bytes_per_s / 1e9:.0f}" if gpu.nvlink_bytes_per_s else "-",
+            "yes" if gpu.peer_to_peer else "no",
+            "-" if gpu.price_per_hour is None else f"{gpu.price_per_hour:.2f}",
+        )
+    Console().print(table)
+
+
+def plan(
+    fleet: Path,
+    *,
+    inventory: Annotated[
+        Path | None,
+        typer.Option(help="Pools to plan for; without it the running cluster, or this machine."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan as YAML.")] = None,
+    json_: Json = False,
+) -> None:
+    """Solve a fleet on an inventory; nothing is started."""
+    answer = solve(fleet, inventory)
+    if out is not None:
+        out.write_text(dump_yaml(answer), encoding="utf-8")
+    if json_:
+        print(answer.model_dump_json())  # noqa: T201
+    else:
+        Console().print(plan_page(answer))
+    sys.exit(3 if answer.status == "infeasible" else 0)
+
+
+def solve(fleet: Path, inventory: Path | None) -> Plan:
+    """The plan for a fleet file on an inventory file, the running cluster, or this machine."""
+    spec = load_yaml(fleet, FleetSpec)
+    catalogue = catalogue_for(spec, load_catalogue())
+    offered = inventory_for(inventory, catalogue)
+    unknown = {pool for model in spec.models for pool in model.pools or ()} - {
+        pool.name for pool in offered.pools
+    }
+    if unknown:
+        raise ConfigError(
+            f"{fleet}: pools: {', '.join(sorted(unknown))}: no such pool; the inventory has "
+            f"{', '.join(pool.name for pool in offered.pools)}"
+        )
+    return make_plan(spec, offered, catalogue)
+
+
+def inventory_for(path: Path | None, catalogue: Catalogue) -> Inventory:
+    """From `path`; else from the running cluster; else this machine."""
+    if path is not None:
+        return load_yaml(path, Inventory)
+    running = context.find()
+    if running is not None:
+        return ControlClient(running.controller_url, running.token).inventory()
+    return local_inventory(catalogue)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -1,0 +1,94 @@
+"""Plans and states as pages for people."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from placement.plan import Plan, Variant
+
+GIB = 2**30
+_STYLES = {"ready": "green", "failed": "red", "unhealthy": "red"}
+
+
+def plan_page(plan: Plan) -> RenderableType:
+    """Variants with shape, memory and place; then what is not possible and why."""
+    parts: list[RenderableType] = [
+        Text(
+            f"fleet {plan.fleet}: {plan.status}, {plan.gpus_used} of {plan.gpus_total} GPUs, "
+            f"{plan.cost_per_hour:.2f} {plan.currency}/h"
+        )
+    ]
+    if plan.variants:
+        columns = ("model", "variant", "replicas", "GPUs", "weights/GPU", "KV tokens", "nodes")
+        table = Table(*columns, "TTFT", "TPOT", box=None)
+        for variant in plan.variants:
+            table.add_row(*_plan_row(variant))
+        parts.append(table)
+    for unmet in plan.unmet:
+        parts.append(Text(f"{unmet.model}: {unmet.constraint}", style="red"))
+        parts.append(Text(f"  cheapest way out: {unmet.cheapest_relaxation}"))
+    return Group(*parts)
+
+
+def status_page(status: FleetStatus) -> RenderableType:
+    """The fleet now: each variant, and under it its replicas."""
+    table = Table(
+        "model", "variant", "ready", "state", "load", "KV tokens plan/actual", "node", "last event",
+        box=None,
+    )  # fmt: skip
+    failures: list[RenderableType] = []
+    for variant in status.variants:
+        load = f"{variant.in_flight:.1f} in flight, {variant.queued} waiting"
+        ready = f"{variant.ready}/{variant.wanted}"
+        table.add_row(
+            variant.model, variant.variant, ready, _state(variant), load, "", "", variant.last_event
+        )
+        for replica in variant.replicas:
+            table.add_row(*_replica_row(variant, replica))
+        if variant.failure:
+            failures.append(Text(f"{variant.model}: {variant.failure}", style="red"))
+    head = Text(
+        f"fleet {status.fleet or '(none)'}, endpoint table {status.table_version}, "
+        f"{len(status.gateways)} gateway(s)"
+    )
+    return Group(head, table, *failures)
+
+
+def _plan_row(variant: Variant) -> tuple[str, ...]:
+    shape = variant.shape
+    nodes = sorted({node.node for replica in variant.placement for node in replica})
+    return (
+        variant.model,
+        variant.variant,
+        f"{variant.replicas} ({variant.bounds.min}-{variant.bounds.max})",
+        f"{shape.num_gpus} x {variant.gpu}",
+        f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB",
+        f"{shape.kv_cache_tokens:,}",
+        ", ".join(nodes),
+        f"{shape.prediction.ttft_s:.3f} s",
+        f"{shape.prediction.tpot_ms:.1f} ms",
+    )
+
+
+def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[RenderableType, ...]:
+    actual = "" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
+    stage = f" ({replica.stage})" if replica.stage else ""
+    return (
+        "",
+        Text(f"  {replica.replica}"),
+        f"{replica.age_s:.0f} s",
+        Text(f"{replica.state}{stage}", style=_STYLES.get(replica.state, "yellow")),
+        f"{replica.running} running, {replica.waiting} waiting",
+        f"{variant.planned_kv_cache_tokens:,} / {actual}",
+        replica.node,
+        "",
+    )
+
+
+def _state(variant: VariantStatus) -> Text:
+    if variant.ready >= variant.wanted:
+        return Text("serving" if variant.wanted else "scaled to zero", style="green")
+    return Text("degraded" if variant.ready else "starting", style="yellow")

@@ -1,0 +1,225 @@
+"""`bora up`: Ray, engines and gateway on this machine, until Ctrl-C. `bora down` ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import psutil
+import typer
+from placement.planner import make_plan
+from rich.console import Console
+
+from cluster import context
+from cluster.cli.render import plan_page
+from cluster.cli.waiting import wait_until_ready
+from cluster.context import Context, state_dir
+from cluster.control_api import ControlClient
+from cluster.errors import AlreadyRunning, ClusterError
+from cluster.local_inventory import local_inventory
+from cluster.local_ray import HOST, LocalRay, start_local_ray, use
+from cluster.models import catalogue_for
+from cluster.names import SLOT
+from cluster.processes import free_ports, require_free_port
+from cluster.ray_inventory import node_labels
+from placement.catalogue import CONFIGS, load_catalogue
+from placement.errors import DoesNotFit
+from placement.fleet import FleetModel, FleetSpec, GatewaySpec
+from placement.inventory import Inventory
+from placement.plan import Plan
+from placement.spec import load_yaml
+
+DEFAULT_FLEET = CONFIGS / "fleets" / "local.yaml"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command()(up)
+
+
+def up(
+    fleet: Annotated[Path, typer.Argument(help="Fleet YAML.")] = DEFAULT_FLEET,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Serve just this: catalogue name, Hugging Face repo id or folder."),
+    ] = None,
+    http_port: Annotated[int | None, typer.Option(help="Instead of the fleet's.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Instead of the fleet's.")] = None,
+) -> None:
+    """Everything on this machine: Ray, engines, gateway. Ctrl-C stops all of it."""
+    console = Console(stderr=True)
+    spec = _fleet(fleet, model, http_port, grpc_port)
+    with _only_one_here():
+        _take_signals()
+        try:
+            _run(spec, console)
+        except KeyboardInterrupt:
+            console.print("stopped: nothing of bora is left running", markup=False)
+
+
+def _fleet(
+    path: Path, model: str | None, http_port: int | None, grpc_port: int | None
+) -> FleetSpec:
+    if model is None:
+        spec = load_yaml(path, FleetSpec)
+    else:
+        name = Path(model).name if Path(model).exists() else model
+        spec = FleetSpec(fleet="one-model", models=(FleetModel(name=name, model=model),))
+    ports = {"http_port": http_port, "grpc_port": grpc_port}
+    given = {key: port for key, port in ports.items() if port is not None}
+    return spec.model_copy(update={"gateway": spec.gateway.model_copy(update=given)})
+
+
+def _run(spec: FleetSpec, console: Console) -> None:
+    """Start everything, wait for Ctrl-C, stop everything."""
+    catalogue = catalogue_for(spec, load_catalogue())
+    inventory = local_inventory(catalogue)
+    plan = make_plan(spec, inventory, catalogue)
+    if plan.status == "infeasible":
+        console.print(plan_page(plan))
+        raise DoesNotFit("the fleet does not fit this machine; the reasons are above")
+    gateway = _checked_ports(plan.gateway)
+    plan = plan.model_copy(update={"gateway": gateway})
+    run_dir = _fresh_run_dir()
+    started_s = time.monotonic()
+    console.print(f"starting Ray on this machine (logs: {run_dir / 'logs'})", markup=False)
+    ray = _start_ray(inventory, run_dir)
+    client: ControlClient | None = None
+    try:
+        client = _start_bora(ray, plan, run_dir)
+        wait_until_ready(client, plan, console, still_up=lambda: ray.process.poll() is None)
+        _say_ready(console, plan, time.monotonic() - started_s)
+        _serve_until_interrupted(ray)
+    finally:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C skips the draining
+            if client is not None and ray.process.poll() is None:
+                console.print(
+                    "stopping: running requests may finish, Ctrl-C again to cut", markup=False
+                )
+                with contextlib.suppress(ClusterError):
+                    client.stop()
+        ray.stop()
+        shutil.rmtree(ray.tmpdir, ignore_errors=True)
+        context.forget()
+
+
+def _checked_ports(gateway: GatewaySpec) -> GatewaySpec:
+    """Port 0 becomes a free port; a given one must be free."""
+    chosen = {}
+    for key in ("http_port", "grpc_port"):
+        port = getattr(gateway, key) or free_ports(1, gateway.host)[0]
+        require_free_port(gateway.host, port, f"the gateway ({key})")
+        chosen[key] = port
+    return gateway.model_copy(update=chosen)
+
+
+def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:
+    [pool] = inventory.pools
+    cpu = pool.gpu == "cpu"
+    return start_local_ray(
+        resources={SLOT: float(pool.gpus_per_node)} if cpu else {},
+        num_gpus=0 if cpu else pool.gpus_per_node,
+        labels=node_labels(pool),
+        run_dir=run_dir,
+    )
+
+
+def _start_bora(ray: LocalRay, plan: Plan, run_dir: Path) -> ControlClient:
+    use(ray.env)  # before Ray is imported: it reads the environment then
+    from cluster import bootstrap  # noqa: PLC0415 - takes a second
+
+    token = secrets.token_urlsafe(32)
+    [port] = free_ports(1, HOST)
+    bootstrap.connect(ray.address)
+    bootstrap.start(
+        run_dir=run_dir, token=token, control=(HOST, port), gateway=plan.gateway, engine_host=HOST
+    )
+    bootstrap.disconnect()
+    _take_signals()  # Ray's driver has put SIGTERM back to its default
+    gateway = plan.gateway
+    context.save(
+        Context(
+            ray_address=ray.address,
+            ray_tmpdir=ray.tmpdir,
+            controller_url=f"http://{HOST}:{port}",
+            token=token,
+            http_url=f"http://{gateway.host}:{gateway.http_port}",
+            grpc_address=f"{gateway.host}:{gateway.grpc_port}",
+            run_dir=str(run_dir),
+            supervisor_pid=os.getpid(),
+            supervisor_started_s=psutil.Process().create_time(),
+        )
+    )
+    client = ControlClient(f"http://{HOST}:{port}", token)
+    client.apply(plan)
+    return client
+
+
+def _say_ready(console: Console, plan: Plan, seconds: float) -> None:
+    gateway = plan.gateway
+    name = plan.variants[0].model
+    url = f"http://{gateway.host}:{gateway.http_port}"
+    console.print(
+        f"ready after {seconds:.0f} s: {', '.join(variant.model for variant in plan.variants)}\n"
+        f"  HTTP  {url}/v1\n"
+        f"  gRPC  {gateway.host}:{gateway.grpc_port}\n"
+        f"  try   curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
+        f"""'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n"""
+        "  stop  Ctrl-C, or `bora down`",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _serve_until_interrupted(ray: LocalRay) -> NoReturn:
+    while ray.process.poll() is None:
+        time.sleep(0.2)
+    raise ClusterError(
+        f"Ray ended by itself; its output is in {context.state_dir()}/run/logs/ray.log"
+    )
+
+
+def _fresh_run_dir() -> Path:
+    """An empty folder for this run's logs and plan; the last run's is replaced."""
+    run_dir = state_dir() / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    (run_dir / "logs").mkdir(parents=True, mode=0o700)
+    return run_dir
+
+
+@contextlib.contextmanager
+def _only_one_here() -> Iterator[None]:
+    """Hold the state folder; the lock ends with this process, however it ends."""
+    state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state_dir() / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(
+                f"bora already runs here ({state_dir()}). Stop it with `bora down`, or set "
+                f"BORA_STATE to another folder for a second one"
+            ) from None
+        yield
+
+
+def _take_signals() -> None:
+    """`bora down` (SIGTERM) and a closed terminal (SIGHUP) end `bora up` as Ctrl-C does.
+
+    Also set SIGINT: shells start background jobs with it ignored.
+    """
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, interrupt)

@@ -1,0 +1,224 @@
+"""The controller's HTTP face, and the client that the command line talks to it with."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from cluster.errors import ClusterError, ClusterUnreachable
+from cluster.messages import DeleteRequest, FleetStatus, ScaleRequest
+from gateway.endpoints import SyncRequest, SyncResponse
+from placement.errors import PlacementError, UnknownName
+from placement.inventory import Inventory
+from placement.plan import Plan
+
+Body = TypeVar("Body", bound=BaseModel)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Control(Protocol):
+    """What the API asks of the controller."""
+
+    async def sync(self, request: SyncRequest) -> SyncResponse:
+        """Exchange a gateway's load for the endpoint table."""
+        ...
+
+    async def apply(self, plan: Plan) -> None:
+        """Serve exactly this plan."""
+        ...
+
+    async def scale(self, model: str, replicas: int) -> None:
+        """Set a replica count."""
+        ...
+
+    async def delete(self, model: str) -> None:
+        """Take a model out."""
+        ...
+
+    async def stop(self) -> None:
+        """Let requests finish, then stop gateways and engines."""
+        ...
+
+    async def inventory(self) -> Inventory:
+        """What the cluster's nodes offer."""
+        ...
+
+    def status(self) -> FleetStatus:
+        """The state of the fleet."""
+        ...
+
+
+async def serve_control_api(control: Control, host: str, port: int, token: str) -> web.AppRunner:
+    """Listen on `host:port`; every request needs `Authorization: Bearer TOKEN`.
+
+    `cleanup()` of what is returned ends it.
+    """
+    app = web.Application(middlewares=[_guard(token)], client_max_size=16 * 2**20)
+    app.add_routes(
+        [
+            web.post("/v1/sync", _on_body(SyncRequest, control.sync)),
+            web.post("/v1/apply", _on_body(Plan, control.apply)),
+            web.post(
+                "/v1/scale",
+                _on_body(ScaleRequest, lambda body: control.scale(body.model, body.replicas)),
+            ),
+            web.post(
+                "/v1/delete", _on_body(DeleteRequest, lambda body: control.delete(body.model))
+            ),
+            web.post("/v1/stop", _no_body(control.stop)),
+            web.get("/v1/inventory", _no_body(control.inventory)),
+            web.get("/v1/status", _status(control)),
+        ]
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    return runner
+
+
+def _guard(token: str) -> Any:
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return web.json_response({"error": "wrong or missing token"}, status=401)
+        return await handler(request)
+
+    return guard
+
+
+def _on_body(form: type[Body], act: Callable[[Body], Awaitable[BaseModel | None]]) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        try:
+            answer = await act(form.model_validate_json(await request.read()))
+        except ValidationError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        except UnknownName as error:
+            return web.json_response({"error": str(error)}, status=404)
+        except PlacementError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return _answer(answer)
+
+    return handler
+
+
+def _no_body(act: Callable[[], Awaitable[BaseModel | None]]) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        del request
+        try:
+            return _answer(await act())
+        except PlacementError as error:
+            return web.json_response({"error": str(error)}, status=400)
+
+    return handler
+
+
+def _answer(value: BaseModel | None) -> web.Response:
+    text = "{}" if value is None else value.model_dump_json()
+    return web.Response(text=text, content_type="application/json")
+
+
+def _status(control: Control) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        del request
+        return _answer(control.status())
+
+    return handler
+
+
+class ControlClient:
+    """The command line's side of the API; blocking, since a command does one thing at a time."""
+
+    def __init__(self, url: str, token: str, timeout_s: float = 120.0) -> None:
+        self._url = url
+        self._token = token
+        self._timeout_s = timeout_s
+
+    def status(self) -> FleetStatus:
+        """The state of the fleet.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+        """
+        return FleetStatus.model_validate_json(self._call("GET", "/v1/status"))
+
+    def apply(self, plan: Plan) -> None:
+        """Serve exactly this plan.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+        """
+        self._call("POST", "/v1/apply", plan)
+
+    def scale(self, model: str, replicas: int) -> None:
+        """Set a replica count.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+            ClusterError: it refuses.
+        """
+        self._call("POST", "/v1/scale", ScaleRequest(model=model, replicas=replicas))
+
+    def delete(self, model: str) -> None:
+        """Take a model out of the fleet.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+            ClusterError: it refuses.
+        """
+        self._call("POST", "/v1/delete", DeleteRequest(model=model))
+
+    def stop(self) -> None:
+        """Let running requests finish, then stop gateways and engines.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+        """
+        self._call("POST", "/v1/stop")
+
+    def inventory(self) -> Inventory:
+        """What the cluster's nodes offer.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+            ClusterError: no node carries bora's labels.
+        """
+        return Inventory.model_validate_json(self._call("GET", "/v1/inventory"))
+
+    def _call(self, method: str, path: str, body: BaseModel | None = None) -> str:
+        request = urllib.request.Request(  # noqa: S310 - our own http:// URL
+            self._url + path,
+            method=method,
+            data=None if body is None else body.model_dump_json().encode(),
+            headers={"authorization": f"Bearer {self._token}", "content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:  # noqa: S310
+                return str(response.read().decode())
+        except urllib.error.HTTPError as error:
+            raise _Refused(_error_text(error)) from None
+        except OSError as error:
+            raise ClusterUnreachable(
+                f"the controller at {self._url} does not answer: {error}"
+            ) from error
+
+
+class _Refused(ClusterError):
+    """The controller understood and said no."""
+
+    exit_code = 2
+
+
+def _error_text(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"the controller answered {error.code}: {text[:500]}"

@@ -1,0 +1,253 @@
+"""Controller: the actor that carries out plans, keeps the endpoint table and scales replicas.
+
+Its HTTP API, behind a bearer token, serves gateways (`/v1/sync`) and the command line. Decisions
+are taken by `placement.scaling` and `cluster.registry`; here they meet the clock, Serve and sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import ray
+
+from cluster import serve_apps
+from cluster.autoscaler import Autoscaler
+from cluster.control_api import serve_control_api
+from cluster.messages import Event, FleetStatus, ReplicaReport
+from cluster.names import GATEWAY, NAMESPACE
+from cluster.ray_inventory import ray_inventory
+from cluster.registry import Registry
+from cluster.replica import Site
+from cluster.status import variant_status
+from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
+from placement.errors import ConfigError, UnknownName
+from placement.inventory import Inventory
+from placement.plan import Plan, Variant
+from placement.spec import dump_yaml, parse_yaml
+
+SCALE_PERIOD_S = 0.5
+
+log = logging.getLogger("bora.controller")
+
+
+class Controller:
+    """One per cluster. `run_dir` holds the current plan and engine logs; `token` is the key."""
+
+    def __init__(
+        self, run_dir: str, token: str, host: str, port: int, engine_host: str | None = None
+    ) -> None:
+        self._run_dir = Path(run_dir)
+        self._token = token
+        self._address = (host, port)
+        self._site = Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
+        self._plan: Plan | None = None
+        self._registry = Registry()
+        self._autoscaler = Autoscaler()
+        self._table = EndpointTable()
+        self._changed = asyncio.Event()
+        self._events: deque[Event] = deque(maxlen=200)
+        self._failures: dict[str, str] = {}
+        self._serve_lock = asyncio.Lock()
+        self._loop: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> str:
+        """Listen and run the loops; the API's URL. Called again, it only returns the URL.
+
+        A restarted controller takes the plan from disk and the replicas from their heartbeats.
+        """
+        async with self._starting:
+            if self._loop is None:
+                _log_to(self._run_dir / "logs" / "controller.log")
+                plan_file = self._run_dir / "plan.yaml"
+                if plan_file.exists():
+                    text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
+                    self._adopt(parse_yaml(text, Plan, source=str(plan_file)))
+                await asyncio.to_thread(serve_apps.start)
+                await serve_control_api(self, *self._address, self._token)
+                self._loop = asyncio.create_task(self._run_forever())
+                self._loop.add_done_callback(_die)
+        host, port = self._address
+        return f"http://{host}:{port}"
+
+    async def report(self, text: str) -> None:
+        """A replica's heartbeat (`ReplicaReport` as JSON)."""
+        await self.start()
+        report = ReplicaReport.model_validate_json(text)
+        if self._registry.report(report, time.monotonic()):
+            self._note(report.model, f"replica {report.replica}: {report.state}")
+            if report.state == "failed":
+                self._failures[report.variant] = report.log_tail or report.stage
+            elif report.state == "ready":
+                self._failures.pop(report.variant, None)
+            self._publish()
+
+    async def sync(self, request: SyncRequest) -> SyncResponse:
+        """Take a gateway's load in; answer when the table is not the one it has."""
+        self._autoscaler.observe(request.gateway, request.loads, time.monotonic())
+        deadline = time.monotonic() + request.wait_s
+        while request.version == self._table.version:
+            changed, remaining = self._changed, deadline - time.monotonic()
+            if remaining <= 0:
+                return SyncResponse()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), remaining)
+        return SyncResponse(table=self._table)
+
+    async def apply(self, plan: Plan) -> None:
+        """Make the cluster serve exactly `plan`; returns when Serve has taken everything over."""
+        before = {variant.model for variant in self._variants()}
+        counts = {
+            variant.variant: self._autoscaler.adopt(variant, running=variant.model in before)
+            for variant in plan.variants
+        }
+        self._adopt(plan)
+        path = self._run_dir / "plan.yaml"
+        await asyncio.to_thread(path.write_text, dump_yaml(plan), encoding="utf-8")
+        async with self._serve_lock:
+            models = dict.fromkeys(variant.model for variant in plan.variants)
+            for model in before - models.keys():
+                await asyncio.to_thread(serve_apps.delete, model)
+            for model in models:
+                variants = [variant for variant in plan.variants if variant.model == model]
+                await asyncio.to_thread(serve_apps.deploy, variants, counts, self._site)
+                self._note(model, "deployed")
+
+    async def scale(self, model: str, replicas: int) -> None:
+        """Set the replica count of a model's first variant, until the load says otherwise.
+
+        Raises:
+            UnknownName: the fleet has no such model.
+        """
+        variant = self._variants_of(model)[0]
+        bounds = variant.bounds
+        if not bounds.min <= replicas <= bounds.max:
+            raise ConfigError(
+                f"{model}: {replicas} replicas are outside of {bounds.min}..{bounds.max}, which "
+                f"the fleet allows; change `replicas` there and deploy it"
+            )
+        await self._scale(variant, replicas, "asked for")
+
+    async def delete(self, model: str) -> None:
+        """Take a model out of the fleet.
+
+        Raises:
+            UnknownName: the fleet has no such model.
+        """
+        gone = self._variants_of(model)
+        assert self._plan is not None  # noqa: S101 - it has variants
+        kept = tuple(variant for variant in self._plan.variants if variant not in gone)
+        await self.apply(self._plan.model_copy(update={"variants": kept}))
+
+    async def stop(self) -> None:
+        """Let requests finish, then stop gateways and engines; Ray itself goes on."""
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            await ray.get_actor(GATEWAY, namespace=NAMESPACE).stop.remote()
+        async with self._serve_lock:
+            models = dict.fromkeys(variant.model for variant in self._variants())
+            self._plan = None
+            await asyncio.gather(*(asyncio.to_thread(serve_apps.delete, model) for model in models))
+
+    async def inventory(self) -> Inventory:
+        """What the cluster's nodes offer, from their labels.
+
+        Raises:
+            ConfigError: no node carries bora's labels.
+        """
+        return ray_inventory(await asyncio.to_thread(ray.nodes))
+
+    def status(self) -> FleetStatus:
+        """What `bora status` shows."""
+        now_s = time.time()
+        return FleetStatus(
+            fleet=self._plan.fleet if self._plan else "",
+            table_version=self._table.version,
+            variants=tuple(
+                variant_status(
+                    variant,
+                    self._registry.of(variant.variant),
+                    wanted=self._autoscaler.target(variant),
+                    load=self._autoscaler.load(variant.model),
+                    events=self._events,
+                    failure=self._failures.get(variant.variant, ""),
+                    now_s=now_s,
+                )
+                for variant in self._variants()
+            ),
+            gateways=self._autoscaler.gateways(time.monotonic()),
+            events=tuple(self._events),
+        )
+
+    async def _run_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SCALE_PERIOD_S)
+            for lost in self._registry.expire(time.monotonic()):
+                if lost.state not in ("failed", "draining"):
+                    self._note(lost.model, f"replica {lost.replica}: no heartbeat, taken out")
+                self._publish()
+            for variant in self._variants():
+                ready = self._registry.ready(variant.variant)
+                decision = self._autoscaler.decide(variant, ready, time.monotonic())
+                if decision is not None:
+                    await self._scale(variant, decision.target, decision.reason)
+
+    async def _scale(self, variant: Variant, replicas: int, reason: str) -> None:
+        async with self._serve_lock:
+            try:
+                await asyncio.to_thread(serve_apps.scale, variant, replicas)
+            except (ray.exceptions.RayError, ValueError) as error:
+                # Serve is busy or restarting: the next round decides anew from the same state.
+                log.warning("scaling %s to %d failed: %s", variant.variant, replicas, error)
+                return
+        self._autoscaler.set(variant, replicas)
+        self._note(variant.model, f"{variant.variant}: {replicas} replicas ({reason})")
+
+    def _adopt(self, plan: Plan) -> None:
+        self._plan = plan
+        self._failures.clear()
+        for variant in plan.variants:
+            self._autoscaler.adopt(variant, running=True)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Put a new table before all waiting gateways, if anything in it differs."""
+        # Milliseconds since the epoch keep growing over a restart of the controller.
+        version = max(self._table.version + 1, int(time.time() * 1000))
+        table = self._registry.table(self._variants(), version)
+        if table.model_copy(update={"version": self._table.version}) != self._table:
+            self._table = table
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _note(self, model: str, text: str) -> None:
+        self._events.append(Event(at_s=time.time(), model=model, text=text))
+        log.info("%s: %s", model, text)
+
+    def _variants(self) -> tuple[Variant, ...]:
+        return self._plan.variants if self._plan else ()
+
+    def _variants_of(self, model: str) -> list[Variant]:
+        found = [variant for variant in self._variants() if variant.model == model]
+        if not found:
+            raise UnknownName("model", model, {variant.model for variant in self._variants()})
+        return found
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("bora").addHandler(handler)
+    logging.getLogger("bora").setLevel(logging.INFO)
+
+
+def _die(task: asyncio.Task[None]) -> None:
+    """A bug in the loop ends the actor; Ray starts it anew and it recovers its state."""
+    log.critical("the controller's loop has ended", exc_info=task.exception())
+    os._exit(1)

@@ -1,0 +1,127 @@
+"""EngineProcess: one engine's life on this node, from command line to last request. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import subprocess
+from pathlib import Path
+
+import aiohttp
+
+from cluster.engines.adapter import Engine, EngineFacts, EngineLoad
+from cluster.errors import EngineFailed
+from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from placement.plan import Variant
+
+LOG_TAIL_LINES = 30
+
+
+class EngineProcess:
+    """Starts `engine` for `variant`, listening on `host`, its output in `log`."""
+
+    def __init__(self, engine: Engine, variant: Variant, *, host: str, log: Path) -> None:
+        self._engine = engine
+        self._variant = variant
+        self._host = host
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = log
+        self.api_key = secrets.token_urlsafe(24)
+        self.url = ""
+        self.stage = "waiting for weights"
+        self.facts = EngineFacts()
+        self.load = EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
+
+    @property
+    def pid(self) -> int:
+        """Of the guard that holds the engine; 0 before the start."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the engine was started and has ended."""
+        return self._process is not None and self._process.poll() is not None
+
+    async def start(self, checkpoint: Path | str) -> None:
+        """Start the engine and wait until it answers; `stage` tells how far it is.
+
+        Raises:
+            EngineFailed: it ended before that; the message holds the end of its log.
+        """
+        [port] = free_ports(1, self._host)
+        self.url = f"http://{self._host}:{port}"
+        launch = self._engine.launch(
+            self._variant,
+            checkpoint=checkpoint,
+            host=self._host,
+            port=port,
+            api_key=self.api_key,
+        )
+        self.stage = "starting the engine"
+        self._process = start_guarded(launch.command, log=self.log, env=launch.env, grace_s=5.0)
+        offset = 0
+        async with aiohttp.ClientSession() as session:
+            while not await self._healthy(session):
+                if self.ended:
+                    raise EngineFailed(
+                        f"{self._variant.variant}: the engine ended with status "
+                        f"{self._process.returncode} before it was ready; the end of {self.log}:\n"
+                        f"{self.log_tail()}"
+                    )
+                offset = self._follow_log(offset)
+                await asyncio.sleep(0.2)
+        self.facts = self._engine.facts(self.log.read_text(errors="replace"))
+        self.stage = ""
+
+    async def observe(self) -> bool:
+        """Refresh `load`; False when the engine does not say that it is healthy."""
+        async with aiohttp.ClientSession() as session:
+            if not await self._healthy(session):
+                return False
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                self.load = await self._metrics(session)
+            return True
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until nothing runs, at most `timeout_s`.
+
+        Gateways may still send for a moment, until they have the new table: idle means idle twice.
+        """
+        idle = 0
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
+                while idle < 2:
+                    load = await self._metrics(session)
+                    idle = idle + 1 if load.running + load.waiting == 0 else 0
+                    await asyncio.sleep(0.5)
+
+    def stop(self) -> None:
+        """End the engine and all it started; returns when nothing is left."""
+        if self._process:
+            stop_guarded(self._process)
+
+    def log_tail(self) -> str:
+        """The last lines of the engine's output."""
+        return tail(self.log, LOG_TAIL_LINES)
+
+    def _follow_log(self, offset: int) -> int:
+        """Note the stage that new log lines tell; the offset of what was read."""
+        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
+            file.seek(offset)
+            for line in file.read().decode(errors="replace").splitlines():
+                self.stage = self._engine.stage(line) or self.stage
+            return file.tell()
+        return offset
+
+    async def _healthy(self, session: aiohttp.ClientSession) -> bool:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(5)
+            async with session.get(f"{self.url}/health", timeout=timeout) as response:
+                return response.status == 200
+        return False
+
+    async def _metrics(self, session: aiohttp.ClientSession) -> EngineLoad:
+        timeout = aiohttp.ClientTimeout(5)
+        async with session.get(f"{self.url}/metrics", timeout=timeout) as response:
+            return self._engine.load(await response.text())

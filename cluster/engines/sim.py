@@ -1,0 +1,131 @@
+"""Adapter of the simulated engine: a Variant's predicted speed becomes flags of `sim_server`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
+from placement.plan import Shape, Variant
+
+_OWN_FLAG = "--sim-"
+
+_STAGES = {
+    "Starting to load model": "loading weights",
+    "GPU KV cache size": "starting the server",
+    "Application startup complete": "ready",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SimEngine:
+    """Starts `cluster.engines.sim_server`, which needs neither weights nor a GPU.
+
+    `reference_input_tokens` is the prompt length that `shape.prediction.ttft_s` was made for.
+    Of `shape.engine_args` it takes what begins with `--sim-`, without that prefix: `--sim-speed 20`
+    is the server's `--speed 20`. The others are flags of the engine that is simulated.
+    """
+
+    reference_input_tokens: int = 512
+
+    def launch(
+        self, variant: Variant, *, checkpoint: Path | str, host: str, port: int, api_key: str
+    ) -> Launch:
+        """Command and environment; there is nothing to load, so `checkpoint` is not looked at."""
+        del checkpoint
+        shape = variant.shape
+        flags = {
+            "model": variant.model,
+            "host": host,
+            "port": port,
+            "max-model-len": shape.max_model_len,
+            # vLLM's limits are of one data-parallel rank; one batch here stands for all of them.
+            "max-num-seqs": shape.max_num_seqs * shape.data_parallel_size,
+            "max-num-batched-tokens": shape.max_num_batched_tokens * shape.data_parallel_size,
+            "kv-cache-tokens": shape.kv_cache_tokens,
+            "weights-bytes": max(shape.per_gpu.weights_bytes, 1),
+            "prefill-tokens-per-s": prefill_tokens_per_s(shape, self.reference_input_tokens),
+            "tpot-ms": tpot_ms(shape, 1, self.reference_input_tokens),
+            "tpot-ms-at-max": tpot_ms(
+                shape, shape.max_num_seqs * shape.data_parallel_size, self.reference_input_tokens
+            ),
+        }
+        command = [sys.executable, "-m", "cluster.engines.sim_server"]
+        for name, value in flags.items():
+            command += [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)]
+        command += _own_flags(shape.engine_args)
+        return Launch(tuple(command), {"VLLM_API_KEY": api_key} if api_key else {})
+
+    def stage(self, log_line: str) -> str | None:
+        """What the engine is doing, if this line of its log tells."""
+        return next((stage for sign, stage in _STAGES.items() if sign in log_line), None)
+
+    def facts(self, log: str) -> EngineFacts:
+        """What the log tells about memory."""
+        tokens = re.search(r"KV cache size: ([\d,]+) tokens", log)
+        weights = re.search(r"Model loading took ([\d.]+) GiB", log)
+        return EngineFacts(
+            kv_cache_tokens=int(tokens[1].replace(",", "")) if tokens else None,
+            weights_bytes=round(float(weights[1]) * 2**30) if weights else None,
+        )
+
+    def load(self, metrics: str) -> EngineLoad:
+        """Parse the text of the engine's `/metrics`."""
+        return EngineLoad(
+            running=int(_gauge(metrics, "vllm:num_requests_running")),
+            waiting=int(_gauge(metrics, "vllm:num_requests_waiting")),
+            kv_cache_usage=_gauge(metrics, "vllm:kv_cache_usage_perc"),
+        )
+
+
+def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:
+    """Time of a decode step with `num_requests` requests of `context_tokens`, milliseconds.
+
+    The prediction is one point of it: `prediction.tpot_ms`, at as many requests as that speed
+    needs for `prediction.output_tokens_per_s`. From there it follows the bytes that a rank reads in
+    a step, weights + requests x context x KV bytes per token, a straight line in the requests.
+    """
+    prediction = shape.prediction
+    max_requests = shape.max_num_seqs * shape.data_parallel_size
+    predicted_at = prediction.output_tokens_per_s * prediction.tpot_ms / 1000
+    predicted_at = min(max(predicted_at, 1.0), max_requests)
+
+    def step_bytes(requests: float) -> float:
+        kv_bytes = requests / shape.data_parallel_size * context_tokens * shape.kv_bytes_per_token
+        return shape.per_gpu.weights_bytes + kv_bytes
+
+    scale = step_bytes(num_requests) / step_bytes(predicted_at) if step_bytes(1) else 1.0
+    return max(prediction.tpot_ms * scale, 0.001)
+
+
+def prefill_tokens_per_s(shape: Shape, reference_input_tokens: int) -> float:
+    """Prompt tokens a second at which `reference_input_tokens` take `prediction.ttft_s`.
+
+    The simulator's first token costs a decode step beside its prefill, so that much is subtracted,
+    but never more than nine tenths.
+    """
+    ttft_s = max(shape.prediction.ttft_s, 1e-6)
+    step_s = tpot_ms(shape, 1, reference_input_tokens) / 1000
+    return reference_input_tokens / max(ttft_s - step_s, ttft_s / 10)
+
+
+def _own_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """`--sim-x value` and `--sim-x=value` as `--x value` and `--x=value`; others are left out."""
+    takes_value = False
+    for argument in arguments:
+        if argument.startswith(_OWN_FLAG):
+            yield f"--{argument.removeprefix(_OWN_FLAG)}"
+            takes_value = "=" not in argument
+        else:
+            if takes_value:
+                yield argument
+            takes_value = False
+
+
+def _gauge(metrics: str, name: str) -> float:
+    """Sum of a gauge over its labels (one series for each data-parallel rank); 0 if absent."""
+    found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", metrics, flags=re.MULTILINE)
+    return sum(float(value) for value in found)

@@ -1,0 +1,56 @@
+"""GatewayHost: an actor that keeps one gateway process running on its node."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from cluster.processes import start_guarded, stop_guarded
+
+DRAIN_TIMEOUT_S = 35.0
+RESTART_DELAY_S = 1.0
+
+log = logging.getLogger("bora.gateway_host")
+
+
+class GatewayHost:
+    """Runs `command`, its output in `log_file`, and starts it again when it ends."""
+
+    def __init__(self, arguments: list[str], token: str, log_file: str) -> None:
+        self._log_file = Path(log_file)
+        token_file = self._log_file.with_suffix(".token")
+        token_file.parent.mkdir(parents=True, exist_ok=True)
+        token_file.touch(mode=0o600)
+        token_file.write_text(token, encoding="utf-8")
+        self._command = [sys.executable, "-m", "gateway", *arguments]
+        self._command += ["--token-file", str(token_file)]
+        self._stop = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start it once."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run_forever())
+
+    async def stop(self) -> None:
+        """Let running streams finish, then end the gateway."""
+        self._stop.set()
+        if self._task is not None:
+            await self._task
+
+    async def _run_forever(self) -> None:
+        while not self._stop.is_set():
+            process = start_guarded(self._command, log=self._log_file, grace_s=DRAIN_TIMEOUT_S)
+            ended = asyncio.create_task(asyncio.to_thread(process.wait))
+            stopped = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set():
+                await asyncio.to_thread(stop_guarded, process, DRAIN_TIMEOUT_S + 5)
+                return
+            stopped.cancel()
+            log.error(
+                "the gateway ended with status %s; its log: %s", process.returncode, self._log_file
+            )
+            await asyncio.sleep(RESTART_DELAY_S)

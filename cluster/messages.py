@@ -1,0 +1,101 @@
+"""What replicas, controller and command line tell each other: frozen values, sent as JSON."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from placement.spec import Spec
+
+ReplicaState = Literal["starting", "ready", "unhealthy", "draining", "stopped", "failed"]
+
+
+class ReplicaReport(Spec):
+    """A replica's heartbeat, about once a second."""
+
+    replica: str
+    model: str
+    variant: str
+    state: ReplicaState
+    stage: str = ""  # what a starting engine is doing
+    started_s: float = 0.0  # epoch seconds
+    node: str = ""
+    pid: int = 0  # of the engine
+    url: str = ""
+    api_key: str = ""
+    log_file: str = ""
+    log_tail: str = ""  # of a failed engine
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    kv_cache_tokens: int | None = None
+    weights_bytes: int | None = None
+
+
+class ReplicaStatus(Spec):
+    """One row of `bora status`. The engine's API key stays out of it."""
+
+    replica: str
+    state: ReplicaState
+    stage: str
+    age_s: float
+    node: str
+    pid: int
+    url: str
+    log_file: str
+    log_tail: str
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    kv_cache_tokens: int | None
+    weights_bytes: int | None
+
+
+class VariantStatus(Spec):
+    """A variant: wanted and actual."""
+
+    model: str
+    variant: str
+    engine: str
+    pool: str
+    ready: int
+    wanted: int
+    min_replicas: int
+    max_replicas: int
+    in_flight: float
+    queued: int
+    planned_kv_cache_tokens: int
+    planned_weights_bytes: int
+    replicas: tuple[ReplicaStatus, ...]
+    last_event: str
+    failure: str = ""  # why it does not start, with the end of the engine's log
+
+
+class Event(Spec):
+    """Something that happened."""
+
+    at_s: float  # epoch seconds
+    model: str
+    text: str
+
+
+class FleetStatus(Spec):
+    """GET /v1/status."""
+
+    fleet: str
+    table_version: int
+    variants: tuple[VariantStatus, ...]
+    gateways: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+class ScaleRequest(Spec):
+    """POST /v1/scale."""
+
+    model: str
+    replicas: int
+
+
+class DeleteRequest(Spec):
+    """POST /v1/delete."""
+
+    model: str

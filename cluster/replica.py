@@ -1,0 +1,168 @@
+"""Replica: a Ray Serve replica that owns one engine process, and lives and dies with it.
+
+Requests do not pass through it: gateways talk to the engine's port. It starts the engine, reports
+to the controller every second, drains it when Serve stops the replica, and ends itself at once
+when the engine ends, so that Serve starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster import checkpoints
+from cluster.engine_process import EngineProcess
+from cluster.engines.kinds import ENGINES
+from cluster.errors import EngineFailed
+from cluster.messages import ReplicaReport, ReplicaState
+from cluster.names import CONTROLLER, NAMESPACE
+from placement.plan import Variant
+
+REPORT_PERIOD_S = 1.0
+DRAIN_TIMEOUT_S = 30.0
+UNHEALTHY_CHECKS = 5  # in a row, then the engine is taken for dead
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What replicas need to know of the place: where engines listen and where their logs go."""
+
+    log_dir: str
+    engine_host: str | None = None  # None: the node's address
+
+
+class Replica:
+    """One copy of the variant that `reconfigure` is given.
+
+    `siblings` (handles that stay unused) ties the variants of a model into one Serve application.
+    """
+
+    def __init__(self, site: Site, siblings: tuple[Any, ...] = ()) -> None:
+        del siblings
+        self._site = site
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._state: ReplicaState = "starting"
+        self._started_s = time.time()
+        self._variant: Variant | None = None
+        self._engine: EngineProcess | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Start the engine; Serve awaits this before the replica counts as running.
+
+        Called again when only what the engine does not depend on has changed (aliases, bounds).
+        """
+        variant = Variant.model_validate(user_config)
+        started = self._variant is not None
+        self._variant = variant
+        if started:
+            return
+        self._engine = EngineProcess(
+            ENGINES[variant.shape.engine],
+            variant,
+            host=self._site.engine_host or ray.util.get_node_ip_address(),
+            log=Path(self._site.log_dir) / variant.model.replace("/", "--") / f"{self._id}.log",
+        )
+        self._tasks.append(asyncio.create_task(self._report_forever()))
+        try:
+            await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
+        except EngineFailed:
+            self._state = "failed"
+            await self._report()
+            raise
+        self._state = "ready"
+        await self._report()
+        self._tasks.append(asyncio.create_task(self._watch_forever()))
+
+    async def check_health(self) -> None:
+        """For Serve, every second.
+
+        Raises:
+            EngineFailed: the engine has ended.
+        """
+        if self._engine and self._engine.ended:
+            raise EngineFailed(f"{self._id}: the engine has ended")
+
+    async def __del__(self) -> None:
+        """Serve calls this when it stops the replica: finish what runs, then end the engine."""
+        if self._engine and self._state == "ready":
+            self._state = "draining"
+            await self._report()
+            await self._engine.drained(DRAIN_TIMEOUT_S)
+        for task in self._tasks:
+            task.cancel()
+        if self._engine:
+            await asyncio.to_thread(self._engine.stop)
+            self._state = "stopped"
+            await self._report()
+
+    async def _report_forever(self) -> None:
+        while True:
+            await self._report()
+            await asyncio.sleep(REPORT_PERIOD_S)
+
+    async def _watch_forever(self) -> None:
+        """Follow the engine's health; end this process when the engine is gone."""
+        assert self._engine is not None  # noqa: S101 - started by reconfigure, after the engine
+        failures = 0
+        while self._state in ("ready", "unhealthy"):
+            healthy = await self._engine.observe()
+            failures = 0 if healthy else failures + 1
+            if self._engine.ended or failures >= UNHEALTHY_CHECKS:
+                self._die()
+            if self._state != "draining" and healthy != (self._state == "ready"):
+                self._state = "ready" if healthy else "unhealthy"
+                await self._report()
+            await asyncio.sleep(0.5)
+
+    def _die(self) -> None:
+        """Tell the controller, then end this process: Serve replaces a dead replica at once."""
+        self._state = "failed"
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
+        if self._engine:
+            self._engine.stop()
+        os._exit(1)
+
+    async def _report(self) -> None:
+        """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
+            reference = _controller().report.remote(self._snapshot().model_dump_json())
+            await asyncio.wait_for(reference, 5)
+
+    def _snapshot(self) -> ReplicaReport:
+        engine, variant = self._engine, self._variant
+        assert engine is not None  # noqa: S101 - reports start after both are set
+        assert variant is not None  # noqa: S101
+        return ReplicaReport(
+            replica=self._id,
+            model=variant.model,
+            variant=variant.variant,
+            state=self._state,
+            stage=engine.stage,
+            started_s=self._started_s,
+            node=socket.gethostname(),
+            pid=engine.pid,
+            url=engine.url,
+            api_key=engine.api_key,
+            log_file=str(engine.log),
+            log_tail=engine.log_tail() if self._state == "failed" else "",
+            running=engine.load.running,
+            waiting=engine.load.waiting,
+            kv_cache_usage=engine.load.kv_cache_usage,
+            kv_cache_tokens=engine.facts.kv_cache_tokens,
+            weights_bytes=engine.facts.weights_bytes,
+        )
+
+
+def _controller() -> Any:
+    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)

@@ -1,0 +1,45 @@
+"""From reports to what `bora status` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cluster.messages import Event, ReplicaReport, ReplicaStatus, VariantStatus
+from gateway.endpoints import ModelLoad
+from placement.plan import Variant
+
+
+def variant_status(
+    variant: Variant,
+    reports: Sequence[ReplicaReport],
+    *,
+    wanted: int,
+    load: ModelLoad,
+    events: Iterable[Event],
+    failure: str,
+    now_s: float,
+) -> VariantStatus:
+    """One variant, wanted and actual."""
+    own = [event.text for event in events if event.model == variant.model]
+    return VariantStatus(
+        model=variant.model,
+        variant=variant.variant,
+        engine=variant.shape.engine,
+        pool=variant.pool,
+        ready=sum(report.state == "ready" for report in reports),
+        wanted=wanted,
+        min_replicas=variant.bounds.min,
+        max_replicas=variant.bounds.max,
+        in_flight=load.in_flight,
+        queued=load.queued,
+        planned_kv_cache_tokens=variant.shape.kv_cache_tokens,
+        planned_weights_bytes=variant.shape.per_gpu.weights_bytes,
+        replicas=tuple(_replica_status(report, now_s) for report in reports),
+        last_event=own[-1] if own else "",
+        failure=failure,
+    )
+
+
+def _replica_status(report: ReplicaReport, now_s: float) -> ReplicaStatus:
+    shown = report.model_dump(include=set(ReplicaStatus.model_fields))
+    return ReplicaStatus(**shown, age_s=round(now_s - report.started_s, 1))

@@ -1,0 +1,221 @@
+"""Admission: who may go to an engine now, who waits, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from gateway.config import Limits
+from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
+from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable
+from gateway.load import LoadMeter
+from gateway.routing import Lease, Router
+from placement.errors import nearest
+
+_LONGEST_RETRY_AFTER_S = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request in a queue. Its future becomes a lease, or the reason why there is none."""
+
+    granted: asyncio.Future[Lease]
+    tried: Collection[str]
+
+
+@dataclass(slots=True)
+class Lane:
+    """One model's queue and load."""
+
+    load: LoadMeter
+    waiters: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
+
+
+class Admission:
+    """Hands out leases first come, first served, one queue per model.
+
+    A request waits while all replicas are busy (`queue_timeout_s`), while a scalable model starts
+    (`hold_timeout_s`) and while a lost replica is replaced (`replacement_timeout_s`).
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.router = Router(workers=workers)
+        self.table: EndpointTable | None = None
+        self._clock = clock
+        self._lanes: dict[str, Lane] = {}
+
+    def apply(self, table: EndpointTable) -> None:
+        """Take a new table; whoever waits for an endpoint that it brings goes on."""
+        self.router.apply(table)
+        self.table = table
+        for model in self.router.models:
+            self._lanes.setdefault(model.name, Lane(LoadMeter(self._clock())))
+        for name, lane in self._lanes.items():
+            if self.router.resolve(name) is None:
+                self._dismiss(lane, name)
+            else:
+                self._pump(name)
+
+    def resolve(self, name: str) -> ServedModel:
+        """The model that a client means by `name`.
+
+        Raises:
+            NoSuchModel: nobody serves it; the message has the nearest names.
+            Unavailable: there is no table yet.
+        """
+        if self.table is None:
+            raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
+        model = self.router.resolve(name)
+        if model is None:
+            raise self._no_such_model(name)
+        return model
+
+    def try_acquire(self, model: str, tried: Collection[str] = ()) -> Lease | None:
+        """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
+        lane = self._lanes[model]
+        if lane.waiters and not tried:
+            return None
+        lease = self._reserve(model, tried)
+        if lease and not tried:
+            lane.load.requests_total += 1
+        return lease
+
+    async def wait(self, model: str, tried: Collection[str] = ()) -> Lease:
+        """Queue for a lease. Cancelling leaves the queue.
+
+        Raises:
+            Overloaded: the queue is full.
+            Unavailable: no place came free, or no replica appeared, within the limits.
+            NoSuchModel: the model was taken out of the table.
+        """
+        lane = self._lanes[model]
+        waiter = self._enqueue(model, lane, tried)
+        started = self._clock()
+        try:
+            while not waiter.granted.done():
+                left = started + self._patience_s(model, tried) - self._clock()
+                if left <= 0:
+                    raise self._waited_in_vain(model, tried)
+                await asyncio.wait((waiter.granted,), timeout=left)
+            return waiter.granted.result()
+        except asyncio.CancelledError:
+            # The lease may have been granted in the very moment of the cancellation.
+            if waiter.granted.done() and waiter.granted.exception() is None:
+                self.release(waiter.granted.result())
+            raise
+        finally:
+            lane.waiters.pop(waiter, None)
+
+    def release(self, lease: Lease) -> None:
+        """Give the place to the next in the queue. A second call does nothing."""
+        if self.router.release(lease):
+            model = lease.endpoint.model
+            self._lanes[model].load.ended(self._clock())
+            self._pump(model)
+
+    def suspect(self, lease: Lease) -> None:
+        """The lease's endpoint failed: prefer others for `suspect_s`."""
+        self.router.suspect(lease, until=self._clock() + self.limits.suspect_s)
+        # Waiters may have been passed over because of it; look again when it is trusted again.
+        asyncio.get_running_loop().call_later(
+            self.limits.suspect_s, self._pump, lease.endpoint.model
+        )
+
+    def queued(self, model: str) -> int:
+        """Requests that wait for `model` now."""
+        lane = self._lanes.get(model)
+        return len(lane.waiters) if lane else 0
+
+    def no_replica(self, model: str) -> Unavailable:
+        """The error of a request that found no endpoint of `model` to go to."""
+        starting = self.resolve(model).scalable
+        state = "is still starting" if starting else "has no running replica"
+        return Unavailable(f"the model {model!r} {state}", retry_after_s=10 if starting else 5)
+
+    def loads(self) -> dict[str, ModelLoad]:
+        """What every model of the table did since the last call."""
+        now = self._clock()
+        lanes = {model.name: self._lanes[model.name] for model in self.router.models}
+        return {
+            name: ModelLoad(
+                in_flight=lane.load.average(now),
+                queued=len(lane.waiters),
+                requests_total=lane.load.requests_total,
+            )
+            for name, lane in lanes.items()
+        }
+
+    def _reserve(self, model: str, tried: Collection[str]) -> Lease | None:
+        now = self._clock()
+        lease = self.router.reserve(model, now=now, tried=tried)
+        if lease:
+            self._lanes[model].load.began(now)
+        return lease
+
+    def _enqueue(self, model: str, lane: Lane, tried: Collection[str]) -> Waiter:
+        waiter = Waiter(asyncio.get_running_loop().create_future(), tried)
+        if tried:  # it has had its turn once: to the front, and never refused
+            lane.waiters[waiter] = None
+            lane.waiters.move_to_end(waiter, last=False)
+            return waiter
+        if len(lane.waiters) >= self.limits.max_queued:
+            raise Overloaded(
+                f"{len(lane.waiters)} requests wait for the model {model!r}; its queue is full",
+                retry_after_s=self._retry_after_s(lane),
+            )
+        lane.load.requests_total += 1
+        lane.waiters[waiter] = None
+        return waiter
+
+    def _pump(self, model: str) -> None:
+        """Hand free places to whoever waits longest and has not failed there."""
+        waiters = self._lanes[model].waiters
+        for waiter in list(waiters):
+            if waiter.granted.done():
+                continue
+            lease = self._reserve(model, waiter.tried)
+            if lease:
+                del waiters[waiter]
+                waiter.granted.set_result(lease)
+            elif not waiter.tried:
+                return  # nobody behind it is less choosy
+
+    def _dismiss(self, lane: Lane, model: str) -> None:
+        while lane.waiters:
+            waiter, _ = lane.waiters.popitem(last=False)
+            if not waiter.granted.done():
+                waiter.granted.set_exception(self._no_such_model(model))
+
+    def _no_such_model(self, name: str) -> NoSuchModel:
+        hint = nearest(name[:200], self.router.names)
+        return NoSuchModel(f"the model {name[:200]!r} does not exist{hint}", param="model")
+
+    def _patience_s(self, model: str, tried: Collection[str]) -> float:
+        if self.router.can_serve(model, tried):
+            return self.limits.queue_timeout_s
+        served = self.router.resolve(model)
+        scalable = served is not None and served.scalable
+        return self.limits.hold_timeout_s if scalable else self.limits.replacement_timeout_s
+
+    def _waited_in_vain(self, model: str, tried: Collection[str]) -> GatewayError:
+        if not self.router.can_serve(model, tried):
+            return self.no_replica(model)
+        lane = self._lanes[model]
+        return Unavailable(
+            f"all {self.router.num_ready(model)} replicas of {model!r} were busy for"
+            f" {self.limits.queue_timeout_s:g} s; {len(lane.waiters)} requests wait",
+            retry_after_s=self._retry_after_s(lane),
+        )
+
+    def _retry_after_s(self, lane: Lane) -> float:
+        return min(lane.load.wait_s(len(lane.waiters), self._clock()), _LONGEST_RETRY_AFTER_S)

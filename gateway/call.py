@@ -1,0 +1,118 @@
+"""Call: one request for inference, the same whether it came by HTTP or gRPC."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.errors import BadRequest
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_FORWARDED = ("accept", "anthropic-version", "anthropic-beta", "x-session-id")
+_TRACE_HEADERS = ("traceparent", "tracestate")
+_PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
+_LONGEST_TIMEOUT_S = 86400.0
+
+
+@dataclass(slots=True)
+class Call:
+    """What a client asks for. `body` is `payload` as the client wrote it."""
+
+    api: str
+    path: str
+    model: str
+    payload: dict[str, Any]
+    body: bytes
+    request_id: str
+    headers: dict[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
+
+    def body_for(self, served_model_name: str) -> bytes:
+        """The body with the engine's name of the model; the client's own bytes if it is the same."""
+        if served_model_name == self.payload["model"]:
+            return self.body
+        return json.dumps({**self.payload, "model": served_model_name}).encode()
+
+
+def make_call(
+    *,
+    api: str,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    payload: dict[str, Any] | None = None,
+) -> Call:
+    """A call from what a face received. `headers` are looked up by their lower-case names.
+
+    Raises:
+        BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
+    """
+    payload = parse_object(body) if payload is None else payload
+    model = payload.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("`model` is required and must be a non-empty string", param="model")
+    forwarded = {
+        name: value
+        for name in _FORWARDED + _TRACE_HEADERS
+        if (value := headers.get(name)) and _PRINTABLE.fullmatch(value)
+    }
+    return Call(
+        api=api,
+        path=path,
+        model=model,
+        payload=payload,
+        body=body,
+        request_id=request_id(headers),
+        headers=forwarded,
+        timeout_s=timeout_s(headers),
+    )
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """`body` as a JSON object.
+
+    Raises:
+        BadRequest: it is none, or nested too deeply to read.
+    """
+    try:
+        value = json.loads(body.decode())
+    except RecursionError:
+        raise BadRequest("the body's JSON is nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise BadRequest(f"the body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object")
+    return value
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's `x-request-id` if it is short and plain, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def timeout_s(headers: Mapping[str, str]) -> float | None:
+    """The client's `x-request-timeout-s`, None if it gave none.
+
+    Raises:
+        BadRequest: it is no number of seconds between 0 and a day.
+    """
+    given = headers.get("x-request-timeout-s")
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST_TIMEOUT_S:
+        raise BadRequest(
+            f"x-request-timeout-s must be a number of seconds, more than 0 and at most"
+            f" {_LONGEST_TIMEOUT_S:g}",
+            param="x-request-timeout-s",
+        )
+    return seconds

@@ -1,0 +1,37 @@
+"""What `GET /v1/models` and `ListModels` show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.admission import Admission
+from gateway.endpoints import ServedModel
+
+
+def model_cards(admission: Admission) -> list[dict[str, Any]]:
+    """OpenAI's model objects, one per model, with our own fields added."""
+    return [model_card(admission, model) for model in admission.router.models]
+
+
+def model_card(admission: Admission, model: ServedModel) -> dict[str, Any]:
+    """One model. `max_model_len` falls back to the smallest that its endpoints name."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "bora",
+        "aliases": list(model.aliases),
+        "capabilities": list(model.capabilities),
+        "max_model_len": model.max_model_len or _shortest_context(admission, model.name),
+        "ready_endpoints": admission.router.num_ready(model.name),
+    }
+
+
+def _shortest_context(admission: Admission, name: str) -> int | None:
+    table = admission.table
+    lengths = [
+        endpoint.max_model_len
+        for endpoint in (table.endpoints if table else ())
+        if endpoint.model == name and endpoint.max_model_len
+    ]
+    return min(lengths, default=None)

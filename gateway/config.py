@@ -1,0 +1,67 @@
+"""GatewayConfig: everything that a gateway can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from placement.spec import Spec
+
+
+class Limits(Spec):
+    """How long and how many requests wait, and how failures are met."""
+
+    queue_timeout_s: NonNegativeFloat = Field(
+        default=30.0, description="A request waits this long while all replicas are busy."
+    )
+    hold_timeout_s: NonNegativeFloat = Field(
+        default=600.0, description="A request waits this long for a model that scales up for it."
+    )
+    replacement_timeout_s: NonNegativeFloat = Field(
+        default=60.0, description="A request waits this long for a lost replica's successor."
+    )
+    max_queued: NonNegativeInt = Field(default=1024, description="Requests that wait, per model.")
+    max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    suspect_s: NonNegativeFloat = Field(
+        default=2.0, description="An endpoint that failed is the last choice for this long."
+    )
+    connect_timeout_s: PositiveFloat = 5.0
+    max_body_bytes: PositiveInt = 64 * 1024 * 1024
+
+
+class GatewayConfig(Spec):
+    """One gateway. The endpoint table comes either from a file or from a controller."""
+
+    endpoints_file: Path | None = None
+    controller_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+    controller_token: str | None = Field(default=None, repr=False)
+    host: str = "127.0.0.1"
+    http_port: NonNegativeInt = Field(default=8000, le=65535, description="0: any free port.")
+    grpc_port: NonNegativeInt | None = Field(default=8001, le=65535, description="None: no gRPC.")
+    workers: PositiveInt = Field(
+        default=1,
+        description="Processes that share the ports, and each endpoint's `max_in_flight`.",
+    )
+    drain_timeout_s: NonNegativeFloat = Field(
+        default=30.0, description="After SIGTERM, running requests may take this long to finish."
+    )
+    poll_s: PositiveFloat = Field(
+        default=0.5, description="How often the endpoints file is looked at."
+    )
+    access_log: bool = True
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _one_table_source(self) -> Self:
+        if (self.endpoints_file is None) == (self.controller_url is None):
+            raise ValueError("give an endpoints file or a controller's URL: one of the two")
+        return self

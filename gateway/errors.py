@@ -1,0 +1,145 @@
+"""What can go wrong between a client and an engine.
+
+GatewayError
+├── StartupFailed       the gateway cannot start: port in use, bad file (exit code 2)
+├── BadRequest          400 INVALID_ARGUMENT     not JSON, no model, a header that makes no sense
+│   └── BodyTooLarge    413 RESOURCE_EXHAUSTED
+├── NoSuchModel         404 NOT_FOUND            with the nearest names
+├── NoSuchRoute         404 UNIMPLEMENTED
+│   └── WrongMethod     405
+├── Overloaded          429 RESOURCE_EXHAUSTED   the model's queue is full
+├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
+│   └── EngineUnreachable                        nobody listens at the endpoint
+├── EngineBroke         502 UNAVAILABLE          the engine went away while it answered
+└── DeadlineExceeded    504 DEADLINE_EXCEEDED    the client's own time limit has passed
+
+Each knows its HTTP status, its gRPC status and OpenAI's `type` and `code`. They are raised where the
+fact is known and turned into a response at the edges: `http_api`, `grpc_api`, `__main__`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class GatewayError(Exception):
+    """Base of this package's errors; by itself, a bug of ours."""
+
+    exit_code = 1
+    status = 500
+    grpc_status = "INTERNAL"
+    type = "internal_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def retry_after(self) -> str | None:
+        """The `retry-after` header: whole seconds, at least one."""
+        return None if self.retry_after_s is None else str(max(1, math.ceil(self.retry_after_s)))
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error body."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+class StartupFailed(GatewayError):
+    """The gateway cannot start; the message says what to change."""
+
+    exit_code = 2
+
+
+class BadRequest(GatewayError):
+    """The client must change its request."""
+
+    status = 400
+    grpc_status = "INVALID_ARGUMENT"
+    type = "invalid_request_error"
+
+
+class BodyTooLarge(BadRequest):
+    """More bytes than the gateway takes."""
+
+    status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+    code = "request_too_large"
+
+
+class NoSuchModel(GatewayError):
+    """Nobody serves a model of that name."""
+
+    status = 404
+    grpc_status = "NOT_FOUND"
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class NoSuchRoute(GatewayError):
+    """No such path in the API."""
+
+    status = 404
+    grpc_status = "UNIMPLEMENTED"
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+
+class WrongMethod(NoSuchRoute):
+    """The path exists, for another HTTP method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class Overloaded(GatewayError):
+    """More requests wait for the model than its queue holds."""
+
+    status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(GatewayError):
+    """Nothing can answer now, but something may after `retry_after_s`."""
+
+    status = 503
+    grpc_status = "UNAVAILABLE"
+    type = "server_error"
+    code = "unavailable"
+
+
+class EngineUnreachable(Unavailable):
+    """No connection to the endpoint: nothing was sent."""
+
+    code = "engine_unreachable"
+
+
+class EngineBroke(GatewayError):
+    """The engine took the request and went away, or does not speak HTTP."""
+
+    status = 502
+    grpc_status = "UNAVAILABLE"
+    type = "server_error"
+    code = "engine_failed"
+
+
+class DeadlineExceeded(GatewayError):
+    """The time that the client gave has passed."""
+
+    status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+    type = "timeout_error"
+    code = "deadline_exceeded"

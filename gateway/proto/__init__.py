@@ -1,0 +1,1 @@
+"""The gRPC API: `inference.proto` and what protoc makes of it (`make proto`)."""

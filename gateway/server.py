@@ -1,0 +1,266 @@
+"""A gateway from start to end: listen, follow the endpoint table, drain, stop.
+
+`run` is what `bora gateway` calls, `serve` is one process on a running event loop, and `Gateway` is
+the thing itself, for programs and tests that start and stop it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Self
+
+import uvloop
+from aiohttp import web
+from pydantic import ValidationError
+
+from gateway.admission import Admission
+from gateway.config import GatewayConfig, Limits
+from gateway.endpoints import EndpointTable
+from gateway.engine import EngineClient
+from gateway.errors import StartupFailed
+from gateway.forwarding import Forwarder
+from gateway.grpc_api import GrpcServer
+from gateway.http_api import make_app
+from gateway.metering import Meter
+from gateway.ports import cannot_listen, require_free_port
+from gateway.table_feed import ControllerFeed, FileFeed
+from gateway.tracing import tracing_from
+from placement.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """One gateway process. `async with Gateway(config) as gateway` listens inside of the block.
+
+    Raises:
+        StartupFailed: on entering: a port is taken, or the endpoints file is wrong.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.admission = Admission(config.limits, workers=config.workers)
+        self.meter = Meter(access_log=config.access_log)
+        self.http_port = config.http_port
+        self.grpc_port = config.grpc_port
+        self._forwarder: Forwarder | None = None
+        self._grpc: GrpcServer | None = None
+        self._stack = AsyncExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """It has a table and takes requests."""
+        draining = self._forwarder is None or self._forwarder.draining
+        return self.admission.table is not None and not draining
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def apply(self, table: EndpointTable) -> None:
+        """Route by `table` from now on."""
+        self.admission.apply(table)
+        router = self.admission.router
+        ready = {model.name: router.num_ready(model.name) for model in router.models}
+        self.meter.table_applied(table.version, ready.items())
+        _log.info("endpoint table %d: %s", table.version, ready)
+        self._tell_health()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests; let those that run finish, but end them after `timeout_s`."""
+        if self._forwarder is None:
+            return
+        draining = asyncio.create_task(self._forwarder.drain(timeout_s))
+        await asyncio.sleep(0)  # it now refuses requests
+        self._tell_health()
+        await draining
+
+    async def _start(self) -> None:
+        config = self.config
+        limits = config.limits
+        tracing = tracing_from(os.environ)
+        self._stack.push_async_callback(asyncio.to_thread, tracing.close)
+        engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)
+        await self._stack.enter_async_context(engines)
+        self._forwarder = Forwarder(self.admission, engines, self.meter, tracing)
+        feed = self._feed()
+        if isinstance(feed, FileFeed):
+            try:
+                self.apply(feed.load())
+            except ConfigError as error:
+                raise StartupFailed(str(error)) from error
+        await self._listen_http(self._forwarder)
+        if config.grpc_port is not None:
+            await self._listen_grpc(self._forwarder, config.grpc_port)
+        follower = asyncio.create_task(feed.follow(self.apply))
+        self._stack.push_async_callback(_cancel, follower)
+        _log.info(
+            "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
+        )
+
+    def _feed(self) -> FileFeed | ControllerFeed:
+        config = self.config
+        if config.endpoints_file:
+            return FileFeed(config.endpoints_file, poll_s=config.poll_s)
+        return ControllerFeed(
+            config.controller_url or "",
+            config.controller_token,
+            gateway_id=f"{socket.gethostname()}-{os.getpid()}-{id(self):x}",
+            loads=self.admission.loads,
+        )
+
+    async def _listen_http(self, forwarder: Forwarder) -> None:
+        app = make_app(forwarder, is_ready=lambda: self.is_ready)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        await runner.setup()
+        self._stack.push_async_callback(runner.cleanup)
+        config = self.config
+        site = web.TCPSite(
+            runner, config.host, config.http_port, reuse_port=config.workers > 1 or None
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            raise cannot_listen(config.host, config.http_port, error) from error
+        self.http_port = runner.addresses[0][1]
+
+    async def _listen_grpc(self, forwarder: Forwarder, port: int) -> None:
+        config = self.config
+        if config.workers == 1:
+            require_free_port(config.host, port)  # gRPC itself says it less clearly
+        self._grpc = GrpcServer(forwarder, reuse_port=config.workers > 1)
+        try:
+            self.grpc_port = await self._grpc.start(config.host, port)
+        except RuntimeError as error:
+            raise cannot_listen(config.host, port, error) from error
+        self._stack.push_async_callback(self._grpc.stop, 1.0)
+        self._tell_health()
+
+    def _tell_health(self) -> None:
+        if self._grpc:
+            task = asyncio.ensure_future(self._grpc.set_ready(ready=self.is_ready))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+
+async def serve(config: GatewayConfig, *, stop: asyncio.Event | None = None) -> None:
+    """Run one gateway until SIGTERM, SIGINT or `stop`, then drain. A second signal ends it at once.
+
+    Raises:
+        StartupFailed: a port is taken, or the endpoints file is wrong.
+    """
+    stop, hurry = stop or asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with Gateway(config) as gateway:
+            await stop.wait()
+            draining = asyncio.create_task(gateway.drain(config.drain_timeout_s))
+            hurried = asyncio.create_task(hurry.wait())
+            await asyncio.wait((draining, hurried), return_when=asyncio.FIRST_COMPLETED)
+            await _cancel(draining)
+            await _cancel(hurried)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def run(
+    *,
+    endpoints: Path | None = None,
+    controller: str | None = None,
+    token_file: Path | None = None,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int | None = 8001,
+    workers: int = 1,
+    drain_timeout_s: float = 30.0,
+    access_log: bool = True,
+    limits: Limits | None = None,
+) -> None:
+    """Run a gateway until SIGTERM or SIGINT, with logs on standard error. Blocks.
+
+    The endpoint table comes from the file `endpoints`, or from `controller` (a URL; `token_file`
+    holds its bearer token). `grpc_port=None` leaves gRPC out.
+
+    Raises:
+        GatewayError: it cannot start, or a worker died. `exit_code` is what a process should end with.
+    """
+    try:
+        config = GatewayConfig(
+            endpoints_file=endpoints,
+            controller_url=controller,
+            controller_token=_token(token_file),
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            workers=workers,
+            drain_timeout_s=drain_timeout_s,
+            access_log=access_log,
+            limits=limits or Limits(),
+        )
+    except ValidationError as error:
+        raise StartupFailed(_told_simply(error)) from None
+    log_to_stderr()
+    if workers > 1:
+        from gateway.workers import run_workers  # noqa: PLC0415 - it imports this module
+
+        run_workers(config)
+    else:
+        uvloop.run(serve(config))
+
+
+def log_to_stderr() -> None:
+    """The process's logging: text lines, and the access log as bare JSON lines."""
+    text = logging.StreamHandler()
+    text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[text])
+    access = logging.getLogger("gateway.access")
+    access.handlers = [logging.StreamHandler()]
+    access.propagate = False
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupFailed(f"the token file {path} cannot be read: {error}") from error
+
+
+def _told_simply(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {message}" if where else message)
+    return "; ".join(lines)
+
+
+async def _cancel(task: asyncio.Task[object]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

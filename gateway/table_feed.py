@@ -1,0 +1,160 @@
+"""Where the endpoint table comes from: a YAML file, or the cluster's controller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import aiohttp
+from pydantic import ValidationError
+
+from gateway.endpoints import (
+    EndpointsFile,
+    EndpointTable,
+    ModelLoad,
+    ServedModel,
+    SyncRequest,
+    SyncResponse,
+)
+from placement.errors import ConfigError
+from placement.spec import load_yaml
+
+_log = logging.getLogger(__name__)
+_Apply = Callable[[EndpointTable], None]
+
+_SYNC_WAIT_S = 0.5
+_SYNC_TIMEOUT_S = 10.0
+_FASTEST_SYNC_S = 0.05
+_BACKOFF_S = (0.1, 2.0)
+
+
+def table_from_file(path: Path, version: int) -> EndpointTable:
+    """The table that an endpoints file describes. Models without metadata come from the endpoints.
+
+    Raises:
+        ConfigError: the file is wrong; the message says where.
+    """
+    listed = load_yaml(path, EndpointsFile)
+    models = {model.name: model for model in listed.models}
+    for endpoint in listed.endpoints:
+        models.setdefault(endpoint.model, ServedModel(name=endpoint.model, scalable=False))
+    _refuse_ambiguity(path, listed, models)
+    return EndpointTable(version=version, models=tuple(models.values()), endpoints=listed.endpoints)
+
+
+def _refuse_ambiguity(path: Path, listed: EndpointsFile, models: Mapping[str, ServedModel]) -> None:
+    names = [model.name for model in listed.models]
+    names += [name for name in models if name not in names]
+    names += [alias for model in listed.models for alias in model.aliases]
+    keys = [(endpoint.model, endpoint.key) for endpoint in listed.endpoints]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: two models answer to the name {name!r}")
+    for model, key in keys:
+        if keys.count((model, key)) > 1:
+            raise ConfigError(f"{path}: the endpoint {key} of {model!r} stands twice")
+
+
+class FileFeed:
+    """Follows an endpoints file. Content that is wrong is logged, and the old table kept."""
+
+    def __init__(self, path: Path, *, poll_s: float) -> None:
+        self._path = path
+        self._poll_s = poll_s
+        self._version = 0
+        self._seen = self._stamp()
+
+    def load(self) -> EndpointTable:
+        """The table as the file is now, with the next version.
+
+        Raises:
+            ConfigError: the file is wrong.
+        """
+        self._seen = self._stamp()
+        table = table_from_file(self._path, self._version + 1)
+        self._version += 1
+        return table
+
+    async def follow(self, apply: _Apply) -> None:
+        """Apply the file whenever it changes, for ever."""
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if self._stamp() == self._seen:
+                continue
+            try:
+                table = self.load()
+            except ConfigError as error:
+                _log.error("endpoints file not taken, the old table stays: %s", error)
+            else:
+                apply(table)
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class ControllerFeed:
+    """Asks the controller for newer tables, and reports load with each question."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        *,
+        gateway_id: str,
+        loads: Callable[[], Mapping[str, ModelLoad]],
+    ) -> None:
+        self._url = url.rstrip("/") + "/v1/sync"
+        self._headers = {"content-type": "application/json"}
+        if token:
+            self._headers["authorization"] = f"Bearer {token}"
+        self._gateway_id = gateway_id
+        self._loads = loads
+        self._version = -1
+
+    async def follow(self, apply: _Apply) -> None:
+        """Sync for ever. While the controller is away the last table stays in force."""
+        timeout = aiohttp.ClientTimeout(total=_SYNC_TIMEOUT_S, sock_connect=2.0)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            await self._every_sync(lambda: self._sync(session), apply)
+
+    async def _every_sync(
+        self, sync: Callable[[], Awaitable[EndpointTable | None]], apply: _Apply
+    ) -> None:
+        backoff_s, failed = _BACKOFF_S[0], False
+        while True:
+            try:
+                table = await sync()
+            except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
+                if not failed:
+                    _log.warning("no answer from %s, the last table stays: %r", self._url, error)
+                failed = True
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, _BACKOFF_S[1])
+                continue
+            if failed:
+                _log.info("%s answers again", self._url)
+            backoff_s, failed = _BACKOFF_S[0], False
+            if table:
+                apply(table)
+                self._version = table.version
+            else:
+                await asyncio.sleep(_FASTEST_SYNC_S)
+
+    async def _sync(self, session: aiohttp.ClientSession) -> EndpointTable | None:
+        question = SyncRequest(
+            gateway=self._gateway_id,
+            version=self._version,
+            wait_s=_SYNC_WAIT_S,
+            loads=self._loads(),
+        )
+        async with session.post(
+            self._url, data=question.model_dump_json(), headers=self._headers
+        ) as response:
+            response.raise_for_status()
+            return SyncResponse.model_validate_json(await response.read()).table

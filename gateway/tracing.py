@@ -1,0 +1,81 @@
+"""A span per request, exported only if OTEL_EXPORTER_OTLP_ENDPOINT is set; else nothing is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gateway.call import Call
+from gateway.metering import Record
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+
+class Tracing:
+    """Continues the client's trace, and tells the engine about it through `traceparent`."""
+
+    def __init__(self, provider: TracerProvider | None = None) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("bora.gateway") if provider else None
+
+    @contextmanager
+    def span(self, call: Call, record: Record) -> Iterator[None]:
+        """Covers one request. While tracing is off, the client's headers go on untouched."""
+        if self._tracer is None:
+            yield
+            return
+        from opentelemetry.trace import SpanKind  # noqa: PLC0415 - only paid for when used
+        from opentelemetry.trace.propagation import tracecontext  # noqa: PLC0415
+
+        propagator = tracecontext.TraceContextTextMapPropagator()
+        with self._tracer.start_as_current_span(
+            f"{call.api} {call.path}",
+            context=propagator.extract(call.headers),
+            kind=SpanKind.SERVER,
+        ) as span:
+            propagator.inject(call.headers)
+            try:
+                yield
+            finally:
+                _describe(span, record)
+
+    def close(self) -> None:
+        """Export what is left. Blocks for as long as that takes."""
+        if self._provider:
+            self._provider.shutdown()
+
+
+def tracing_from(environment: Mapping[str, str]) -> Tracing:
+    """Tracing as the usual OTEL_* variables ask for it; off without an endpoint."""
+    if not environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        return Tracing()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+        OTLPSpanExporter,
+    )
+    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    name = environment.get("OTEL_SERVICE_NAME", "bora-gateway")
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": name}), shutdown_on_exit=False
+    )
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracing(provider)
+
+
+def _describe(span: Span, record: Record) -> None:
+    span.set_attribute("gen_ai.request.model", record.model)
+    span.set_attribute("bora.variant", record.variant)
+    span.set_attribute("bora.endpoint", record.endpoint)
+    span.set_attribute("bora.request_id", record.request_id)
+    span.set_attribute("bora.attempts", record.attempts)
+    span.set_attribute("http.response.status_code", record.status)
+    if record.ttft_s is not None:
+        span.set_attribute("gen_ai.server.time_to_first_token", record.ttft_s)
+    if record.usage:
+        span.set_attribute("gen_ai.usage.input_tokens", record.usage.prompt_tokens)
+        span.set_attribute("gen_ai.usage.output_tokens", record.usage.completion_tokens)

@@ -1,0 +1,56 @@
+"""Token counts, found in an engine's answer without parsing all of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+_KEY = b'"usage"'
+_LONGEST_USAGE_BYTES = 4096
+_decoder = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that went into an engine and came out of it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def find_usage(data: bytes) -> Usage | None:
+    """The last `usage` object in JSON or in events, under OpenAI's or Anthropic's names.
+
+    Quotes inside of JSON strings are escaped, so that text of the model is never taken for it.
+    """
+    end = len(data)
+    while (at := data.rfind(_KEY, 0, end)) >= 0:
+        end = at
+        start = at + len(_KEY)
+        rest = data[start : start + _LONGEST_USAGE_BYTES].decode(errors="replace").lstrip()
+        usage = _usage_of(rest[1:].lstrip()) if rest.startswith(":") else None
+        if usage:
+            return usage
+    return None
+
+
+def has_usage(chunk: bytes) -> bool:
+    """Whether `find_usage` is worth a try."""
+    return _KEY in chunk
+
+
+def _usage_of(text: str) -> Usage | None:
+    try:
+        value, _ = _decoder.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None
+    prompt = value.get("prompt_tokens", value.get("input_tokens"))
+    completion = value.get("completion_tokens", value.get("output_tokens"))
+    return Usage(_count(prompt), _count(completion))
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

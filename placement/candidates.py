@@ -1,0 +1,125 @@
+"""Every way to run a fleet's model on a pool that is worth a look."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from placement.candidate import Candidate, Device, device_of, simulated_device
+from placement.catalogue import Catalogue, Checkpoint, ModelSpec
+from placement.fleet import FleetModel
+from placement.inventory import Pool
+from placement.kv_cache import longest_context
+from placement.memory import kv_layout, memory_use
+
+DEFAULT_SIMULATED_GPU = "H100-SXM"
+GPU_MAX_NUM_SEQS, CPU_MAX_NUM_SEQS = 256, 32
+GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 8192, 2048
+CPU_MAX_MODEL_LEN = 8192
+CONTEXT_STEP = 1024  # a context that is cut down is a multiple of this
+
+
+def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candidate]:
+    """Checkpoints x tensor parallel sizes 1, 2, 4 ... on one node of `pool`, legal or not.
+
+    What the fleet leaves open is filled in: 256 requests and 8,192 tokens a step on GPUs, 32 and
+    2,048 on CPUs; the model's context, on CPUs at most 8,192, cut down to what the KV cache holds;
+    experts spread over the ranks of a GPU replica.
+    """
+    model = catalogue.model(wish.model)
+    device = target_device(wish, pool, catalogue)
+    found = []
+    for checkpoint in wanted_checkpoints(wish, model):
+        for ranks in _tensor_parallel_sizes(wish, checkpoint, device):
+            candidate = _filled_in(wish, model, checkpoint, device, ranks)
+            if wish.max_model_len is None:
+                candidate = _with_context_that_fits(candidate, at_least=_longest_request(wish))
+            found.append(candidate)
+    return found
+
+
+def target_device(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> Device:
+    """What the engine believes to run on: the pool's GPU, or the one simulated on a CPU."""
+    gpu = catalogue.gpu(pool.gpu)
+    device = device_of(pool, gpu)
+    if wish.engine == "sim" and device.is_cpu:
+        return simulated_device(catalogue.gpu(wish.simulate_gpu or DEFAULT_SIMULATED_GPU))
+    return device
+
+
+def wanted_checkpoints(wish: FleetModel, model: ModelSpec) -> list[Checkpoint]:
+    """The model's checkpoints in a precision that the fleet allows."""
+    if wish.precision == "any":
+        return list(model.checkpoints)
+    return [entry for entry in model.checkpoints if entry.precision in wish.precision]
+
+
+def _tensor_parallel_sizes(wish: FleetModel, checkpoint: Checkpoint, device: Device) -> list[int]:
+    if wish.tensor_parallel_size is not None:
+        return [wish.tensor_parallel_size]
+    if checkpoint.format == "gguf":
+        return [1]  # one rejection says it all
+    return [1 << power for power in range(device.gpus_per_node.bit_length())]
+
+
+def _filled_in(
+    wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device, ranks: int
+) -> Candidate:
+    on_cpu = device.is_cpu
+    context = min(model.context, CPU_MAX_MODEL_LEN) if on_cpu else model.context
+    seqs = wish.max_num_seqs or (CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
+    expert_parallel = wish.expert_parallel
+    if expert_parallel is None:
+        expert_parallel = model.architecture.moe is not None and ranks > 1 and not on_cpu
+    candidate = Candidate(
+        model=model,
+        checkpoint=checkpoint,
+        device=device,
+        engine=wish.engine,
+        tensor_parallel_size=ranks,
+        expert_parallel=expert_parallel,
+        max_model_len=wish.max_model_len or context,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=wish.max_num_batched_tokens
+        or max(seqs, CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS),
+        gpu_memory_utilization=wish.gpu_memory_utilization,
+        dtype=wish.dtype,
+        kv_cache_dtype=wish.kv_cache_dtype,
+    )
+    return _with_whole_prompts(candidate)
+
+
+def _with_whole_prompts(candidate: Candidate) -> Candidate:
+    """MLA on a CPU without AMX has no chunked prefill: a step must hold the longest prompt.
+
+    vLLM sets max(max_model_len, 2048) itself, whatever the flag says (platforms/cpu.py
+    check_and_update_config); other engines' limits stand.
+    """
+    device = candidate.device
+    if candidate.architecture.mla is None or not device.is_cpu or device.amx:
+        return candidate
+    tokens = max(candidate.max_model_len, CPU_BATCHED_TOKENS)
+    return replace(candidate, max_num_batched_tokens=tokens)
+
+
+def _longest_request(wish: FleetModel) -> int:
+    """Tokens of the 95th percentile of the demand, prompt and answer."""
+    if wish.demand is None:
+        return CONTEXT_STEP
+    lengths = (wish.demand.input_tokens, wish.demand.output_tokens)
+    return math.ceil(sum(length.p95 or length.mean for length in lengths))
+
+
+def _with_context_that_fits(candidate: Candidate, *, at_least: int) -> Candidate:
+    use = memory_use(candidate)
+    if use.kv.holds_one_request:
+        return candidate
+    longest = longest_context(
+        kv_layout(candidate),
+        available_bytes=use.per_gpu.kv_cache_bytes,
+        at_most=candidate.max_model_len,
+    )
+    rounded = longest // CONTEXT_STEP * CONTEXT_STEP
+    if rounded < at_least:
+        return candidate
+    return _with_whole_prompts(replace(candidate, max_model_len=rounded))

@@ -1,0 +1,173 @@
+"""How many parameters a model has, in all and on one rank: exact to the integer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from placement.architecture import Architecture, MultiheadLatentAttention, VisionTower
+
+VOCABULARY_PADDING = 64  # vLLM DEFAULT_VOCAB_PADDING_SIZE, vocab_parallel_embedding.py
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters by the role of their tensors, which decides how they are stored."""
+
+    embedding: int
+    head: int  # 0 when it is tied to the embedding
+    attention: int
+    feed_forward: int  # of the dense layers
+    experts: int  # routed
+    idle_experts: int  # of them, those that a token does not use
+    shared_experts: int
+    router: int
+    norms: int
+    vision: int  # tower and projector
+
+    @property
+    def language(self) -> int:
+        """The language model alone."""
+        return (
+            self.embedding
+            + self.head
+            + self.attention
+            + self.feed_forward
+            + self.experts
+            + self.shared_experts
+            + self.router
+            + self.norms
+        )
+
+    @property
+    def total(self) -> int:
+        """Everything in the checkpoint."""
+        return self.language + self.vision
+
+    @property
+    def active(self) -> int:
+        """Parameters that work on a token, as vendors count them.
+
+        A dense model's are all of them. A mixture of experts counts everything but the experts that
+        are not chosen and the input embedding, of which a token reads one row: Mixtral-8x7B 12.7 B
+        (published 12.9), Mistral Large 3 41.6 B (published 39 B + 2.5 B vision).
+        """
+        if self.experts == 0:
+            return self.total
+        return self.total - self.embedding - self.idle_experts
+
+
+def count_parameters(architecture: Architecture) -> Parameters:
+    """Parameters of the whole model.
+
+    Equal to the Hugging Face classes to the integer: Mistral-7B-v0.1 7,241,732,096,
+    Mixtral-8x7B 46,702,792,704, Mistral-Small-24B 23,572,403,200.
+    """
+    return _count(architecture, tensor_parallel_size=1, experts_per_rank=None, padding=1)
+
+
+def rank_parameters(
+    architecture: Architecture, *, tensor_parallel_size: int, expert_parallel: bool
+) -> Parameters:
+    """Parameters that one vLLM 0.32 rank holds; the largest rank where they differ.
+
+    Split over `tensor_parallel_size` ranks: attention, feed-forward, vocabulary (padded to 64
+    rows), vision tower. Whole on every rank: MLA's q_a and kv_a (`disable_tp=True`,
+    deepseek_v2.py), router, norms, the projector (ReplicatedLinear, pixtral.py), and K/V heads
+    once there are more ranks than heads (config/model.py get_num_kv_heads). Routed experts are
+    cut like other matrices, or with `expert_parallel` spread whole, the remainder on some ranks
+    (fused_moe/config.py).
+    """
+    experts = None
+    if architecture.moe is not None and expert_parallel:
+        experts = -(-architecture.moe.num_experts // tensor_parallel_size)
+    return _count(
+        architecture,
+        tensor_parallel_size=tensor_parallel_size,
+        experts_per_rank=experts,
+        padding=VOCABULARY_PADDING,
+    )
+
+
+def _count(
+    architecture: Architecture,
+    *,
+    tensor_parallel_size: int,
+    experts_per_rank: int | None,
+    padding: int,
+) -> Parameters:
+    hidden, layers = architecture.hidden_size, architecture.num_layers
+    ranks, moe = tensor_parallel_size, architecture.moe
+    vocabulary = -(-architecture.vocab_size // padding) * padding // ranks * hidden
+    dense_layers = layers if moe is None else min(moe.num_dense_layers, layers)
+    experts = idle = shared = router = 0
+    if moe is not None:
+        expert = 3 * hidden * moe.expert_intermediate_size
+        held = (
+            moe.num_experts * expert // ranks
+            if experts_per_rank is None
+            else experts_per_rank * expert
+        )
+        sparse_layers = layers - dense_layers
+        experts = sparse_layers * held
+        idle = experts * (moe.num_experts - moe.num_experts_per_token) // moe.num_experts
+        shared = sparse_layers * moe.num_shared_experts * expert // ranks
+        router = sparse_layers * hidden * moe.num_experts
+    return Parameters(
+        embedding=vocabulary,
+        head=0 if architecture.tied_embeddings else vocabulary,
+        attention=layers * _attention(architecture, ranks),
+        feed_forward=dense_layers * 3 * hidden * (architecture.intermediate_size or 0) // ranks,
+        experts=experts,
+        idle_experts=idle,
+        shared_experts=shared,
+        router=router,
+        norms=layers * _layer_norms(architecture) + hidden,
+        vision=_vision(architecture.vision, hidden, ranks) if architecture.vision else 0,
+    )
+
+
+def local_kv_heads(architecture: Architecture, tensor_parallel_size: int) -> int:
+    """K/V heads on one rank: at least one, so heads are copied when there are more ranks."""
+    return max(1, architecture.num_kv_heads // tensor_parallel_size)
+
+
+def _attention(architecture: Architecture, ranks: int) -> int:
+    hidden, heads = architecture.hidden_size, architecture.num_heads
+    if architecture.mla is not None:
+        return _latent_attention(architecture.mla, hidden, heads, ranks)
+    query = heads * architecture.head_dim // ranks
+    key = local_kv_heads(architecture, ranks) * architecture.head_dim
+    biases = query + 2 * key if architecture.attention_bias else 0
+    return 2 * hidden * query + 2 * hidden * key + biases
+
+
+def _latent_attention(mla: MultiheadLatentAttention, hidden: int, heads: int, ranks: int) -> int:
+    on_every_rank = hidden * (mla.q_lora_rank + mla.kv_lora_rank + mla.qk_rope_head_dim)
+    query = mla.q_lora_rank * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    key_value = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
+    output = hidden * mla.v_head_dim
+    return on_every_rank + heads * (query + key_value + output) // ranks
+
+
+def _layer_norms(architecture: Architecture) -> int:
+    norms = 2 * architecture.hidden_size
+    if architecture.mla is not None:
+        norms += architecture.mla.q_lora_rank + architecture.mla.kv_lora_rank
+    if architecture.qk_norm:
+        norms += 2 * architecture.head_dim
+    return norms
+
+
+def _vision(vision: VisionTower, text_hidden: int, ranks: int) -> int:
+    hidden = vision.hidden_size
+    attention = 4 * hidden * vision.num_heads * vision.head_dim
+    feed_forward = 3 * hidden * vision.intermediate_size
+    patches = vision.num_channels * vision.patch_size**2 * hidden
+    norms = (2 * vision.num_layers + 1) * hidden
+    projector = hidden * text_hidden + text_hidden**2
+    if vision.adapter_bias:
+        projector += 2 * text_hidden
+    if vision.patch_merger:  # merges neighbours, after a norm
+        projector += vision.spatial_merge_size**2 * hidden**2 + hidden
+    layers = vision.num_layers * (attention + feed_forward) // ranks
+    return layers + patches + norms + projector

@@ -1,0 +1,166 @@
+"""How many replicas a model should have now: a function of load and of what was seen before.
+
+Load is what requests occupy: those in engines and those that wait. Up fast, down slowly: a rise must
+last `scale_up_delay_s`; a fall takes effect when nothing in the last `scale_down_delay_s` asked for
+more. So a load that swings faster than that window keeps the replicas of its peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from placement.fleet import ReplicaBounds, ScalingPolicy
+
+SMOOTHING_S = 2.0  # load is averaged over this long
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of one model, over all gateways, averaged over the time since the last decision."""
+
+    in_flight: float
+    queued: float = 0.0
+
+    @property
+    def concurrency(self) -> float:
+        """Requests that want a slot."""
+        return self.in_flight + self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A value and when it was seen."""
+
+    time_s: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingState:
+    """What `decide` remembers; the default is the state before the first decision."""
+
+    loads: tuple[Moment, ...] = ()  # within SMOOTHING_S
+    peaks: tuple[Moment, ...] = ()  # desired replicas, each higher than all that came later
+    first_s: float | None = None
+    above_since_s: float | None = None
+    idle_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The replica count to aim at, and why."""
+
+    target: int
+    reason: str
+
+
+def decide(
+    state: ScalingState,
+    load: Load,
+    policy: ScalingPolicy,
+    bounds: ReplicaBounds,
+    *,
+    slots_per_replica: int,
+    current_replicas: int,
+    ready_replicas: int,
+    now_s: float,
+) -> tuple[Decision, ScalingState]:
+    """The next replica count, and the state for the next call.
+
+    desired = ceil(concurrency / (target_utilization x slots_per_replica)), within `bounds`. From
+    zero at once when anything waits; to zero only after `scale_to_zero_delay_s` without a request
+    and with `bounds.min` 0. Down only when as many are ready as would remain, so that no serving
+    replica goes while others still start. Calls must not go back in time.
+    """
+    state = _remember(state, load, now_s)
+    smoothed = sum(moment.value for moment in state.loads) / len(state.loads)
+    per_replica = policy.target_utilization * slots_per_replica
+    desired = _within(math.ceil(smoothed / per_replica - 1e-9), bounds, at_least=1)
+    state = _remember_desire(state, desired, policy, current_replicas, now_s)
+    decision = _decide(
+        state,
+        load,
+        policy,
+        bounds,
+        desired=desired,
+        current=current_replicas,
+        ready=ready_replicas,
+        now_s=now_s,
+    )
+    return decision, state
+
+
+def _decide(
+    state: ScalingState,
+    load: Load,
+    policy: ScalingPolicy,
+    bounds: ReplicaBounds,
+    *,
+    desired: int,
+    current: int,
+    ready: int,
+    now_s: float,
+) -> Decision:
+    busy = f"{load.in_flight:.1f} requests in flight, {load.queued:.1f} queued"
+    allowed = _within(current, bounds, at_least=0)
+    if allowed != current:
+        return Decision(allowed, f"outside replicas {bounds.min} to {bounds.max}")
+    if current == 0:
+        waiting = load.concurrency > 0
+        return Decision(desired, f"from zero: {busy}") if waiting else Decision(0, "idle")
+    idle_s = _since(state.idle_since_s, now_s)
+    if bounds.min == 0 and idle_s >= policy.scale_to_zero_delay_s:
+        return Decision(0, f"idle for {idle_s:.0f} s")
+    if _since(state.above_since_s, now_s) >= policy.scale_up_delay_s:
+        return Decision(desired, f"{busy}: {desired} replicas wanted")
+    peak = int(state.peaks[0].value)
+    if peak < current and _since(state.first_s, now_s) >= policy.scale_down_delay_s:
+        return _down(policy, current=current, peak=peak, ready=ready, busy=busy)
+    return Decision(current, busy)
+
+
+def _down(policy: ScalingPolicy, *, current: int, peak: int, ready: int, busy: str) -> Decision:
+    if ready < peak:
+        return Decision(current, f"waiting for {peak} ready replicas before removing any")
+    return Decision(peak, f"at most {peak} wanted in {policy.scale_down_delay_s:g} s; now {busy}")
+
+
+def _since(moment_s: float | None, now_s: float) -> float:
+    return -1.0 if moment_s is None else now_s - moment_s
+
+
+def _remember(state: ScalingState, load: Load, now_s: float) -> ScalingState:
+    recent = tuple(moment for moment in state.loads if moment.time_s > now_s - SMOOTHING_S)
+    idle_since = state.idle_since_s if state.idle_since_s is not None else now_s
+    return ScalingState(
+        loads=(*recent, Moment(now_s, load.concurrency)),
+        peaks=state.peaks,
+        first_s=now_s if state.first_s is None else state.first_s,
+        above_since_s=state.above_since_s,
+        idle_since_s=idle_since if load.concurrency <= 0 else None,
+    )
+
+
+def _remember_desire(
+    state: ScalingState, desired: int, policy: ScalingPolicy, current: int, now_s: float
+) -> ScalingState:
+    """Keep only desires that can still be the largest of the window: each beats all later ones."""
+    oldest = now_s - policy.scale_down_delay_s
+    peaks = tuple(
+        moment for moment in state.peaks if moment.time_s >= oldest and moment.value > desired
+    )
+    above_since = None
+    if desired > current:
+        above_since = now_s if state.above_since_s is None else state.above_since_s
+    return ScalingState(
+        loads=state.loads,
+        peaks=(*peaks, Moment(now_s, desired)),
+        first_s=state.first_s,
+        above_since_s=above_since,
+        idle_since_s=state.idle_since_s,
+    )
+
+
+def _within(replicas: int, bounds: ReplicaBounds, *, at_least: int) -> int:
+    return min(max(replicas, bounds.min, at_least), bounds.max)

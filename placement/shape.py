@@ -1,0 +1,37 @@
+"""From a legal candidate to the Shape that a plan shows: memory, KV cache, speed, flags."""
+
+from __future__ import annotations
+
+from placement.candidate import Candidate
+from placement.engine_args import engine_args
+from placement.memory import memory_use
+from placement.performance import Load, predict, replica_speed
+from placement.plan import Shape
+
+ONE_REQUEST = Load(concurrency=1, input_tokens=512, output_tokens=128)
+
+
+def make_shape(
+    candidate: Candidate, *, load: Load = ONE_REQUEST, extra_args: tuple[str, ...] = ()
+) -> Shape:
+    """Everything that follows from a candidate; `load` is what the prediction is made for."""
+    use = memory_use(candidate)
+    return Shape(
+        engine=candidate.engine,
+        precision=candidate.checkpoint.precision,
+        dtype=candidate.dtype,
+        tensor_parallel_size=candidate.tensor_parallel_size,
+        expert_parallel=candidate.expert_parallel,
+        max_model_len=candidate.max_model_len,
+        max_num_seqs=candidate.max_num_seqs,
+        max_num_batched_tokens=candidate.max_num_batched_tokens,
+        gpu_memory_utilization=candidate.gpu_memory_utilization,
+        kv_cache_dtype=candidate.kv_cache_dtype,
+        per_gpu=use.per_gpu,
+        kv_bytes_per_token=use.kv.bytes_per_token,
+        kv_cache_tokens=use.kv.tokens,
+        max_concurrency=use.kv.max_concurrency,
+        num_layers=candidate.architecture.num_layers,
+        prediction=predict(replica_speed(candidate), load),
+        engine_args=engine_args(candidate, extra_args),
+    )

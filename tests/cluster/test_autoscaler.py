@@ -1,0 +1,70 @@
+"""Loads of several gateways become one target per variant."""
+
+from __future__ import annotations
+
+from cluster.autoscaler import Autoscaler
+from gateway.endpoints import ModelLoad
+from placement.fleet import ReplicaBounds, ScalingPolicy
+from placement.plan import Variant
+from tests.builders import a_shape, a_variant
+
+QUICK = ScalingPolicy(scale_up_delay_s=0, scale_down_delay_s=5, scale_to_zero_delay_s=10)
+
+
+def a_sleeper() -> Variant:
+    return a_variant(
+        bounds=ReplicaBounds(min=0, max=4), scaling=QUICK, shape=a_shape(max_num_seqs=8)
+    )
+
+
+def a_load(in_flight: float = 0.0, queued: int = 0) -> ModelLoad:
+    return ModelLoad(in_flight=in_flight, queued=queued, requests_total=0)
+
+
+def run(
+    scaler: Autoscaler, variant: Variant, load: ModelLoad, *, from_s: float, for_s: float
+) -> int:
+    """Report `load` twice a second and follow every decision; the target at the end."""
+    for step in range(int(for_s * 2)):
+        now_s = from_s + step / 2
+        scaler.observe("g1", {variant.model: load}, now_s)
+        decision = scaler.decide(variant, scaler.target(variant), now_s)
+        if decision is not None:
+            scaler.set(variant, decision.target)
+    return scaler.target(variant)
+
+
+def test_an_idle_model_goes_to_zero_and_a_waiting_request_brings_it_back():
+    scaler, variant = Autoscaler(), a_sleeper()
+    scaler.adopt(variant, running=False)
+
+    assert run(scaler, variant, a_load(), from_s=0, for_s=15) == 0
+    assert run(scaler, variant, a_load(queued=1), from_s=15, for_s=1) == 1
+
+
+def test_load_over_all_gateways_counts():
+    scaler, variant = Autoscaler(), a_sleeper()
+    scaler.adopt(variant, running=False)
+    scaler.observe("g1", {"chat": a_load(6)}, now_s=0)
+    scaler.observe("g2", {"chat": a_load(6)}, now_s=0)
+
+    assert scaler.load("chat").in_flight == 12
+    assert scaler.decide(variant, 1, now_s=0).target == 3  # 12 / (0.7 x 8), rounded up
+
+
+def test_without_a_gateway_nothing_is_decided():
+    scaler, variant = Autoscaler(), a_sleeper()
+    scaler.adopt(variant, running=False)
+    scaler.observe("g1", {}, now_s=0)
+
+    assert scaler.decide(variant, 1, now_s=100) is None
+
+
+def test_a_running_variant_keeps_its_count_when_it_is_deployed_again():
+    scaler = Autoscaler()
+    scaler.adopt(a_sleeper(), running=False)
+    scaler.set(a_sleeper(), 3)
+
+    assert scaler.adopt(a_sleeper(), running=True) == 3
+    assert scaler.adopt(a_variant(bounds=ReplicaBounds(min=1, max=2)), running=True) == 2
+    assert scaler.adopt(a_variant(bounds=ReplicaBounds(min=1, max=2)), running=False) == 1

@@ -1,0 +1,121 @@
+"""The controller's HTTP face, over real HTTP with a controller that only remembers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from cluster.control_api import ControlClient, serve_control_api
+from cluster.errors import ClusterError, ClusterUnreachable
+from cluster.messages import FleetStatus
+from cluster.processes import free_ports
+from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
+from placement.errors import UnknownName
+from placement.inventory import Inventory, Pool
+from placement.plan import Plan
+from tests.builders import a_plan
+
+TOKEN = "the-token"
+
+
+class RememberingControl:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def sync(self, request: SyncRequest) -> SyncResponse:
+        self.calls.append(("sync", request.gateway))
+        return SyncResponse(table=EndpointTable(version=3))
+
+    async def apply(self, plan: Plan) -> None:
+        self.calls.append(("apply", plan))
+
+    async def scale(self, model: str, replicas: int) -> None:
+        if model != "chat":
+            raise UnknownName("model", model, ["chat"])
+        self.calls.append(("scale", model, replicas))
+
+    async def delete(self, model: str) -> None:
+        self.calls.append(("delete", model))
+
+    async def stop(self) -> None:
+        self.calls.append(("stop",))
+
+    async def inventory(self) -> Inventory:
+        return Inventory(pools=(Pool(name="h", gpu="H100-SXM", gpus_per_node=8),))
+
+    def status(self) -> FleetStatus:
+        return FleetStatus(fleet="test", table_version=3, variants=(), gateways=(), events=())
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[tuple[RememberingControl, str]]:
+    control = RememberingControl()
+    [port] = free_ports(1)
+    runner = await serve_control_api(control, "127.0.0.1", port, TOKEN)
+    yield control, f"http://127.0.0.1:{port}"
+    await runner.cleanup()
+
+
+async def test_every_call_arrives_as_it_was_made(served):
+    control, url = served
+    client = ControlClient(url, TOKEN)
+    plan = a_plan()
+
+    await asyncio.to_thread(client.apply, plan)
+    await asyncio.to_thread(client.scale, "chat", 3)
+    await asyncio.to_thread(client.delete, "chat")
+    await asyncio.to_thread(client.stop)
+
+    assert control.calls == [("apply", plan), ("scale", "chat", 3), ("delete", "chat"), ("stop",)]
+    assert (await asyncio.to_thread(client.status)).fleet == "test"
+    assert (await asyncio.to_thread(client.inventory)).pools[0].gpu == "H100-SXM"
+
+
+@pytest.mark.parametrize("path", ["/v1/status", "/v1/sync", "/v1/stop", "/nowhere"])
+@pytest.mark.parametrize("token", [None, "", "Bearer wrong", f"bearer {TOKEN}", TOKEN])
+async def test_nobody_gets_in_without_the_token(served, path, token):
+    control, url = served
+    headers = {} if token is None else {"authorization": token}
+    async with aiohttp.ClientSession() as session:
+        for method in ("GET", "POST"):
+            async with session.request(method, url + path, headers=headers) as response:
+                assert response.status == 401
+    assert control.calls == []
+
+
+async def test_a_gateway_gets_the_table(served):
+    _, url = served
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    body = SyncRequest(gateway="g1").model_dump(mode="json")
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{url}/v1/sync", json=body) as response,
+    ):
+        assert SyncResponse.model_validate_json(await response.read()).table.version == 3
+
+
+async def test_a_malformed_message_is_refused_and_does_nothing(served):
+    control, url = served
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for text in ("", "{", "[]", '{"model": 5}', '{"model": "chat", "replicas": "x"}'):
+            async with session.post(f"{url}/v1/scale", data=text) as response:
+                assert response.status == 400
+    assert control.calls == []
+
+
+async def test_an_unknown_model_comes_back_as_an_error_with_the_nearest_name(served):
+    _, url = served
+    with pytest.raises(ClusterError, match="chat"):
+        await asyncio.to_thread(ControlClient(url, TOKEN).scale, "cat", 1)
+
+
+async def test_a_controller_that_is_not_there_is_unreachable():
+    [port] = free_ports(1)
+    client = ControlClient(f"http://127.0.0.1:{port}", TOKEN)
+    with pytest.raises(ClusterUnreachable, match=str(port)):
+        await asyncio.to_thread(client.status)

@@ -1,0 +1,72 @@
+"""From heartbeats to the endpoint table."""
+
+from __future__ import annotations
+
+from cluster.registry import Registry
+from placement.fleet import ReplicaBounds
+from tests.builders import a_report, a_shape, a_variant
+
+
+def test_only_ready_replicas_are_endpoints():
+    registry = Registry()
+    for number, state in enumerate(("starting", "ready", "unhealthy", "draining", "failed")):
+        registry.report(a_report(replica=f"r{number}", state=state), now_s=0)
+
+    table = registry.table([a_variant()], version=7)
+
+    assert [endpoint.id for endpoint in table.endpoints] == ["r1"]
+    assert table.version == 7
+
+
+def test_an_endpoint_carries_what_the_gateway_needs():
+    registry = Registry()
+    registry.report(a_report(), now_s=0)
+
+    [endpoint] = registry.table([a_variant(shape=a_shape(max_num_seqs=8))], version=1).endpoints
+
+    assert endpoint.url == "http://127.0.0.1:4000"
+    assert endpoint.api_key == "secret"
+    assert endpoint.max_in_flight == 16
+    assert endpoint.max_model_len == 4096
+
+
+def test_a_model_without_replicas_stays_in_the_table():
+    table = Registry().table([a_variant(aliases=("c",))], version=1)
+
+    assert [(model.name, model.aliases) for model in table.models] == [("chat", ("c",))]
+    assert table.endpoints == ()
+
+
+def test_only_models_that_may_scale_to_zero_are_worth_holding_requests_for():
+    sleeper = a_variant(model="sleeper", bounds=ReplicaBounds(min=0, max=1))
+
+    models = Registry().table([a_variant(), sleeper], version=1).models
+
+    assert [model.scalable for model in models] == [False, True]
+
+
+def test_a_silent_replica_is_forgotten_and_named():
+    registry = Registry(timeout_s=10)
+    registry.report(a_report(replica="old"), now_s=0)
+    registry.report(a_report(replica="new"), now_s=8)
+
+    lost = registry.expire(now_s=11)
+
+    assert [report.replica for report in lost] == ["old"]
+    assert [report.replica for report in registry.of("chat@local-sim")] == ["new"]
+
+
+def test_a_heartbeat_is_news_only_when_the_state_changes():
+    registry = Registry()
+
+    assert registry.report(a_report(state="starting"), now_s=0)
+    assert not registry.report(a_report(state="starting", stage="loading"), now_s=1)
+    assert registry.report(a_report(state="ready"), now_s=2)
+
+
+def test_a_stopped_replica_leaves_at_once():
+    registry = Registry()
+    registry.report(a_report(state="draining"), now_s=0)
+
+    assert registry.report(a_report(state="stopped"), now_s=1)
+    assert registry.of("chat@local-sim") == []

@@ -1,0 +1,225 @@
+"""Real vLLM on the CPU: each configuration is started once and answers all of its tests."""
+
+import base64
+import io
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cluster.checkpoints import locate
+from cluster.engines.vllm import VllmEngine
+from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from placement.catalogue import load_catalogue
+from placement.fleet import FleetModel, FleetSpec
+from placement.inventory import Inventory, Pool
+from placement.plan import Variant
+from placement.planner import make_plan
+
+pytestmark = pytest.mark.engine
+
+ENGINE = VllmEngine()
+API_KEY = "secret"
+PROMPTS = (
+    "The bora blows",
+    "def fibonacci(n):",
+    "Once upon a time, in a city by the sea,",
+    "Roses are red. " * 40,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    model: str
+    tensor_parallel_size: int = 1
+    expert_parallel: bool = False
+
+    def __str__(self) -> str:
+        expert_parallel = "-ep" if self.expert_parallel else ""
+        return f"{self.model}-tp{self.tensor_parallel_size}{expert_parallel}"
+
+
+CONFIGURATIONS = [
+    Configuration("nano-mixtral"),
+    Configuration("nano-mixtral", 2),
+    Configuration("nano-mixtral", 2, expert_parallel=True),
+    Configuration("nano-large-3"),
+    Configuration("nano-large-3", 2),
+    Configuration("nano-large-3", 2, expert_parallel=True),
+    Configuration("nano-7b"),
+    Configuration("nano-small"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    variant: Variant
+    url: str
+    log: Path
+    stages: list[str] = field(default_factory=list)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps({"model": "chat", **body}).encode(),
+            headers={"authorization": f"Bearer {API_KEY}", "content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            text = response.read().decode()
+        return json.loads(text) if text.startswith("{") else text
+
+    def chat(self, content: Any, **options: Any) -> Any:
+        messages = [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": content},
+        ]
+        body = {"messages": messages, "temperature": 0, **options}
+        return self.ask("/v1/chat/completions", body)
+
+
+def planned(configuration: Configuration) -> Variant:
+    """What the planner makes of it: float32, so that the order of additions hardly matters."""
+    model = FleetModel(
+        name="chat",
+        model=configuration.model,
+        dtype="float32",
+        max_model_len=8192,
+        max_num_seqs=16,
+        tensor_parallel_size=configuration.tensor_parallel_size,
+        expert_parallel=configuration.expert_parallel,
+    )
+    pool = Pool(
+        name="here", gpu="cpu", gpus_per_node=2, memory_gib_per_gpu=6, kv_cache_gib_per_gpu=1
+    )
+    fleet = FleetSpec(fleet="test", models=(model,))
+    plan = make_plan(fleet, Inventory(pools=(pool,)), load_catalogue())
+    [variant] = plan.variants
+    return variant
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=str)
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    variant = planned(request.param)
+    [port] = free_ports(1)
+    log = tmp_path_factory.mktemp(str(request.param)) / "engine.log"
+    launch = ENGINE.launch(
+        variant, checkpoint=locate(variant), host="127.0.0.1", port=port, api_key=API_KEY
+    )
+    running = Running(variant, f"http://127.0.0.1:{port}", log)
+    process = start_guarded(launch.command, log=log, env=launch.env, grace_s=5.0)
+    try:
+        started = time.monotonic()
+        while not is_healthy(running):
+            assert process.poll() is None, tail(log, 40)
+            assert time.monotonic() - started < 180, tail(log, 40)
+            stage = next(filter(None, map(ENGINE.stage, tail(log, 3).splitlines()[::-1])), None)
+            if stage and stage not in running.stages:
+                running.stages.append(stage)
+            time.sleep(0.1)
+        print(f"\n{request.param}: ready after {time.monotonic() - started:.1f} s")  # noqa: T201
+        yield running
+    finally:
+        stop_guarded(process)
+
+
+def is_healthy(running: Running) -> bool:
+    try:
+        running.ask("/health")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, list[list[int]]]:
+    """Tokens of each model's first configuration."""
+    return {}
+
+
+def test_logged_kv_cache_is_what_the_planner_predicts(engine: Running) -> None:
+    facts = ENGINE.facts(engine.log.read_text())
+
+    assert facts.kv_cache_tokens == engine.variant.shape.kv_cache_tokens
+
+
+def test_greedy_outputs_do_not_depend_on_parallel_sizes(
+    engine: Running, outputs: dict[str, list[list[int]]]
+) -> None:
+    greedy = {"max_tokens": 32, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+    answer = engine.ask("/v1/completions", {"prompt": PROMPTS, **greedy})
+
+    tokens = [choice["token_ids"] for choice in answer["choices"]]
+    assert [len(choice) for choice in tokens] == [32] * len(PROMPTS)
+    assert min(len(set(choice)) for choice in tokens) > 8  # not one token over and over
+    assert len({tuple(choice) for choice in tokens}) == len(PROMPTS)
+    assert tokens == outputs.setdefault(engine.variant.catalogue_model, tokens)
+
+
+def test_chat_is_answered_with_text(engine: Running) -> None:
+    answer = engine.chat("What is the bora?", max_tokens=24)
+
+    assert answer["model"] == "chat"
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["usage"]["completion_tokens"] == 24
+
+
+def test_answer_has_an_end_when_the_client_names_none(engine: Running) -> None:
+    assert engine.chat("Go on.")["usage"]["completion_tokens"] == 256
+
+
+def test_load_is_read_from_the_metrics(engine: Running) -> None:
+    metrics = engine.ask("/metrics")
+
+    assert "vllm:num_requests_running" in metrics
+    assert "vllm:num_requests_waiting" in metrics
+    assert "vllm:kv_cache_usage_perc" in metrics
+    assert ENGINE.load(metrics).running == 0
+
+
+def test_stages_are_told_while_it_starts(engine: Running) -> None:
+    log = engine.log.read_text()
+
+    told = {stage for stage in map(ENGINE.stage, log.splitlines()) if stage}
+
+    assert {"starting workers", "loading weights", "allocating the KV cache"} <= told
+    assert engine.stages  # and seen on the way, not only afterwards
+
+
+def test_key_is_required(engine: Running) -> None:
+    request = urllib.request.Request(engine.url + "/v1/models")
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+
+    with refused.value as response:
+        assert response.status == 401
+
+
+def test_images_are_looked_at(engine: Running) -> None:
+    if "vision" not in engine.variant.capabilities:
+        pytest.skip("no vision tower")
+
+    red, blue, red_again = (
+        engine.chat([{"type": "text", "text": "What is this?"}, image_part(color)], max_tokens=12)
+        for color in ("red", "blue", "red")
+    )
+
+    content = [answer["choices"][0]["message"]["content"] for answer in (red, blue, red_again)]
+    assert content[0] == content[2] != content[1]
+    assert red["usage"]["prompt_tokens"] > engine.chat("What is this?")["usage"]["prompt_tokens"]
+
+
+def image_part(color: str) -> dict[str, Any]:
+    png = io.BytesIO()
+    Image.new("RGB", (56, 84), color).save(png, "PNG")
+    data = base64.b64encode(png.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from gateway.endpoints import EndpointTable, ServedModel
+from gateway.proto import inference_pb2 as pb
+from gateway.proto import inference_pb2_grpc
+from gateway.server import Gateway
+from tests.gateway.engines import (
+    CHAT,
+    USAGE,
+    FakeEngine,
+    a_client,
+    a_gateway,
+    a_table,
+    an_endpoint,
+    an_engine,
+    in_flight,
+    metric,
+    until,
+)
+
+
+@asynccontextmanager
+async def a_channel(gateway: Gateway) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
+        yield channel
+
+
+@asynccontextmanager
+async def a_service(
+    engine: FakeEngine | None = None,
+    *,
+    table: EndpointTable | None = None,
+    limits: dict[str, Any] | None = None,
+    **changes: Any,
+) -> AsyncIterator[tuple[Gateway, inference_pb2_grpc.InferenceStub]]:
+    """A gateway before `engine`, and a stub of its service."""
+    if engine:
+        table = a_table(an_endpoint(engine, **changes))
+    async with (
+        a_gateway(table, limits=limits, grpc_port=0) as gateway,
+        a_channel(gateway) as channel,
+    ):
+        yield gateway, inference_pb2_grpc.InferenceStub(channel)
+
+
+def a_request(**changes: Any) -> pb.ChatCompletionRequest:
+    messages = [pb.ChatMessage(role="user", content="hi")]
+    return pb.ChatCompletionRequest(**{"model": "chat", "messages": messages, **changes})
+
+
+async def test_a_chat_completion_carries_every_field_both_ways() -> None:
+    async with an_engine() as engine, a_service(engine, variant="v", id="r") as (_, stub):
+        call = stub.ChatCompletion(
+            a_request(
+                temperature=0.0,
+                top_p=0.9,
+                max_tokens=5,
+                stop=["a", "b"],
+                seed=2**40,
+                n=1,
+                extra_json='{"logprobs": true, "model": "never"}',
+            ),
+            metadata=[("x-request-id", "grpc-1")],
+        )
+        answer = await call
+        headers = dict(await call.initial_metadata())
+
+    assert engine.seen[0].json == {
+        "model": "chat",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0.0,
+        "top_p": 0.9,
+        "max_tokens": 5,
+        "stop": ["a", "b"],
+        "seed": 2**40,
+        "n": 1,
+        "logprobs": True,
+        "stream": False,
+    }
+    assert engine.seen[0].headers["x-request-id"] == "grpc-1"
+    assert answer.id == "cmpl-1"
+    assert answer.created == 1700000000
+    assert answer.model == "chat"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == "Hello big world"
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].extra_json) == {"stop_reason": 7}
+    assert json.loads(answer.extra_json)["system_fingerprint"] == "fp"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 3)
+    assert headers["x-bora-variant"] == "v"
+    assert headers["x-bora-endpoint"] == "r"
+    assert headers["x-request-id"] == "grpc-1"
+
+
+async def test_content_parts_and_tool_calls_travel_too() -> None:
+    parts = [{"type": "text", "text": "hi"}]
+    messages = [
+        pb.ChatMessage(role="user", extra_json=json.dumps({"content": parts})),
+        pb.ChatMessage(
+            role="assistant",
+            tool_calls=[pb.ToolCall(id="1", type="function", function={"name": "f"})],
+        ),
+        pb.ChatMessage(role="tool", content="", tool_call_id="1"),
+    ]
+    async with an_engine() as engine, a_service(engine) as (_, stub):
+        await stub.ChatCompletion(a_request(messages=messages))
+
+    assert engine.seen[0].json["messages"] == [
+        {"role": "user", "content": parts},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}],
+        },
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+    ]
+
+
+async def test_a_chat_stream_arrives_chunk_by_chunk() -> None:
+    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
+        stream = stub.ChatCompletionStream(a_request(stream_options={"include_usage": True}))
+        chunks = aiter(stream)
+        first = await anext(chunks)
+        assert first.choices[0].delta.content == "Hello"
+        assert not first.choices[0].finish_reason
+        engine.word_gate.set()
+        rest = [chunk async for chunk in chunks]
+
+        assert [c.choices[0].delta.content for c in rest[:-1]] == [" big", " world"]
+        assert rest[-2].choices[0].finish_reason == "stop"
+        assert rest[-1].usage.total_tokens == USAGE["total_tokens"]
+        assert engine.seen[0].json["stream"] is True
+        assert in_flight(gateway) == 0
+
+
+async def test_completions_embeddings_and_token_counts() -> None:
+    async with an_engine() as engine, a_service(engine) as (_, stub):
+        request = pb.CompletionRequest(model="chat", prompt="Say")
+        whole = await stub.Completion(request)
+        chunks = [chunk.choices[0].text async for chunk in stub.CompletionStream(request)]
+        embedded = await stub.Embeddings(pb.EmbeddingsRequest(model="chat", input=["a"]))
+        counted = await stub.CountTokens(pb.CountTokensRequest(model="chat", prompt="Say"))
+
+    assert whole.choices[0].text == "Hello big world"
+    assert chunks == ["Hello", " big", " world"]
+    assert list(embedded.data[0].embedding) == [0.5, -1.0]
+    assert (counted.count, counted.max_model_len) == (5, 4096)
+    assert engine.seen[-1].path == "/tokenize"
+    assert engine.seen[-1].json == {"model": "chat", "prompt": "Say"}
+
+
+async def test_models_are_listed() -> None:
+    table = EndpointTable(models=(ServedModel(name="chat", aliases=("c",), max_model_len=8),))
+    async with a_service(table=table) as (_, stub):
+        (model,) = (await stub.ListModels(pb.ListModelsRequest())).data
+
+    assert (model.id, list(model.aliases), model.max_model_len) == ("chat", ["c"], 8)
+
+
+@pytest.mark.parametrize(
+    ("request_changes", "status", "told"),
+    [
+        ({"model": "nope"}, grpc.StatusCode.NOT_FOUND, "known: chat"),
+        ({"model": ""}, grpc.StatusCode.INVALID_ARGUMENT, "`model` is required"),
+        ({"extra_json": "{"}, grpc.StatusCode.INVALID_ARGUMENT, "extra_json"),
+        ({"extra_json": "[]"}, grpc.StatusCode.INVALID_ARGUMENT, "JSON object"),
+    ],
+)
+@pytest.mark.parametrize("method", ["ChatCompletion", "ChatCompletionStream"])
+async def test_a_request_that_makes_no_sense_gets_its_status(
+    request_changes, status, told, method
+) -> None:
+    async with an_engine() as engine, a_service(engine) as (_, stub):
+        call = getattr(stub, method)(a_request(**request_changes))
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await (call if method == "ChatCompletion" else call.read())
+
+    assert failed.value.code() == status
+    assert told in failed.value.details()
+
+
+@pytest.mark.parametrize(
+    ("http_status", "status"),
+    [
+        (400, grpc.StatusCode.INVALID_ARGUMENT),
+        (404, grpc.StatusCode.NOT_FOUND),
+        (429, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (500, grpc.StatusCode.INTERNAL),
+        (503, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_the_engines_own_errors_become_statuses(
+    http_status: int, status: grpc.StatusCode
+) -> None:
+    async with an_engine(status=http_status) as engine, a_service(engine) as (gateway, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ChatCompletion(a_request())
+
+        assert failed.value.code() == status
+        assert failed.value.details() == "engine says no"
+        assert ("retry-after" in dict(failed.value.trailing_metadata())) == (
+            http_status in {429, 503}
+        )
+        assert in_flight(gateway) == 0
+
+
+async def test_no_replica_is_unavailable_with_retry_after() -> None:
+    table = EndpointTable(models=(ServedModel(name="chat", scalable=True),))
+    async with a_service(table=table, limits={"hold_timeout_s": 0.05}) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ChatCompletion(a_request())
+
+    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert dict(failed.value.trailing_metadata())["retry-after"] == "10"
+
+
+async def test_a_full_queue_is_resource_exhausted() -> None:
+    async with (
+        an_engine(gate=asyncio.Event()) as engine,
+        a_service(engine, max_in_flight=1, limits={"max_queued": 0}) as (_, stub),
+    ):
+        running = asyncio.ensure_future(_answer(stub))
+        await until(lambda: engine.running == 1)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ChatCompletion(a_request())
+        engine.gate.set()
+        await running
+
+    assert failed.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def _answer(stub: inference_pb2_grpc.InferenceStub) -> pb.ChatCompletionResponse:
+    return await stub.ChatCompletion(a_request())
+
+
+async def test_a_deadline_stops_the_engine() -> None:
+    async with an_engine(gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ChatCompletion(a_request(), timeout=0.2)
+
+        assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: in_flight(gateway) == 0, 1)
+
+
+async def test_a_cancelled_stream_stops_the_engine() -> None:
+    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
+        stream = stub.ChatCompletionStream(a_request())
+        await stream.read()
+
+        stream.cancel()
+
+        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: in_flight(gateway) == 0, 1)
+
+
+async def test_an_engine_that_dies_within_a_stream_is_unavailable() -> None:
+    async with an_engine(die_after_words=1) as engine, a_service(engine) as (gateway, stub):
+        stream = stub.ChatCompletionStream(a_request())
+        assert (await stream.read()).choices[0].delta.content == "Hello"
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stream.read()
+
+        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert in_flight(gateway) == 0
+
+
+async def test_an_error_event_of_the_engine_ends_the_stream_with_its_status() -> None:
+    event = b'data: {"error": {"message": "too long", "code": 400}}\n\n'
+    async with an_engine(raw_chunks=(event,)) as engine, a_service(engine) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.ChatCompletionStream(a_request()).read()
+
+    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert failed.value.details() == "too long"
+
+
+async def test_health_follows_readiness() -> None:
+    async with (
+        a_gateway(controller_url="http://127.0.0.1:9", grpc_port=0) as gateway,
+        a_channel(gateway) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def says(service: str = "") -> str:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+        assert await says() == "NOT_SERVING"
+        gateway.apply(a_table())
+        assert await says() == "SERVING"
+        assert await says("bora.v1.Inference") == "SERVING"
+        await gateway.drain(0)
+        assert await says() == "NOT_SERVING"
+
+
+async def test_reflection_describes_the_service() -> None:
+    async with a_gateway(a_table(), grpc_port=0) as gateway:
+        names, methods = await asyncio.to_thread(_reflected, gateway.grpc_port)
+
+    assert {"bora.v1.Inference", "grpc.health.v1.Health"} <= set(names)
+    assert "ChatCompletionStream" in methods
+
+
+def _reflected(port: int) -> tuple[list[str], list[str]]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        service = DescriptorPool(database).FindServiceByName("bora.v1.Inference")
+        return list(database.get_services()), [method.name for method in service.methods]
+
+
+async def test_grpc_requests_count_in_the_same_metrics() -> None:
+    async with an_engine() as engine, a_service(engine) as (gateway, stub):
+        await stub.ChatCompletion(a_request())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.ChatCompletion(a_request(model=""))
+        async with a_client(gateway) as client:
+            name = "bora_gateway_requests_total"
+            assert await metric(client, name, api="grpc", status="200", model="chat") == 1
+            assert await metric(client, name, api="grpc", status="400") == 1
+            assert await metric(client, "bora_gateway_completion_tokens_total") == 3
+    assert engine.seen[0].path == CHAT

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from gateway.errors import GatewayError, StartupFailed
+from gateway.ports import hold_port
+from gateway.server import run
+from tests.gateway.engines import (
+    CHAT,
+    a_chat,
+    a_client,
+    a_gateway,
+    a_table,
+    an_endpoint,
+    an_engine,
+    in_flight,
+    metric,
+    until,
+)
+
+LISTENS = re.compile(r"listens on [^:]+: HTTP (\d+), gRPC (\w+)")
+
+
+async def test_draining_lets_streams_finish_and_refuses_the_rest() -> None:
+    async with (
+        an_engine(word_gate=asyncio.Event()) as engine,
+        a_gateway(a_table(an_endpoint(engine))) as gateway,
+        a_client(gateway) as client,
+    ):
+        response = await client.post(CHAT, json=a_chat(stream=True))
+        draining = asyncio.create_task(gateway.drain(5))
+        await asyncio.sleep(0.01)
+
+        for refused in (await client.post(CHAT, json=a_chat()), await client.get("/ready")):
+            assert refused.status == 503
+            assert refused.headers["retry-after"] == "1"
+        assert (await client.get("/health")).status == 200
+        assert not draining.done()
+
+        engine.word_gate.set()
+        assert (await response.read()).endswith(b"[DONE]\n\n")
+        await asyncio.wait_for(draining, 1)
+
+
+async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() -> None:
+    async with (
+        an_engine(word_gate=asyncio.Event()) as engine,
+        a_gateway(a_table(an_endpoint(engine, max_in_flight=1))) as gateway,
+        a_client(gateway) as client,
+    ):
+        response = await client.post(CHAT, json=a_chat(stream=True))
+        queued = asyncio.create_task(client.post(CHAT, json=a_chat()))
+        await until(lambda: gateway.admission.queued("chat") == 1)
+
+        await gateway.drain(0.1)
+
+        last = (await response.read()).split(b"\n\n")[-2]
+        assert "shutting down" in json.loads(last[6:])["error"]["message"]
+        assert (await queued).status == 503
+        await until(lambda: engine.hung_up_on == 1, 1)
+        assert in_flight(gateway) == 0
+
+
+@pytest.mark.parametrize("which", ["http_port", "grpc_port"])
+async def test_a_port_in_use_is_said_clearly(which: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupFailed, match=f"cannot listen on 127.0.0.1:{port}.*in use"):
+            async with a_gateway(**{which: port}):
+                pass
+
+
+def test_a_port_held_by_another_gateways_workers_is_in_use() -> None:
+    with hold_port("127.0.0.1", 0) as held:
+        held.listen()
+        with pytest.raises(StartupFailed, match="in use"):
+            hold_port("127.0.0.1", held.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "one of the two"),
+        ({"controller": "ftp://x"}, "controller_url"),
+        ({"controller": "http://x", "endpoints": Path("y")}, "one of the two"),
+        ({"controller": "http://x", "http_port": 70000}, "http_port"),
+        ({"controller": "http://x", "workers": 0}, "workers"),
+        ({"controller": "http://x", "token_file": Path("/nope")}, "/nope"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(StartupFailed, match=told) as refused:
+        run(**settings)
+
+    assert refused.value.exit_code == 2
+
+
+def test_errors_know_their_statuses() -> None:
+    error = GatewayError("x", retry_after_s=0.2)
+
+    assert (error.status, error.exit_code, error.retry_after) == (500, 1, "1")
+
+
+@asynccontextmanager
+async def a_process(
+    folder: Path, url: str, *options: str
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
+    """`python -m gateway`; yields the process, its ports and its log so far."""
+    path = folder / "endpoints.yaml"
+    path.write_text(f'endpoints: [{{model: chat, url: "{url}"}}]')
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "--endpoints", str(path)),
+        *("--http-port", "0", "--grpc-port", "0", *options),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONWARNINGS": "error::ResourceWarning"},
+    )
+    log: list[str] = []
+
+    async def follow() -> None:
+        while line := await process.stderr.readline():
+            log.append(line.decode())
+
+    following = asyncio.create_task(follow())
+    try:
+        yield process, log
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await following
+
+
+def ports(log: list[str]) -> list[tuple[str, str]]:
+    return LISTENS.findall("".join(log))
+
+
+async def test_sigterm_drains_the_process_and_it_ends_well(tmp_path: Path) -> None:
+    async with (
+        an_engine(word_gate=asyncio.Event()) as engine,
+        a_process(tmp_path, engine.url) as (process, log),
+    ):
+        await until(lambda: ports(log) != [], 20)
+        base = f"http://127.0.0.1:{ports(log)[0][0]}"
+        async with aiohttp.ClientSession(base) as client:
+            response = await client.post(CHAT, json=a_chat(stream=True))
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: "draining" in "".join(log))
+            assert (await client.post(CHAT, json=a_chat())).status == 503
+            engine.word_gate.set()
+            assert (await response.read()).endswith(b"[DONE]\n\n")
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+    access = [json.loads(line) for line in log if line.startswith("{")]
+    assert sorted(line["status"] for line in access) == [200, 503]
+    assert "Traceback" not in "".join(log)
+
+
+async def test_workers_share_a_port_and_their_metrics_and_end_together(tmp_path: Path) -> None:
+    async with (
+        an_engine() as engine,
+        a_process(tmp_path, engine.url, "--workers", "2") as (process, log),
+    ):
+        await until(lambda: len(ports(log)) == 2, 30)
+        assert len(set(ports(log))) == 1
+        base = f"http://127.0.0.1:{ports(log)[0][0]}"
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(base, connector=connector) as client:
+            for _ in range(12):
+                assert (await client.post(CHAT, json=a_chat())).status == 200
+            total = await metric(client, "bora_gateway_requests_total", status="200")
+            assert total == 12
+            assert await metric(client, "bora_gateway_in_flight") == 0
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    assert "Traceback" not in "".join(log)
+
+
+async def test_a_process_that_cannot_start_ends_with_2_and_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        async with a_process(tmp_path, "http://127.0.0.1:9", "--http-port", port) as (process, log):
+            assert await asyncio.wait_for(process.wait(), 20) == 2
+
+    assert [line for line in log if line.startswith("error: cannot listen on")]
+    assert "Traceback" not in "".join(log)

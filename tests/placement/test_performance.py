@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+
+from placement.capacity import capacity
+from placement.fleet import Demand, Objective, TokenLengths
+from placement.performance import Load, predict, prefill_s, replica_speed, step_s
+from tests.placement.builders import CATALOGUE, a_candidate, a_cpu_candidate, a_gpu_device
+
+SMALL = CATALOGUE.model("mistral-small-3.2")
+MIXTRAL = CATALOGUE.model("mixtral-8x7b")
+ALONE = Load(concurrency=1, input_tokens=512, output_tokens=128)
+
+
+def a_speed(model=SMALL, gpu="H100-SXM", **changes):
+    return replica_speed(a_candidate(model, device=a_gpu_device(gpu), **changes))
+
+
+def a_demand(rate=1.0, *, input_tokens=512, output_tokens=128, input_p95=None):
+    return Demand(
+        requests_per_s=rate,
+        input_tokens=TokenLengths(mean=input_tokens, p95=input_p95),
+        output_tokens=TokenLengths(mean=output_tokens),
+    )
+
+
+def a_capacity(**changes):
+    fields = {
+        "max_num_seqs": 256,
+        "kv_cache_tokens": 170_000,
+        "demand": a_demand(),
+        "slo": Objective(),
+    }
+    return capacity(a_speed(), **{**fields, **changes})
+
+
+def test_small_24b_decodes_about_52_tokens_a_second_on_an_h100():
+    """France-Travail measured 51.9 for one stream."""
+    prediction = predict(a_speed(), Load(concurrency=1, input_tokens=32, output_tokens=128))
+
+    assert prediction.output_tokens_per_s == pytest.approx(51.9, rel=0.1)
+
+
+def test_more_requests_make_each_slower_and_all_together_faster():
+    speed = a_speed()
+    predictions = [predict(speed, Load(c, 512, 128)) for c in (1, 8, 64, 256)]
+
+    assert predictions == sorted(predictions, key=lambda prediction: prediction.tpot_ms)
+    assert predictions == sorted(predictions, key=lambda each: each.output_tokens_per_s)
+    assert predictions == sorted(predictions, key=lambda prediction: prediction.ttft_s)
+
+
+def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses():
+    speed = a_speed(MIXTRAL, "H200-SXM")
+    bytes_per_s = 4.8e12 * 0.8
+
+    one = step_s(speed, concurrency=1, context=0)
+    sixteen = step_s(speed, concurrency=16, context=0)
+
+    expert_bytes = 2 * 32 * 8 * 3 * 4096 * 14336
+    expected = expert_bytes * ((1 - 0.75**16) - 0.25) / bytes_per_s
+    assert sixteen - one == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_long_prompt_takes_more_than_its_share():
+    speed = a_speed()
+
+    assert prefill_s(speed, 32_000) > 2 * prefill_s(speed, 16_000)
+
+
+@pytest.mark.parametrize("gpu", sorted(CATALOGUE.gpus))
+def test_every_gpu_type_predicts_something_finite(gpu):
+    candidate = a_cpu_candidate() if gpu == "cpu" else a_candidate(device=a_gpu_device(gpu))
+
+    prediction = predict(replica_speed(candidate), ALONE)
+
+    assert 0 < prediction.ttft_s < 10
+    assert 0 < prediction.tpot_ms < 1000
+
+
+def test_tensor_parallelism_helps_over_nvlink_more_than_through_host_memory():
+    fast = a_speed(tensor_parallel_size=4)
+    candidate = a_candidate(SMALL, device=a_gpu_device(link="pcie-no-p2p"), tensor_parallel_size=4)
+    slow = replica_speed(candidate)
+
+    one = predict(a_speed(), ALONE).tpot_ms
+    assert predict(fast, ALONE).tpot_ms < predict(slow, ALONE).tpot_ms < one
+
+
+def test_capacity_ends_where_the_tokens_per_second_are_promised():
+    free, bound = a_capacity(), a_capacity(slo=Objective(tpot_p95_ms=25))
+
+    assert 0 < bound.concurrency < free.concurrency
+    assert bound.prediction.tpot_ms <= 25
+    assert bound.broken_promise.startswith("tpot_p95_ms 25 ")
+
+
+def test_capacity_ends_where_long_prompts_would_come_too_late():
+    demand = a_demand(input_p95=8000)
+    slo = Objective(ttft_p95_s=round(prefill_s(a_speed(), 8000) + 0.02, 3))
+
+    bound = a_capacity(demand=demand, slo=slo)
+
+    assert bound.broken_promise.startswith(f"ttft_p95_s {slo.ttft_p95_s:g} ")
+    assert bound.requests_per_s < a_capacity(demand=demand).requests_per_s
+
+
+def test_capacity_ends_where_the_cache_is_full():
+    assert a_capacity(kv_cache_tokens=6400).concurrency == 10
+
+
+def test_a_promise_that_one_request_breaks_leaves_no_capacity():
+    none = a_capacity(slo=Objective(tpot_p95_ms=1))
+
+    assert none.concurrency == 0
+    assert none.requests_per_s == 0.0

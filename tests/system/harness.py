@@ -1,0 +1,110 @@
+"""Starts bora as a user does, in a state folder of its own, and knows every process of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.processes import free_ports
+
+BORA = [sys.executable, "-m", "cluster"]
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float, period_s: float = 0.2) -> Any:
+    """The first true value of `condition`; fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
+        time.sleep(period_s)
+
+
+class Bora:
+    """One `bora up` in its own state folder and on its own ports."""
+
+    def __init__(self, state: Path, *arguments: str) -> None:
+        self.state = state
+        self.http_port, self.grpc_port = free_ports(2)
+        self.env = {**os.environ, "BORA_STATE": str(state)}
+        ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+        self.output = state.parent / f"{state.name}.out"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*BORA, "up", *arguments, *ports],
+                env=self.env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def wait_ready(self, timeout_s: float = 300.0) -> None:
+        eventually(lambda: "ready after" in self.said() or self.process.poll() is not None, timeout_s)
+        assert self.process.poll() is None, self.said()
+
+    def command(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*BORA, *arguments],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def status(self) -> dict[str, Any]:
+        result = self.command("status", "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def variant(self, model: str) -> dict[str, Any]:
+        return next(variant for variant in self.status()["variants"] if variant["model"] == model)
+
+    def processes(self) -> list[int]:
+        """Every live process that descends from this `bora up`, wherever it went.
+
+        They all inherit the name of the state folder in their environment.
+        """
+        marker = f"BORA_STATE={self.state}\0".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if marker in (entry / "environ").read_bytes() + b"\0":
+                        found.append(int(entry.name))
+        return found
+
+    def interrupt(self, timeout_s: float = 90.0) -> int:
+        """Ctrl-C; the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def running_bora(state: Path, *arguments: str) -> Iterator[Bora]:
+    """`bora up ARGUMENTS`, ended in any case, by process id."""
+    bora = Bora(state, *arguments)
+    try:
+        yield bora
+    finally:
+        if bora.process.poll() is None:
+            bora.interrupt()
+        for pid in bora.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
