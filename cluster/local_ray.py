@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ class LocalRay:
     def stop(self) -> None:
         """End Ray, the engines on it, and whatever they started."""
         stop_guarded(self.process, 60)
+        shutil.rmtree(self.tmpdir, ignore_errors=True)
 
 
 def start_local_ray(
@@ -69,7 +71,11 @@ def start_local_ray(
     # drained by the controller before.
     process = start_guarded(command, log=log, env=env, grace_s=2)
     ray = LocalRay(process, f"{HOST}:{gcs}", tmpdir, env)
-    _wait_until_up(ray, log)
+    try:
+        _wait_until_up(ray, log)
+    except BaseException:  # Ctrl-C too: nothing may be left
+        ray.stop()
+        raise
     return ray
 
 
@@ -77,7 +83,6 @@ def _wait_until_up(ray: LocalRay, log: Path, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while "Ray runtime started" not in tail(log, 200):
         if ray.process.poll() is not None or time.monotonic() > deadline:
-            ray.stop()
             raise ClusterError(f"Ray did not start; the end of {log}:\n{tail(log, 30)}")
         time.sleep(0.1)
 

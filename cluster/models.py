@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from placement.hf_config import model_from_config
-
 from placement.catalogue import Catalogue, ModelSpec
 from placement.errors import ConfigError, UnknownName
 from placement.fleet import FleetSpec
+from placement.hf_config import model_from_config
 
 
 def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:

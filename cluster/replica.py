@@ -119,10 +119,14 @@ class Replica:
             failures = 0 if healthy else failures + 1
             if self._engine.ended or failures >= UNHEALTHY_CHECKS:
                 self._die()
-            if self._state != "draining" and healthy != (self._state == "ready"):
-                self._state = "ready" if healthy else "unhealthy"
-                await self._report()
+            await self._note_health(healthy=healthy)
             await asyncio.sleep(0.5)
+
+    async def _note_health(self, *, healthy: bool) -> None:
+        state: ReplicaState = "ready" if healthy else "unhealthy"
+        if self._state not in ("draining", state):
+            self._state = state
+            await self._report()
 
     def _die(self) -> None:
         """Tell the controller, then end this process: Serve replaces a dead replica at once."""

@@ -175,7 +175,7 @@ async def _errors_as_bodies(request: web.Request, handler: _Handler) -> web.Stre
     except web.HTTPException as error:
         response = _error_response(BadRequest(error.reason))
     except ConnectionResetError:
-        raise  # the client left: nobody to tell
+        response = web.Response()  # the client left: nobody will read it
     except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
         _log.exception("request %s failed", request[_REQUEST_ID])
         response = _error_response(GatewayError("internal error; the gateway's log has more"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from cluster.cli import catalogue, fleet, gateway, up
+from cluster.cli.render import page_console
 from cluster.errors import ClusterError
 from placement.errors import PlacementError
 
@@ -28,5 +28,7 @@ def main() -> None:
     try:
         app()
     except (PlacementError, ClusterError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        page_console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False
+        )
         sys.exit(error.exit_code)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from placement.planner import make_plan
-from rich.console import Console
 from rich.table import Table
 
 from cluster import context
-from cluster.cli.render import plan_page
+from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
 from cluster.models import catalogue_for
@@ -23,6 +21,7 @@ from placement.fleet import FleetSpec
 from placement.inventory import Inventory
 from placement.parameters import count_parameters
 from placement.plan import Plan
+from placement.planner import make_plan
 from placement.spec import dump_yaml, load_yaml
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -52,7 +51,7 @@ def models(*, json_: Json = False) -> None:
             ", ".join(checkpoint.precision for checkpoint in entry.checkpoints),
             entry.licence,
         )
-    Console().print(table)
+    page_console().print(table)
 
 
 def gpus(*, json_: Json = False) -> None:
@@ -74,7 +73,7 @@ def gpus(*, json_: Json = False) -> None:
             "yes" if gpu.peer_to_peer else "no",
             "-" if gpu.price_per_hour is None else f"{gpu.price_per_hour:.2f}",
         )
-    Console().print(table)
+    page_console().print(table)
 
 
 def plan(
@@ -94,7 +93,7 @@ def plan(
     if json_:
         print(answer.model_dump_json())  # noqa: T201
     else:
-        Console().print(plan_page(answer))
+        page_console().print(plan_page(answer))
     sys.exit(3 if answer.status == "infeasible" else 0)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster import context
 from cluster.cli.catalogue import Json, solve
-from cluster.cli.render import plan_page, status_page
+from cluster.cli.render import page_console, plan_page, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
@@ -43,7 +43,7 @@ def deploy(
     ] = None,
 ) -> None:
     """Serve this fleet on the running cluster; models that it does not name are stopped."""
-    console = Console(stderr=True)
+    console = page_console(stderr=True)
     running = context.find()
     if running is None and address is not None:
         running = _install(address, load_yaml(fleet, FleetSpec).gateway)
@@ -63,7 +63,7 @@ def status(*, json_: Json = False) -> None:
     if json_:
         print(current.model_dump_json())  # noqa: T201
     else:
-        Console().print(status_page(current))
+        page_console().print(status_page(current))
 
 
 def scale(model: str, replicas: Annotated[int, typer.Argument(min=0)]) -> None:
@@ -98,7 +98,7 @@ def logs(
 
 def down() -> None:
     """Stop what `bora up` or `bora deploy` started, and nothing else."""
-    console = Console(stderr=True)
+    console = page_console(stderr=True)
     running = context.find()
     if running is None:
         console.print("nothing of bora runs here", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -10,7 +10,14 @@ from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
 from placement.plan import Plan, Variant
 
 GIB = 2**30
+FAILURE_LINES = 6
 _STYLES = {"ready": "green", "failed": "red", "unhealthy": "red"}
+
+
+def page_console(*, stderr: bool = False) -> Console:
+    """A console whose tables are not cut off where nobody looks at a terminal of 80 columns."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
 
 
 def plan_page(plan: Plan) -> RenderableType:
@@ -48,8 +55,10 @@ def status_page(status: FleetStatus) -> RenderableType:
         )
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
-        if variant.failure:
-            failures.append(Text(f"{variant.model}: {variant.failure}", style="red"))
+        if variant.failure and variant.ready < variant.wanted:
+            end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
+            text = f"{variant.model}: an engine ended (`bora logs {variant.model}`):\n{end}"
+            failures.append(Text(text, style="red"))
     head = Text(
         f"fleet {status.fleet or '(none)'}, endpoint table {status.table_version}, "
         f"{len(status.gateways)} gateway(s)"
@@ -91,4 +100,6 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
 def _state(variant: VariantStatus) -> Text:
     if variant.ready >= variant.wanted:
         return Text("serving" if variant.wanted else "scaled to zero", style="green")
-    return Text("degraded" if variant.ready else "starting", style="yellow")
+    if variant.ready or variant.failure:
+        return Text("degraded", style="yellow")
+    return Text("starting", style="yellow")

@@ -15,11 +15,10 @@ from typing import Annotated, NoReturn
 
 import psutil
 import typer
-from placement.planner import make_plan
 from rich.console import Console
 
 from cluster import context
-from cluster.cli.render import plan_page
+from cluster.cli.render import page_console, plan_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
@@ -35,6 +34,7 @@ from placement.errors import DoesNotFit
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
 from placement.inventory import Inventory
 from placement.plan import Plan
+from placement.planner import make_plan
 from placement.spec import load_yaml
 
 DEFAULT_FLEET = CONFIGS / "fleets" / "local.yaml"
@@ -56,7 +56,7 @@ def up(
     grpc_port: Annotated[int | None, typer.Option(help="Instead of the fleet's.")] = None,
 ) -> None:
     """Everything on this machine: Ray, engines, gateway. Ctrl-C stops all of it."""
-    console = Console(stderr=True)
+    console = page_console(stderr=True)
     spec = _fleet(fleet, model, http_port, grpc_port)
     with _only_one_here():
         _take_signals()
@@ -108,7 +108,6 @@ def _run(spec: FleetSpec, console: Console) -> None:
                 with contextlib.suppress(ClusterError):
                     client.stop()
         ray.stop()
-        shutil.rmtree(ray.tmpdir, ignore_errors=True)
         context.forget()
 
 

@@ -28,8 +28,11 @@ EXPERTS_MODULE = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 logger = logging.getLogger(__name__)
 
 
-def register() -> None:
-    """Make expert parallelism work on a CPU with a vLLM that needs this; elsewhere do nothing."""
+def register(experts_module: str = EXPERTS_MODULE) -> None:
+    """Make expert parallelism, and Pixtral, work on a CPU; on GPUs do nothing.
+
+    The experts are changed once they are imported, in a vLLM version that needs it.
+    """
     import vllm  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
@@ -43,10 +46,10 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    if module := sys.modules.get(EXPERTS_MODULE):
+    if module := sys.modules.get(experts_module):
         map_experts(module)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(EXPERTS_MODULE, map_experts))
+        sys.meta_path.insert(0, _AfterImport(experts_module, map_experts))
 
 
 def map_experts(module: ModuleType) -> None:

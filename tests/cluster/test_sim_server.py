@@ -73,7 +73,7 @@ async def load(session: aiohttp.ClientSession) -> EngineLoad:
 
 async def until(session: aiohttp.ClientSession, expected: EngineLoad) -> None:
     async with asyncio.timeout(10):
-        while await load(session) != expected:  # noqa: ASYNC110 - the engine is seen over HTTP only
+        while await load(session) != expected:
             await asyncio.sleep(0.01)
 
 

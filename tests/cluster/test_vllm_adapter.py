@@ -1,11 +1,9 @@
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.engines import cpu_expert_map
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
 from cluster.engines.vllm import GIB, VllmEngine
 from tests.builders import a_shape, a_variant
@@ -16,6 +14,7 @@ PLANNED = ("--model", "nano:nano-mixtral", "--tensor-parallel-size", "1", "--dty
 CPU_LOG = """\
 (APIServer pid=5379) INFO 11-22 09:17:45 [api_utils.py:286] non-default args: {'port': 18901}
 (APIServer pid=5379) INFO 11-22 09:17:56 [model.py:733] Resolved architecture: MixtralForCausalLM
+(APIServer pid=5379) WARNING 11-22 09:17:56 [vllm.py:1703] Enforce eager set, disabling torch.compile
 (Worker pid=5423) INFO 11-22 09:18:11 [cpu_model_runner.py:68] Starting to load model /cache/n...
 Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:00<00:00, 26.40it/s]
 (Worker pid=5423) INFO 11-22 09:18:12 [default_loader.py:501] Loading weights took 0.04 seconds
@@ -122,6 +121,7 @@ def test_stages_of_a_start_in_their_order() -> None:
     assert stages == [
         "reading the configuration",
         "starting workers",
+        None,
         "loading weights",
         "loading weights, 50 %",
         "preparing weights",
@@ -129,6 +129,16 @@ def test_stages_of_a_start_in_their_order() -> None:
         "starting the HTTP server",
         None,
     ]
+
+
+def test_stages_on_gpus() -> None:
+    lines = [
+        "[backends.py:1105] Using cache directory: /cache/vllm for vLLM's torch.compile",
+        "[backends.py:1167] Dynamo bytecode transform time: 6.21 s",
+        "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  40%|####      | 20/51",
+    ]
+
+    assert list(map(ENGINE.stage, lines)) == ["compiling", "compiling", "capturing CUDA graphs"]
 
 
 @pytest.mark.parametrize(
@@ -155,56 +165,3 @@ def test_load_of_data_parallel_ranks_is_summed_and_their_cache_usage_averaged() 
 
 def test_engine_without_metrics_has_no_load() -> None:
     assert ENGINE.load("") == EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
-
-
-class TestCpuExpertMap:
-    """Experts 2 and 3 of 4 live on this rank."""
-
-    @pytest.fixture
-    def experts(self) -> Any:
-        class CPUUnquantizedExperts:
-            def apply(
-                self,
-                topk_weights: Any,
-                topk_ids: Any,
-                expert_map: Any,
-                apply_router_weight_on_input: bool,
-            ) -> None:
-                self.seen = (topk_weights, topk_ids)
-
-        module = types.ModuleType("cpu_moe")
-        vars(module)["CPUUnquantizedExperts"] = CPUUnquantizedExperts
-        cpu_expert_map.map_experts(module)
-        cpu_expert_map.map_experts(module)
-        return CPUUnquantizedExperts()
-
-    def apply(
-        self, experts: Any, expert_map: list[int] | None, *, on_input: bool = False
-    ) -> list[Any]:
-        torch = pytest.importorskip("torch")
-        weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-        ids = torch.tensor([[2, 0], [3, 2]], dtype=torch.int32)
-        mapping = expert_map and torch.tensor(expert_map, dtype=torch.int32)
-        experts.apply(
-            topk_weights=weights,
-            topk_ids=ids,
-            expert_map=mapping,
-            apply_router_weight_on_input=on_input,
-        )
-        return [seen.tolist() for seen in experts.seen]
-
-    def test_ids_become_local_and_experts_of_other_ranks_weigh_nothing(self, experts: Any) -> None:
-        weights, ids = self.apply(experts, [-1, -1, 0, 1])
-
-        assert weights == [[0.75, 0.0], [0.5, 0.5]]
-        assert ids == [[0, 0], [1, 0]]
-
-    def test_without_expert_parallelism_nothing_changes(self, experts: Any) -> None:
-        weights, ids = self.apply(experts, None)
-
-        assert weights == [[0.75, 0.25], [0.5, 0.5]]
-        assert ids == [[2, 0], [3, 2]]
-
-    def test_weights_that_are_already_in_the_input_cannot_be_taken_back(self, experts: Any) -> None:
-        with pytest.raises(NotImplementedError, match="router weights"):
-            self.apply(experts, [-1, -1, 0, 1], on_input=True)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -204,10 +205,8 @@ def test_key_is_required(engine: Running) -> None:
         assert response.status == 401
 
 
+@pytest.mark.parametrize("engine", [Configuration("nano-small")], indirect=True, ids=str)
 def test_images_are_looked_at(engine: Running) -> None:
-    if "vision" not in engine.variant.capabilities:
-        pytest.skip("no vision tower")
-
     red, blue, red_again = (
         engine.chat([{"type": "text", "text": "What is this?"}, image_part(color)], max_tokens=12)
         for color in ("red", "blue", "red")

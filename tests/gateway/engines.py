@@ -220,7 +220,7 @@ def a_chat(**changes: Any) -> dict[str, Any]:
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Wait for `condition`; fails the test if it does not come."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - of a socket or a foreign task
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -181,7 +181,7 @@ async def test_models_are_listed() -> None:
 )
 @pytest.mark.parametrize("method", ["ChatCompletion", "ChatCompletionStream"])
 async def test_a_request_that_makes_no_sense_gets_its_status(
-    request_changes, status, told, method
+    request_changes: dict[str, Any], status: grpc.StatusCode, told: str, method: str
 ) -> None:
     async with an_engine() as engine, a_service(engine) as (_, stub):
         call = getattr(stub, method)(a_request(**request_changes))

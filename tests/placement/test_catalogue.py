@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from placement.catalogue import load_catalogue
+from placement.catalogue import GpuType, ModelSpec, load_catalogue
 from placement.errors import ConfigError, UnknownName
 from placement.memory import checkpoint_bytes
 from tests.placement.builders import CATALOGUE
@@ -14,7 +16,7 @@ GPU_TYPES = {
 }  # fmt: skip
 
 
-def test_every_promised_gpu_type_is_there():
+def test_every_promised_gpu_type_is_there() -> None:
     assert set(CATALOGUE.gpus) == GPU_TYPES
 
 
@@ -29,21 +31,21 @@ def test_every_promised_gpu_type_is_there():
         ("A100-80GB-PCIe", "A100-80-PCIe"),
     ],
 )
-def test_short_names_and_those_of_nvidia_smi_resolve(alias, name):
+def test_short_names_and_those_of_nvidia_smi_resolve(alias: str, name: str) -> None:
     assert CATALOGUE.gpu(alias).name == name
 
 
-def test_a_hugging_face_repo_id_is_an_alias_too():
+def test_a_hugging_face_repo_id_is_an_alias_too() -> None:
     assert CATALOGUE.model("mistralai/Mixtral-8x7B-Instruct-v0.1").name == "mixtral-8x7b"
 
 
-def test_an_unknown_gpu_names_the_nearest():
+def test_an_unknown_gpu_names_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean 'RTX-4090'"):
         CATALOGUE.gpu("RTX-4091")
 
 
 @pytest.mark.parametrize("gpu", CATALOGUE.gpus.values(), ids=lambda gpu: gpu.name)
-def test_a_gpu_type_has_a_source_and_plausible_figures(gpu):
+def test_a_gpu_type_has_a_source_and_plausible_figures(gpu: GpuType) -> None:
     assert gpu.sources
     assert (gpu.memory_bytes is None) == (gpu.name == "cpu")
     assert gpu.memory_bytes is None or 20e9 < gpu.memory_bytes < 300e9
@@ -52,7 +54,7 @@ def test_a_gpu_type_has_a_source_and_plausible_figures(gpu):
 
 
 @pytest.mark.parametrize("model", CATALOGUE.models.values(), ids=lambda model: model.name)
-def test_published_checkpoint_sizes_agree_with_the_architecture(model):
+def test_published_checkpoint_sizes_agree_with_the_architecture(model: ModelSpec) -> None:
     """Within 6 %: GGUF files leave the vision tower out."""
     for checkpoint in model.checkpoints:
         if checkpoint.size_bytes is not None:
@@ -62,7 +64,7 @@ def test_published_checkpoint_sizes_agree_with_the_architecture(model):
             assert checkpoint.size_bytes == pytest.approx(computed, rel=0.06)
 
 
-def test_two_entries_may_not_share_a_name(tmp_path):
+def test_two_entries_may_not_share_a_name(tmp_path: Path) -> None:
     for folder in ("models", "gpus"):
         (tmp_path / folder).mkdir()
     for name in ("a", "b"):

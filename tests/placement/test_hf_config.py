@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from placement.errors import ConfigError
@@ -87,11 +89,13 @@ LARGE_3 = {
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
-def test_a_configuration_gives_the_parameters_of_the_real_model(config, total):
+def test_a_configuration_gives_the_parameters_of_the_real_model(
+    config: dict[str, Any], total: int
+) -> None:
     assert count_parameters(model_from_config("m", config, "m").architecture).total == total
 
 
-def test_params_json_of_large_3_gives_the_catalogues_architecture():
+def test_params_json_of_large_3_gives_the_catalogues_architecture() -> None:
     model = model_from_config("m", LARGE_3, "/models/large")
 
     assert model.architecture == CATALOGUE.model("mistral-large-3").architecture
@@ -99,7 +103,7 @@ def test_params_json_of_large_3_gives_the_catalogues_architecture():
     assert "--load-format" in model.engine_args
 
 
-def test_the_checkpoint_is_where_the_configuration_was():
+def test_the_checkpoint_is_where_the_configuration_was() -> None:
     model = model_from_config("repo/name", MISTRAL, "/models/m")
 
     assert model.name == "repo/name"
@@ -127,7 +131,7 @@ def test_the_checkpoint_is_where_the_configuration_was():
         ),
     ],
 )
-def test_precision_is_that_of_the_stored_weights(changes, precision):
+def test_precision_is_that_of_the_stored_weights(changes: Any, precision: str) -> None:
     model = model_from_config("m", {**MISTRAL, **changes}, "m")
 
     assert model.checkpoints[0].precision == precision
@@ -151,6 +155,6 @@ def test_precision_is_that_of_the_stored_weights(changes, precision):
         ({**LARGE_3, "moe": [1]}, r"moe is \[1\] instead of an object"),
     ],
 )
-def test_what_is_missing_or_absurd_is_named(config, message):
+def test_what_is_missing_or_absurd_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_from_config("m", config, "m")

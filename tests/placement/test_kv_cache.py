@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.candidate import GIB
+from placement.candidate import GIB, Candidate
 from placement.kv_cache import KvLayout, kv_bytes_per_token, kv_cache, longest_context
 from placement.memory import memory_use
 from tests.placement.builders import (
@@ -32,13 +32,13 @@ from tests.placement.builders import (
         ("mistral-large-3", 8, 70_272),
     ],
 )
-def test_bytes_per_token_and_rank(model, ranks, expected):
+def test_bytes_per_token_and_rank(model: str, ranks: int, expected: int) -> None:
     architecture = CATALOGUE.model(model).architecture
 
     assert kv_bytes_per_token(architecture, tensor_parallel_size=ranks, element_bytes=2) == expected
 
 
-def test_an_fp8_cache_takes_half():
+def test_an_fp8_cache_takes_half() -> None:
     architecture = CATALOGUE.model("mistral-large-3").architecture
 
     assert kv_bytes_per_token(architecture, tensor_parallel_size=8, element_bytes=1) == 35_136
@@ -57,11 +57,13 @@ LATENT = a_model(architecture=an_architecture(mla=a_latent(), head_dim=192))
         (a_cpu_candidate(LATENT, tensor_parallel_size=2), 233_008),
     ],
 )
-def test_a_gib_on_the_cpu_holds_the_tokens_that_vllm_logs(candidate, logged):
+def test_a_gib_on_the_cpu_holds_the_tokens_that_vllm_logs(
+    candidate: Candidate, logged: int
+) -> None:
     assert memory_use(candidate).kv.tokens == logged
 
 
-def test_cpu_blocks_have_128_tokens_and_those_of_latents_16_unless_there_are_amx_tiles():
+def test_cpu_blocks_have_128_tokens_and_those_of_latents_16_unless_there_are_amx_tiles() -> None:
     amx = a_cpu_candidate(LATENT, device=a_cpu_device(amx=True))
 
     assert memory_use(a_cpu_candidate()).kv.block_size == 128
@@ -73,13 +75,15 @@ def test_cpu_blocks_have_128_tokens_and_those_of_latents_16_unless_there_are_amx
     ("gpu", "kv_cache_dtype", "block_size"),
     [("H100-SXM", "auto", 16), ("H100-SXM", "fp8", 64), ("B200", "auto", 128), ("L4", "auto", 16)],
 )
-def test_latent_kernels_of_gpus_choose_the_block_size(gpu, kv_cache_dtype, block_size):
+def test_latent_kernels_of_gpus_choose_the_block_size(
+    gpu: str, kv_cache_dtype: str, block_size: int
+) -> None:
     candidate = a_candidate(LATENT, device=a_gpu_device(gpu), kv_cache_dtype=kv_cache_dtype)
 
     assert memory_use(candidate).kv.block_size == block_size
 
 
-def test_the_logged_size_follows_a_context_that_blocks_do_not_divide():
+def test_the_logged_size_follows_a_context_that_blocks_do_not_divide() -> None:
     layout = KvLayout(
         bytes_per_token=1024, block_size=16, sliding_window=None, max_in_flight_tokens=2048
     )
@@ -91,7 +95,7 @@ def test_the_logged_size_follows_a_context_that_blocks_do_not_divide():
     assert cache.tokens == int(100 / 7 * 100)
 
 
-def test_a_window_holds_more_requests_than_full_attention_would():
+def test_a_window_holds_more_requests_than_full_attention_would() -> None:
     layout = KvLayout(
         bytes_per_token=131_072, block_size=16, sliding_window=4096, max_in_flight_tokens=4096
     )
@@ -102,7 +106,7 @@ def test_a_window_holds_more_requests_than_full_attention_would():
     assert cache.tokens == int(4096 / 513 * 32_768)
 
 
-def test_steps_overlap_on_gpus_so_that_a_window_keeps_two_of_them():
+def test_steps_overlap_on_gpus_so_that_a_window_keeps_two_of_them() -> None:
     model = a_model(architecture=an_architecture(sliding_window=1024))
 
     on_gpu = memory_use(a_candidate(model, max_model_len=32_768, max_num_batched_tokens=2048)).kv
@@ -112,7 +116,7 @@ def test_steps_overlap_on_gpus_so_that_a_window_keeps_two_of_them():
     assert on_cpu.blocks_per_request == -(-(1023 + 2048) // 128) + 1
 
 
-def test_one_block_is_never_handed_out():
+def test_one_block_is_never_handed_out() -> None:
     layout = KvLayout(
         bytes_per_token=1, block_size=16, sliding_window=None, max_in_flight_tokens=16
     )
@@ -126,7 +130,9 @@ def test_one_block_is_never_handed_out():
     window=st.none() | st.integers(1, 4096),
     at_most=st.integers(1, 100_000),
 )
-def test_the_longest_context_fits_and_one_token_more_does_not(available, window, at_most):
+def test_the_longest_context_fits_and_one_token_more_does_not(
+    available: int, window: int | None, at_most: int
+) -> None:
     layout = KvLayout(
         bytes_per_token=64, block_size=16, sliding_window=window, max_in_flight_tokens=256
     )

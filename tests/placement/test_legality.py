@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from placement.candidate import GIB
-from placement.catalogue import Checkpoint
+from placement.candidate import GIB, Candidate
+from placement.catalogue import Checkpoint, ModelSpec
 from placement.legality import first_rejection
 from tests.placement.builders import (
     CATALOGUE,
@@ -17,7 +19,7 @@ from tests.placement.builders import (
 )
 
 
-def in_precision(precision, **changes):
+def in_precision(precision: str, **changes: Any) -> ModelSpec:
     checkpoint = Checkpoint(precision=precision, source="x")
     return a_model(checkpoints=(checkpoint,), **changes)
 
@@ -82,7 +84,9 @@ MIXTURE = a_model(architecture=an_architecture(moe=experts()))
         ),
     ],
 )
-def test_a_rule_is_broken_and_says_so_with_numbers(rule, candidate, numbers):
+def test_a_rule_is_broken_and_says_so_with_numbers(
+    rule: str, candidate: Candidate, numbers: str
+) -> None:
     rejection = first_rejection(candidate)
 
     assert rejection is not None
@@ -104,11 +108,11 @@ def test_a_rule_is_broken_and_says_so_with_numbers(rule, candidate, numbers):
         a_cpu_candidate(in_precision("fp32")),
     ],
 )
-def test_what_vllm_runs_is_legal(candidate):
+def test_what_vllm_runs_is_legal(candidate: Candidate) -> None:
     assert first_rejection(candidate) is None
 
 
-def test_a_rejection_describes_its_shape():
+def test_a_rejection_describes_its_shape() -> None:
     rejection = first_rejection(a_candidate(tensor_parallel_size=16))
 
     assert rejection is not None
@@ -116,7 +120,7 @@ def test_a_rejection_describes_its_shape():
     assert rejection.shape["tensor_parallel_size"] == 16
 
 
-def test_large_3_in_fp8_does_not_fit_on_eight_gpus_of_80_gb_but_nvfp4_does():
+def test_large_3_in_fp8_does_not_fit_on_eight_gpus_of_80_gb_but_nvfp4_does() -> None:
     model = CATALOGUE.model("mistral-large-3")
     fp8, nvfp4, _ = model.checkpoints
     common = {"tensor_parallel_size": 8, "expert_parallel": True, "device": H100}

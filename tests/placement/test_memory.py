@@ -18,14 +18,14 @@ from tests.placement.builders import (
 )
 
 
-def test_unquantised_weights_take_two_bytes_each_on_one_rank():
+def test_unquantised_weights_take_two_bytes_each_on_one_rank() -> None:
     model = CATALOGUE.model("mixtral-8x7b")
 
     assert weights_bytes(a_candidate(model)) == 2 * 46_702_792_704
     assert weights_bytes(a_candidate(model, dtype="float32")) == 4 * 46_702_792_704
 
 
-def test_a_float32_checkpoint_is_cast_down_by_dtype_auto():
+def test_a_float32_checkpoint_is_cast_down_by_dtype_auto() -> None:
     model = a_model(checkpoints=(Checkpoint(precision="fp32", source="x"),))
 
     candidate = a_cpu_candidate(model)
@@ -36,14 +36,16 @@ def test_a_float32_checkpoint_is_cast_down_by_dtype_auto():
 @pytest.mark.parametrize(
     ("precision", "published"), [("fp8", 681.5e9), ("nvfp4", 403.1e9), ("bf16", 1352e9)]
 )
-def test_arithmetic_reproduces_the_published_sizes_of_large_3(precision, published):
+def test_arithmetic_reproduces_the_published_sizes_of_large_3(
+    precision: str, published: float
+) -> None:
     model = CATALOGUE.model("mistral-large-3")
     unread = Checkpoint(precision=precision, source="x")
 
     assert checkpoint_bytes(model.architecture, unread) == pytest.approx(published, rel=2e-3)
 
 
-def test_large_3_in_nvfp4_takes_49_gib_on_each_of_eight_gpus():
+def test_large_3_in_nvfp4_takes_49_gib_on_each_of_eight_gpus() -> None:
     model = CATALOGUE.model("mistral-large-3")
     nvfp4 = next(entry for entry in model.checkpoints if entry.precision == "nvfp4")
 
@@ -52,8 +54,9 @@ def test_large_3_in_nvfp4_takes_49_gib_on_each_of_eight_gpus():
     assert 46.6 <= weights_bytes(candidate) / GIB <= 49.4
 
 
-# Real logs: https://github.com/inference-sim (H100, util 0.9, 128 requests): 308,016 tokens.
-def test_nemo_on_an_h100_has_the_cache_of_a_real_log_within_one_percent():
+# inference-sim/inference-sim testdata: a real run with 128 request slots logged 308,016 tokens. The
+# memory share is not told; 0.9 was vLLM's default then.
+def test_nemo_on_an_h100_has_the_cache_of_a_real_log() -> None:
     candidate = a_candidate(
         CATALOGUE.model("mistral-nemo-12b"),
         gpu_memory_utilization=0.9,
@@ -65,7 +68,7 @@ def test_nemo_on_an_h100_has_the_cache_of_a_real_log_within_one_percent():
     assert memory_use(candidate).kv.tokens == pytest.approx(308_016, rel=0.015)
 
 
-def test_latent_attention_keeps_16_bit_copies_on_gpus_only():
+def test_latent_attention_keeps_16_bit_copies_on_gpus_only() -> None:
     model = CATALOGUE.model("nano-large-3")
     copies = 4 * 4 * 512 * 256 * 2
 
@@ -74,7 +77,7 @@ def test_latent_attention_keeps_16_bit_copies_on_gpus_only():
     assert weights_bytes(on_gpu) - weights_bytes(on_cpu) == copies
 
 
-def test_on_a_cpu_the_cache_is_the_budget_and_the_process_counts():
+def test_on_a_cpu_the_cache_is_the_budget_and_the_process_counts() -> None:
     memory = memory_use(a_cpu_candidate()).per_gpu
 
     assert memory.kv_cache_bytes == GIB
@@ -82,7 +85,7 @@ def test_on_a_cpu_the_cache_is_the_budget_and_the_process_counts():
     assert memory.cuda_graph_bytes == 0
 
 
-def test_a_cpu_slot_without_room_for_the_budget_says_how_much_is_missing():
+def test_a_cpu_slot_without_room_for_the_budget_says_how_much_is_missing() -> None:
     use = memory_use(a_cpu_candidate(device=a_cpu_device(memory_bytes=2 * GIB)))
 
     weights = use.per_gpu.weights_bytes
@@ -98,7 +101,9 @@ def test_a_cpu_slot_without_room_for_the_budget_says_how_much_is_missing():
     share=st.floats(0.1, 1.0),
     length=st.integers(1, 262_144),
 )
-def test_memory_is_never_negative_nor_more_than_there_is(*, model, gpu, ranks, seqs, share, length):
+def test_memory_is_never_negative_nor_more_than_there_is(
+    *, model: str, gpu: str, ranks: int, seqs: int, share: float, length: int
+) -> None:
     device = a_cpu_device() if gpu == "cpu" else a_gpu_device(gpu)
     candidate = a_candidate(
         CATALOGUE.model(model),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from placement.capacity import capacity
+from placement.capacity import Capacity, capacity
+from placement.catalogue import ModelSpec
 from placement.fleet import Demand, Objective, TokenLengths
-from placement.performance import Load, predict, prefill_s, replica_speed, step_s
+from placement.performance import Load, ReplicaSpeed, predict, prefill_s, replica_speed, step_s
 from tests.placement.builders import CATALOGUE, a_candidate, a_cpu_candidate, a_gpu_device
 
 SMALL = CATALOGUE.model("mistral-small-3.2")
@@ -12,11 +15,17 @@ MIXTRAL = CATALOGUE.model("mixtral-8x7b")
 ALONE = Load(concurrency=1, input_tokens=512, output_tokens=128)
 
 
-def a_speed(model=SMALL, gpu="H100-SXM", **changes):
+def a_speed(model: ModelSpec = SMALL, gpu: str = "H100-SXM", **changes: Any) -> ReplicaSpeed:
     return replica_speed(a_candidate(model, device=a_gpu_device(gpu), **changes))
 
 
-def a_demand(rate=1.0, *, input_tokens=512, output_tokens=128, input_p95=None):
+def a_demand(
+    rate: float = 1.0,
+    *,
+    input_tokens: float = 512,
+    output_tokens: float = 128,
+    input_p95: float | None = None,
+) -> Demand:
     return Demand(
         requests_per_s=rate,
         input_tokens=TokenLengths(mean=input_tokens, p95=input_p95),
@@ -24,7 +33,7 @@ def a_demand(rate=1.0, *, input_tokens=512, output_tokens=128, input_p95=None):
     )
 
 
-def a_capacity(**changes):
+def a_capacity(**changes: Any) -> Capacity:
     fields = {
         "max_num_seqs": 256,
         "kv_cache_tokens": 170_000,
@@ -34,14 +43,14 @@ def a_capacity(**changes):
     return capacity(a_speed(), **{**fields, **changes})
 
 
-def test_small_24b_decodes_about_52_tokens_a_second_on_an_h100():
+def test_small_24b_decodes_about_52_tokens_a_second_on_an_h100() -> None:
     """France-Travail measured 51.9 for one stream."""
     prediction = predict(a_speed(), Load(concurrency=1, input_tokens=32, output_tokens=128))
 
     assert prediction.output_tokens_per_s == pytest.approx(51.9, rel=0.1)
 
 
-def test_more_requests_make_each_slower_and_all_together_faster():
+def test_more_requests_make_each_slower_and_all_together_faster() -> None:
     speed = a_speed()
     predictions = [predict(speed, Load(c, 512, 128)) for c in (1, 8, 64, 256)]
 
@@ -50,7 +59,7 @@ def test_more_requests_make_each_slower_and_all_together_faster():
     assert predictions == sorted(predictions, key=lambda prediction: prediction.ttft_s)
 
 
-def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses():
+def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses() -> None:
     speed = a_speed(MIXTRAL, "H200-SXM")
     bytes_per_s = 4.8e12 * 0.8
 
@@ -62,14 +71,14 @@ def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses():
     assert sixteen - one == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_long_prompt_takes_more_than_its_share():
+def test_a_long_prompt_takes_more_than_its_share() -> None:
     speed = a_speed()
 
     assert prefill_s(speed, 32_000) > 2 * prefill_s(speed, 16_000)
 
 
 @pytest.mark.parametrize("gpu", sorted(CATALOGUE.gpus))
-def test_every_gpu_type_predicts_something_finite(gpu):
+def test_every_gpu_type_predicts_something_finite(gpu: str) -> None:
     candidate = a_cpu_candidate() if gpu == "cpu" else a_candidate(device=a_gpu_device(gpu))
 
     prediction = predict(replica_speed(candidate), ALONE)
@@ -78,7 +87,7 @@ def test_every_gpu_type_predicts_something_finite(gpu):
     assert 0 < prediction.tpot_ms < 1000
 
 
-def test_tensor_parallelism_helps_over_nvlink_more_than_through_host_memory():
+def test_tensor_parallelism_helps_over_nvlink_more_than_through_host_memory() -> None:
     fast = a_speed(tensor_parallel_size=4)
     candidate = a_candidate(SMALL, device=a_gpu_device(link="pcie-no-p2p"), tensor_parallel_size=4)
     slow = replica_speed(candidate)
@@ -87,7 +96,7 @@ def test_tensor_parallelism_helps_over_nvlink_more_than_through_host_memory():
     assert predict(fast, ALONE).tpot_ms < predict(slow, ALONE).tpot_ms < one
 
 
-def test_capacity_ends_where_the_tokens_per_second_are_promised():
+def test_capacity_ends_where_the_tokens_per_second_are_promised() -> None:
     free, bound = a_capacity(), a_capacity(slo=Objective(tpot_p95_ms=25))
 
     assert 0 < bound.concurrency < free.concurrency
@@ -95,7 +104,7 @@ def test_capacity_ends_where_the_tokens_per_second_are_promised():
     assert bound.broken_promise.startswith("tpot_p95_ms 25 ")
 
 
-def test_capacity_ends_where_long_prompts_would_come_too_late():
+def test_capacity_ends_where_long_prompts_would_come_too_late() -> None:
     demand = a_demand(input_p95=8000)
     slo = Objective(ttft_p95_s=round(prefill_s(a_speed(), 8000) + 0.02, 3))
 
@@ -105,11 +114,11 @@ def test_capacity_ends_where_long_prompts_would_come_too_late():
     assert bound.requests_per_s < a_capacity(demand=demand).requests_per_s
 
 
-def test_capacity_ends_where_the_cache_is_full():
+def test_capacity_ends_where_the_cache_is_full() -> None:
     assert a_capacity(kv_cache_tokens=6400).concurrency == 10
 
 
-def test_a_promise_that_one_request_breaks_leaves_no_capacity():
+def test_a_promise_that_one_request_breaks_leaves_no_capacity() -> None:
     none = a_capacity(slo=Objective(tpot_p95_ms=1))
 
     assert none.concurrency == 0

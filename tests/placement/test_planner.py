@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.catalogue import CONFIGS, Checkpoint
+from placement.catalogue import CONFIGS, Catalogue, Checkpoint, ModelSpec
 from placement.errors import UnknownName
-from placement.fleet import Demand, FleetSpec, Objective, ReplicaBounds
-from placement.inventory import Inventory
-from placement.plan import Plan
+from placement.fleet import Demand, FleetModel, FleetSpec, Objective, ReplicaBounds
+from placement.inventory import Inventory, Pool
+from placement.plan import Plan, Variant
 from placement.planner import make_plan
 from placement.spec import dump_yaml, load_yaml, parse_yaml
 from tests.placement.builders import (
@@ -29,22 +32,29 @@ from tests.placement.builders import (
 )
 
 
-def plan_for(*wishes, pools=(), catalogue=CATALOGUE, **changes):
+def plan_for(
+    *wishes: FleetModel,
+    pools: Sequence[Pool] = (),
+    catalogue: Catalogue = CATALOGUE,
+    **changes: Any,
+) -> Plan:
     return make_plan(a_fleet(*wishes, **changes), an_inventory(*pools), catalogue)
 
 
-def plan_on_cpu(wish=None, model=None, **pool):
+def plan_on_cpu(
+    wish: FleetModel | None = None, model: ModelSpec | None = None, **pool: Any
+) -> Plan:
     wish = wish or a_wish()
     return plan_for(wish, pools=[a_cpu_pool(**pool)], catalogue=a_catalogue(model or a_model()))
 
 
-def the_only(plan):
+def the_only(plan: Plan) -> Variant:
     assert plan.status == "optimal", plan.unmet
     (variant,) = plan.variants
     return variant
 
 
-def test_a_small_model_gets_one_slot_of_a_cpu_pool():
+def test_a_small_model_gets_one_slot_of_a_cpu_pool() -> None:
     variant = the_only(plan_on_cpu())
 
     assert variant.variant == "chat@local-tp1"
@@ -57,7 +67,7 @@ def test_a_small_model_gets_one_slot_of_a_cpu_pool():
     assert variant.shape.max_model_len == 8192
 
 
-def test_latents_on_a_cpu_need_steps_that_hold_whole_prompts():
+def test_latents_on_a_cpu_need_steps_that_hold_whole_prompts() -> None:
     model = a_model(architecture=an_architecture(mla=a_latent(), head_dim=192))
 
     variant = the_only(plan_on_cpu(a_wish(max_model_len=4096), model))
@@ -67,7 +77,7 @@ def test_latents_on_a_cpu_need_steps_that_hold_whole_prompts():
     assert short.shape.max_num_batched_tokens == 2048
 
 
-def test_forced_expert_parallelism_shows_in_name_and_flags():
+def test_forced_expert_parallelism_shows_in_name_and_flags() -> None:
     model = a_model(architecture=an_architecture(moe=experts()))
     wish = a_wish(tensor_parallel_size=2, expert_parallel=True)
 
@@ -79,7 +89,7 @@ def test_forced_expert_parallelism_shows_in_name_and_flags():
     assert variant.shape.kv_cache_tokens == 1_048_576
 
 
-def test_a_simulation_on_a_cpu_pool_takes_one_slot_and_the_memory_of_its_gpu():
+def test_a_simulation_on_a_cpu_pool_takes_one_slot_and_the_memory_of_its_gpu() -> None:
     wish = a_wish(model="mistral-large-3", engine="sim", simulate_gpu="h200")
 
     variant = the_only(plan_for(wish, pools=[a_cpu_pool()]))
@@ -92,7 +102,7 @@ def test_a_simulation_on_a_cpu_pool_takes_one_slot_and_the_memory_of_its_gpu():
     assert variant.shape.max_num_seqs == 256
 
 
-def test_a_simulation_on_real_gpus_is_of_those_gpus():
+def test_a_simulation_on_real_gpus_is_of_those_gpus() -> None:
     wish = a_wish(model="mistral-7b", engine="sim", simulate_gpu="h200")
 
     variant = the_only(plan_for(wish))
@@ -100,7 +110,7 @@ def test_a_simulation_on_real_gpus_is_of_those_gpus():
     assert variant.simulated_gpu == "H100-SXM"
 
 
-def test_the_cheapest_pool_that_carries_the_demand_wins():
+def test_the_cheapest_pool_that_carries_the_demand_wins() -> None:
     dear, cheap = a_pool("h100"), a_pool("rtx4090", "RTX-4090")
     wish = a_wish(model="mistral-7b", demand=Demand(requests_per_s=1.0))
 
@@ -109,20 +119,20 @@ def test_the_cheapest_pool_that_carries_the_demand_wins():
     assert variant.pool == "rtx4090"
 
 
-def test_a_service_level_that_the_cheapest_pool_misses_moves_the_model():
+def test_a_service_level_that_the_cheapest_pool_misses_moves_the_model() -> None:
     dear, cheap = a_pool("h100"), a_pool("l4", "L4", price_per_gpu_hour=0.5)
     wish = a_wish(model="mistral-7b", tensor_parallel_size=1, slo=Objective(tpot_p95_ms=20))
 
     assert the_only(plan_for(wish, pools=[dear, cheap])).pool == "h100"
 
 
-def test_a_price_that_nobody_knows_does_not_look_like_a_gift():
+def test_a_price_that_nobody_knows_does_not_look_like_a_gift() -> None:
     known, unknown = a_pool("l40s", "L40S"), a_pool("l4", "RTX-6000-Ada")
 
     assert the_only(plan_for(a_wish(model="mistral-7b"), pools=[known, unknown])).pool == "l40s"
 
 
-def test_throughput_prefers_the_pool_that_serves_most():
+def test_throughput_prefers_the_pool_that_serves_most() -> None:
     fast, cheap = a_pool("h100"), a_pool("rtx4090", "RTX-4090")
 
     plan = plan_for(a_wish(model="mistral-7b"), pools=[fast, cheap], objective="throughput")
@@ -141,7 +151,9 @@ def test_throughput_prefers_the_pool_that_serves_most():
         (30.0, ReplicaBounds(min=0, max=8), 2),
     ],
 )
-def test_as_many_replicas_start_as_the_demand_needs(rate, bounds, replicas):
+def test_as_many_replicas_start_as_the_demand_needs(
+    rate: float | None, bounds: ReplicaBounds, replicas: int
+) -> None:
     demand = None if rate is None else Demand(requests_per_s=rate)
     wish = a_wish(
         model="mistral-small-3.2", demand=demand, replicas=bounds, tensor_parallel_size=1,
@@ -151,7 +163,7 @@ def test_as_many_replicas_start_as_the_demand_needs(rate, bounds, replicas):
     assert the_only(plan_for(wish)).replicas == replicas
 
 
-def test_a_demand_beyond_the_replica_limit_is_said_with_the_way_out():
+def test_a_demand_beyond_the_replica_limit_is_said_with_the_way_out() -> None:
     wish = a_wish(
         model="mistral-small-3.2",
         demand=Demand(requests_per_s=500.0),
@@ -167,7 +179,7 @@ def test_a_demand_beyond_the_replica_limit_is_said_with_the_way_out():
     assert plan.variants[0].replicas == 2
 
 
-def test_a_service_level_that_nothing_reaches_is_said_with_what_would_be_reached():
+def test_a_service_level_that_nothing_reaches_is_said_with_what_would_be_reached() -> None:
     plan = plan_for(a_wish(model="mistral-7b", slo=Objective(tpot_p95_ms=0.1)))
 
     assert plan.status == "infeasible"
@@ -175,7 +187,7 @@ def test_a_service_level_that_nothing_reaches_is_said_with_what_would_be_reached
     assert "tpot_p95_ms" in plan.unmet[0].cheapest_relaxation
 
 
-def test_a_model_that_fits_nowhere_names_the_closest_shape_and_what_it_lacks():
+def test_a_model_that_fits_nowhere_names_the_closest_shape_and_what_it_lacks() -> None:
     plan = plan_for(a_wish(model="mistral-large-3"), pools=[a_pool("rtx4090", "RTX-4090")])
 
     (unmet,) = plan.unmet
@@ -185,7 +197,7 @@ def test_a_model_that_fits_nowhere_names_the_closest_shape_and_what_it_lacks():
     assert {entry.rule for entry in plan.rejected} == {"weights-exceed-memory"}
 
 
-def test_full_nodes_are_said_with_the_gpus_that_lack():
+def test_full_nodes_are_said_with_the_gpus_that_lack() -> None:
     wish = a_wish(model="mistral-7b", replicas=ReplicaBounds(min=3, max=3), tensor_parallel_size=1)
 
     plan = plan_for(wish, pools=[a_pool(gpus_per_node=2)])
@@ -196,7 +208,7 @@ def test_full_nodes_are_said_with_the_gpus_that_lack():
     assert plan.variants[0].replicas == 2
 
 
-def test_a_precision_without_checkpoint_is_said():
+def test_a_precision_without_checkpoint_is_said() -> None:
     plan = plan_for(a_wish(model="mistral-7b", precision=("awq",)))
 
     assert plan.status == "infeasible"
@@ -205,13 +217,13 @@ def test_a_precision_without_checkpoint_is_said():
     )
 
 
-def test_a_replica_that_needs_more_than_a_node_is_rejected():
+def test_a_replica_that_needs_more_than_a_node_is_rejected() -> None:
     plan = plan_for(a_wish(model="mistral-7b", tensor_parallel_size=16))
 
     assert {entry.rule for entry in plan.rejected} == {"tensor-parallel-exceeds-node"}
 
 
-def test_a_context_left_open_shrinks_to_what_the_cache_holds():
+def test_a_context_left_open_shrinks_to_what_the_cache_holds() -> None:
     model = a_model(context=1_000_000)
     wish = a_wish()
 
@@ -221,7 +233,7 @@ def test_a_context_left_open_shrinks_to_what_the_cache_holds():
     assert variant.shape.max_concurrency >= 1
 
 
-def test_a_context_that_was_asked_for_does_not_shrink():
+def test_a_context_that_was_asked_for_does_not_shrink() -> None:
     wish = a_wish(max_model_len=8192, tensor_parallel_size=1)
 
     plan = plan_on_cpu(wish, kv_cache_gib_per_gpu=1 / 128)
@@ -230,14 +242,14 @@ def test_a_context_that_was_asked_for_does_not_shrink():
     assert plan.unmet[0].cheapest_relaxation == "max_model_len: 3968"
 
 
-def test_unknown_pools_and_models_are_named_with_the_nearest():
+def test_unknown_pools_and_models_are_named_with_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean 'h100'"):
         plan_for(a_wish(model="mistral-7b", pools=("h10",)))
     with pytest.raises(UnknownName, match=r"mistral-7b-v0\.3"):
         plan_for(a_wish(model="mistral-7b-v0.5"))
 
 
-def test_big_models_are_placed_before_small_ones():
+def test_big_models_are_placed_before_small_ones() -> None:
     big = a_wish("b", "mistral-small-3.2", tensor_parallel_size=8, max_model_len=8192)
     small = a_wish("a", "mistral-7b", tensor_parallel_size=1)
 
@@ -249,7 +261,7 @@ def test_big_models_are_placed_before_small_ones():
     }
 
 
-def test_names_with_slashes_stay_apart_and_safe():
+def test_names_with_slashes_stay_apart_and_safe() -> None:
     names = ["team/a", "team:a", "team-a", "x/y"]
 
     plan = plan_for(*(a_wish(name, "mistral-7b") for name in names))
@@ -260,7 +272,7 @@ def test_names_with_slashes_stay_apart_and_safe():
     assert any(name.startswith("x-y@") for name in variants)
 
 
-def test_flags_come_in_the_order_planned_then_model_then_fleet():
+def test_flags_come_in_the_order_planned_then_model_then_fleet() -> None:
     wish = a_wish(model="mistral-7b", engine_args=("--enforce-eager",))
 
     args = the_only(plan_for(wish)).shape.engine_args
@@ -270,14 +282,14 @@ def test_flags_come_in_the_order_planned_then_model_then_fleet():
     assert args.index("--dtype") < args.index("--tool-call-parser") < args.index("--enforce-eager")
 
 
-def test_on_a_cpu_the_cache_is_given_in_bytes():
+def test_on_a_cpu_the_cache_is_given_in_bytes() -> None:
     args = the_only(plan_on_cpu(kv_cache_gib_per_gpu=0.5)).shape.engine_args
 
     assert args[args.index("--kv-cache-memory-bytes") + 1] == str(2**29)
     assert "--gpu-memory-utilization" not in args
 
 
-def test_a_plan_survives_yaml():
+def test_a_plan_survives_yaml() -> None:
     fleet = load_yaml(CONFIGS / "fleets" / "mixed.yaml", FleetSpec)
     inventory = load_yaml(CONFIGS / "fleets" / "mixed.inventory.yaml", Inventory)
 
@@ -293,7 +305,7 @@ GPUS = ("H100-SXM", "A100-80-SXM", "RTX-4090", "L40S", "H200-SXM", "V100-32")
 
 
 @st.composite
-def fleets(draw):
+def fleets(draw: st.DrawFn) -> list[FleetModel]:
     wishes = []
     for index in range(draw(st.integers(1, 5))):
         low = draw(st.integers(0, 3))
@@ -311,7 +323,7 @@ def fleets(draw):
 
 
 @st.composite
-def pool_lists(draw):
+def pool_lists(draw: st.DrawFn) -> list[Pool]:
     return [
         a_pool(
             f"p{index}",
@@ -324,7 +336,9 @@ def pool_lists(draw):
 
 
 @given(wishes=fleets(), pools=pool_lists())
-def test_no_gpu_is_used_twice_and_nothing_is_lost(wishes, pools):
+def test_no_gpu_is_used_twice_and_nothing_is_lost(
+    wishes: list[FleetModel], pools: list[Pool]
+) -> None:
     plan = plan_for(*wishes, pools=pools)
 
     used = Counter(
@@ -348,7 +362,9 @@ def test_no_gpu_is_used_twice_and_nothing_is_lost(wishes, pools):
 
 
 @given(wishes=fleets(), pools=pool_lists(), random=st.randoms(use_true_random=False))
-def test_the_order_of_models_and_pools_does_not_matter(wishes, pools, random):
+def test_the_order_of_models_and_pools_does_not_matter(
+    wishes: list[FleetModel], pools: list[Pool], random: Random
+) -> None:
     shuffled, other_pools = wishes.copy(), pools.copy()
     random.shuffle(shuffled)
     random.shuffle(other_pools)
@@ -356,7 +372,7 @@ def test_the_order_of_models_and_pools_does_not_matter(wishes, pools, random):
     assert plan_for(*wishes, pools=pools) == plan_for(*shuffled, pools=other_pools)
 
 
-def test_a_gguf_checkpoint_is_rejected_once():
+def test_a_gguf_checkpoint_is_rejected_once() -> None:
     gguf = Checkpoint(precision="q4_k_m", format="gguf", source="x")
     model = a_model(checkpoints=(gguf,))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.fleet import ReplicaBounds, ScalingPolicy
-from placement.scaling import Load, ScalingState, decide
+from placement.scaling import Decision, Load, ScalingState, decide
 
 POLICY = ScalingPolicy(
     target_utilization=0.5, scale_up_delay_s=1.0, scale_down_delay_s=30.0, scale_to_zero_delay_s=60
@@ -18,7 +18,15 @@ POLICY = ScalingPolicy(
 class Scaled:
     """A model whose replicas start after `start_s`, asked for a decision every half second."""
 
-    def __init__(self, *, bounds=None, policy=POLICY, slots=4, replicas=1, start_s=0.0):
+    def __init__(
+        self,
+        *,
+        bounds: ReplicaBounds | None = None,
+        policy: ScalingPolicy = POLICY,
+        slots: int = 4,
+        replicas: int = 1,
+        start_s: float = 0.0,
+    ) -> None:
         self.bounds = bounds or ReplicaBounds(min=0, max=20)
         self.policy, self.slots, self.start_s = policy, slots, start_s
         self.replicas, self.state, self.now_s = replicas, ScalingState(), 0.0
@@ -26,10 +34,10 @@ class Scaled:
         self.history = []
 
     @property
-    def ready(self):
+    def ready(self) -> int:
         return sum(at <= self.now_s for at in self.ready_at)
 
-    def step(self, in_flight, queued=0.0):
+    def step(self, in_flight: float, queued: float = 0.0) -> Decision:
         decision, self.state = decide(
             self.state,
             Load(in_flight, queued),
@@ -47,13 +55,13 @@ class Scaled:
         self.history.append((self.now_s, self.replicas))
         return decision
 
-    def run(self, seconds, in_flight, queued=0.0):
+    def run(self, seconds: float, in_flight: float, queued: float = 0.0) -> int:
         for _ in range(int(seconds * 2)):
             self.step(in_flight, queued)
         return self.replicas
 
 
-def test_a_rise_takes_effect_after_its_delay_and_not_before():
+def test_a_rise_takes_effect_after_its_delay_and_not_before() -> None:
     model = Scaled()
 
     assert model.step(10).target == 1
@@ -61,7 +69,7 @@ def test_a_rise_takes_effect_after_its_delay_and_not_before():
     assert model.step(10).target == 5
 
 
-def test_a_spike_shorter_than_the_delay_changes_nothing():
+def test_a_spike_shorter_than_the_delay_changes_nothing() -> None:
     model = Scaled()
     model.run(10, 1)
 
@@ -71,13 +79,13 @@ def test_a_spike_shorter_than_the_delay_changes_nothing():
     assert {replicas for _, replicas in model.history} == {1}
 
 
-def test_queued_requests_count_as_load():
+def test_queued_requests_count_as_load() -> None:
     model = Scaled()
 
     assert model.run(3, 2, queued=8) == 5
 
 
-def test_replicas_stay_for_the_whole_down_delay_and_then_go_at_once():
+def test_replicas_stay_for_the_whole_down_delay_and_then_go_at_once() -> None:
     model = Scaled()
     model.run(5, 10)
 
@@ -85,7 +93,7 @@ def test_replicas_stay_for_the_whole_down_delay_and_then_go_at_once():
     assert model.run(4, 2) == 1
 
 
-def test_replicas_of_the_last_half_minutes_peak_stay():
+def test_replicas_of_the_last_half_minutes_peak_stay() -> None:
     model = Scaled()
     model.run(5, 16)
     model.run(20, 2)
@@ -94,7 +102,7 @@ def test_replicas_of_the_last_half_minutes_peak_stay():
     assert model.run(25, 2) == 5
 
 
-def test_from_zero_the_first_request_starts_a_replica_at_once():
+def test_from_zero_the_first_request_starts_a_replica_at_once() -> None:
     model = Scaled(replicas=0)
     model.run(100, 0)
 
@@ -104,7 +112,7 @@ def test_from_zero_the_first_request_starts_a_replica_at_once():
     assert decision.reason.startswith("from zero")
 
 
-def test_to_zero_only_after_the_idle_delay():
+def test_to_zero_only_after_the_idle_delay() -> None:
     model = Scaled()
     model.run(40, 1)
 
@@ -112,13 +120,13 @@ def test_to_zero_only_after_the_idle_delay():
     assert model.run(2, 0) == 0
 
 
-def test_a_model_that_may_not_scale_to_zero_keeps_its_minimum():
+def test_a_model_that_may_not_scale_to_zero_keeps_its_minimum() -> None:
     model = Scaled(bounds=ReplicaBounds(min=2, max=5), replicas=2)
 
     assert model.run(300, 0) == 2
 
 
-def test_bounds_hold_at_once():
+def test_bounds_hold_at_once() -> None:
     model = Scaled(bounds=ReplicaBounds(min=2, max=4), replicas=1)
 
     assert model.step(0).target == 2
@@ -126,7 +134,7 @@ def test_bounds_hold_at_once():
     assert model.step(0).target == 4
 
 
-def test_nothing_is_removed_while_the_rest_still_starts():
+def test_nothing_is_removed_while_the_rest_still_starts() -> None:
     model = Scaled(start_s=100.0)
     model.run(5, 16)
 
@@ -136,7 +144,7 @@ def test_nothing_is_removed_while_the_rest_still_starts():
 
 
 @pytest.mark.parametrize("start_s", [0.0, 10.0])
-def test_five_a_hundred_five_and_no_requests_a_second(start_s):
+def test_five_a_hundred_five_and_no_requests_a_second(start_s: float) -> None:
     """Each request takes 2 s; what does not find a slot waits."""
     model = Scaled(start_s=start_s, slots=16, policy=ScalingPolicy(scale_to_zero_delay_s=60))
     waiting, peaks = 0.0, []
@@ -168,7 +176,9 @@ def test_five_a_hundred_five_and_no_requests_a_second(start_s):
     noise=st.lists(st.floats(-0.3, 0.3), min_size=240, max_size=400),
     low=st.integers(0, 3),
 )
-def test_a_load_that_only_trembles_never_makes_replicas_come_and_go(level, noise, low):
+def test_a_load_that_only_trembles_never_makes_replicas_come_and_go(
+    level: float, noise: list[float], low: int
+) -> None:
     model = Scaled(bounds=ReplicaBounds(min=low, max=30), replicas=max(low, 1))
 
     for shake in noise:
@@ -186,7 +196,9 @@ def test_a_load_that_only_trembles_never_makes_replicas_come_and_go(level, noise
     low=st.integers(0, 4),
     more=st.integers(1, 10),
 )
-def test_replicas_stay_within_bounds_and_falls_are_a_down_delay_apart_from_rises(loads, low, more):
+def test_replicas_stay_within_bounds_and_falls_are_a_down_delay_apart_from_rises(
+    loads: list[float], low: int, more: int
+) -> None:
     model = Scaled(bounds=ReplicaBounds(min=low, max=low + more), replicas=low)
     last_rise = -math.inf
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from placement.errors import ConfigError
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
-from placement.spec import dump_yaml, load_yaml, parse_yaml
+from placement.spec import Spec, dump_yaml, load_yaml, parse_yaml
 
 GOOD = """\
 fleet: demo
@@ -16,7 +18,7 @@ models:
 """
 
 
-def complaints(text, spec=FleetSpec):
+def complaints(text: str, spec: type[Spec] = FleetSpec) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, spec, source="f.yaml")
     return str(caught.value).splitlines()
@@ -55,23 +57,25 @@ def complaints(text, spec=FleetSpec):
         ("", "f.yaml: the file is empty"),
     ],
 )
-def test_a_mistake_is_one_line_with_file_line_key_and_what_was_expected(text, expected):
+def test_a_mistake_is_one_line_with_file_line_key_and_what_was_expected(
+    text: str, expected: str
+) -> None:
     assert complaints(text) == [expected]
 
 
-def test_a_wrong_item_does_not_also_make_its_list_too_short():
+def test_a_wrong_item_does_not_also_make_its_list_too_short() -> None:
     (line,) = complaints("pools:\n  - {name: a, gpu: H100}\n", Inventory)
 
     assert line == "f.yaml:2: pools[0].gpus_per_node: required, but missing"
 
 
-def test_an_empty_list_is_still_too_short():
+def test_an_empty_list_is_still_too_short() -> None:
     (line,) = complaints("pools: []\n", Inventory)
 
     assert line.startswith("f.yaml:1: pools: ")
 
 
-def test_every_mistake_is_told_at_once():
+def test_every_mistake_is_told_at_once() -> None:
     lines = complaints(GOOD.replace("max: 2", "max: 0, step: 1"))
 
     assert [line.split(": ")[1] for line in lines] == [
@@ -80,30 +84,30 @@ def test_every_mistake_is_told_at_once():
     ]
 
 
-def test_broken_yaml_names_its_line():
+def test_broken_yaml_names_its_line() -> None:
     (line,) = complaints("fleet: [demo\nmodels: {}\n")
 
     assert line.startswith("f.yaml:2: not valid YAML:")
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.yaml: no such file"):
         load_yaml(tmp_path / "gone.yaml", FleetSpec)
 
 
-def test_two_models_may_not_answer_to_one_name():
+def test_two_models_may_not_answer_to_one_name() -> None:
     twice = GOOD + "  - {name: other, model: mixtral, aliases: [chat]}\n"
 
     assert "two models of the fleet answer to the name 'chat'" in complaints(twice)[0]
 
 
-def test_a_cpu_pool_must_say_how_much_memory_a_slot_has():
+def test_a_cpu_pool_must_say_how_much_memory_a_slot_has() -> None:
     text = "pools:\n  - {name: a, gpu: cpu, gpus_per_node: 2}\n"
 
     assert "memory_gib_per_gpu and kv_cache_gib_per_gpu" in complaints(text, Inventory)[0]
 
 
-def test_what_is_written_reads_back():
+def test_what_is_written_reads_back() -> None:
     fleet = parse_yaml(GOOD, FleetSpec, source="f.yaml")
 
     assert parse_yaml(dump_yaml(fleet), FleetSpec, source="again") == fleet

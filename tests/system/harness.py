@@ -32,9 +32,10 @@ def eventually(condition: Callable[[], Any], timeout_s: float, period_s: float =
 class Bora:
     """One `bora up` in its own state folder and on its own ports."""
 
-    def __init__(self, state: Path, *arguments: str) -> None:
+    def __init__(self, state: Path, *arguments: str, http_port: int | None = None) -> None:
         self.state = state
         self.http_port, self.grpc_port = free_ports(2)
+        self.http_port = http_port or self.http_port
         self.env = {**os.environ, "BORA_STATE": str(state)}
         ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         self.output = state.parent / f"{state.name}.out"
@@ -55,7 +56,9 @@ class Bora:
         return self.output.read_text()
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
-        eventually(lambda: "ready after" in self.said() or self.process.poll() is not None, timeout_s)
+        eventually(
+            lambda: "ready after" in self.said() or self.process.poll() is not None, timeout_s
+        )
         assert self.process.poll() is None, self.said()
 
     def command(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -97,9 +100,9 @@ class Bora:
 
 
 @contextlib.contextmanager
-def running_bora(state: Path, *arguments: str) -> Iterator[Bora]:
+def running_bora(state: Path, *arguments: str, http_port: int | None = None) -> Iterator[Bora]:
     """`bora up ARGUMENTS`, ended in any case, by process id."""
-    bora = Bora(state, *arguments)
+    bora = Bora(state, *arguments, http_port=http_port)
     try:
         yield bora
     finally:
