@@ -50,6 +50,10 @@ class Control(Protocol):
         """What the cluster's nodes offer."""
         ...
 
+    async def plan(self) -> Plan | None:
+        """What the cluster serves."""
+        ...
+
     def status(self) -> FleetStatus:
         """The state of the fleet."""
         ...
@@ -74,6 +78,7 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
             ),
             web.post("/v1/stop", _no_body(control.stop)),
             web.get("/v1/inventory", _no_body(control.inventory)),
+            web.get("/v1/plan", _no_body(control.plan)),
             web.get("/v1/status", _status(control)),
         ]
     )
@@ -191,6 +196,15 @@ class ControlClient:
             ClusterError: no node carries bora's labels.
         """
         return Inventory.model_validate_json(self._call("GET", "/v1/inventory"))
+
+    def plan(self) -> Plan | None:
+        """What the cluster serves; None: nothing yet.
+
+        Raises:
+            ClusterUnreachable: the controller does not answer.
+        """
+        text = self._call("GET", "/v1/plan")
+        return None if text == "{}" else Plan.model_validate_json(text)
 
     def _call(self, method: str, path: str, body: BaseModel | None = None) -> str:
         request = urllib.request.Request(  # noqa: S310 - our own http:// URL

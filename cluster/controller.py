@@ -162,6 +162,10 @@ class Controller:
         """
         return ray_inventory(await asyncio.to_thread(ray.nodes))
 
+    async def plan(self) -> Plan | None:
+        """What the cluster serves."""
+        return self._plan
+
     def status(self) -> FleetStatus:
         """What `bora status` shows."""
         now_s = time.time()
@@ -172,6 +176,7 @@ class Controller:
                 variant_status(
                     variant,
                     self._registry.of(variant.variant),
+                    ready=self._registry.ready(variant),
                     wanted=self._autoscaler.target(variant),
                     load=self._autoscaler.load(variant.model),
                     events=self._events,
@@ -192,7 +197,7 @@ class Controller:
                     self._note(lost.model, f"replica {lost.replica}: no heartbeat, taken out")
                 self._publish()
             for variant in self._variants():
-                ready = self._registry.ready(variant.variant)
+                ready = self._registry.ready(variant)
                 decision = self._autoscaler.decide(variant, ready, time.monotonic())
                 if decision is not None:
                     await self._scale(variant, decision.target, decision.reason)

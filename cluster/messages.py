@@ -16,6 +16,7 @@ class ReplicaReport(Spec):
     model: str
     variant: str
     state: ReplicaState
+    version: str = ""  # of the shape that the engine was started with
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
     node: str = ""
@@ -57,7 +58,7 @@ class VariantStatus(Spec):
     variant: str
     engine: str
     pool: str
-    ready: int
+    ready: int  # of the planned shape; others are being replaced
     wanted: int
     min_replicas: int
     max_replicas: int

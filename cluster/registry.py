@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.messages import ReplicaReport
+from cluster.shape_version import shape_version
 from gateway.endpoints import Endpoint, EndpointTable, ServedModel
 from placement.plan import Variant
 
@@ -38,9 +39,13 @@ class Registry:
         found = [report for report in self._reports.values() if report.variant == variant]
         return sorted(found, key=lambda report: (report.started_s, report.replica))
 
-    def ready(self, variant: str) -> int:
-        """Number of replicas that serve."""
-        return sum(report.state == "ready" for report in self.of(variant))
+    def ready(self, variant: Variant) -> int:
+        """Number of replicas that serve in the shape that `variant` has now."""
+        version = shape_version(variant)
+        return sum(
+            report.state == "ready" and report.version == version
+            for report in self.of(variant.variant)
+        )
 
     def table(self, variants: Iterable[Variant], version: int) -> EndpointTable:
         """What gateways route to: every variant's ready replicas, by model."""
@@ -55,6 +60,7 @@ class Registry:
                     max_model_len=variant.shape.max_model_len,
                     capabilities=variant.capabilities,
                     scalable=variant.bounds.min == 0,
+                    managed=True,
                 ),
             )
         endpoints = tuple(

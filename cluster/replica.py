@@ -25,6 +25,7 @@ from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE
+from cluster.shape_version import shape_version
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
@@ -53,6 +54,7 @@ class Replica:
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
         self._variant: Variant | None = None
+        self._version = ""
         self._engine: EngineProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -66,6 +68,7 @@ class Replica:
         self._variant = variant
         if started:
             return
+        self._version = shape_version(variant)
         self._engine = EngineProcess(
             ENGINES[variant.shape.engine],
             variant,
@@ -151,6 +154,7 @@ class Replica:
             replica=self._id,
             model=variant.model,
             variant=variant.variant,
+            version=self._version,
             state=self._state,
             stage=engine.stage,
             started_s=self._started_s,

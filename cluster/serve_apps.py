@@ -7,7 +7,6 @@ count without the dashboard's REST server.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.serve.context import _get_global_client
 
 from cluster.names import POOL_LABEL, SLOT
 from cluster.replica import DRAIN_TIMEOUT_S, Replica, Site
+from cluster.shape_version import shape_version
 from placement.plan import Variant
 
 
@@ -57,17 +57,6 @@ def scale(variant: Variant, replicas: int) -> None:
 def delete(model: str) -> None:
     """Stop a model's replicas, each after its running requests, and forget it."""
     serve.delete(model)
-
-
-def shape_version(variant: Variant) -> str:
-    """Changes exactly when a running engine does not fit the variant any more.
-
-    Replica bounds, scaling, aliases and predictions may change under a running engine.
-    """
-    keep = {"model", "catalogue_model", "checkpoint", "checkpoint_format", "pool", "simulated_gpu"}
-    text = variant.model_dump_json(include=keep)
-    shape = variant.shape.model_dump_json(exclude={"prediction"})
-    return hashlib.sha256((text + shape).encode()).hexdigest()[:16]
 
 
 def bundle(variant: Variant) -> dict[str, float]:

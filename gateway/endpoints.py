@@ -44,6 +44,9 @@ class ServedModel(Spec):
     scalable: bool = Field(
         False, description="A replica starts when a request waits, so that holding it makes sense."
     )
+    managed: bool = Field(
+        False, description="A lost replica is replaced: a request that lost its own may wait."
+    )
 
 
 class EndpointTable(Spec):

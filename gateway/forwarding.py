@@ -254,7 +254,11 @@ class Forwarder:
             exchange.lease = None
 
     async def _move_on(self, exchange: Exchange, error: GatewayError) -> None:
-        """To an endpoint that has not failed yet; `error` again if there is none."""
+        """To an endpoint that has not failed yet, waiting for one if somebody replaces the lost.
+
+        Raises:
+            GatewayError: `error` again, if there is none and will be none, or after enough attempts.
+        """
         model = exchange.record.model
         if exchange.lease:
             self.admission.suspect(exchange.lease)
@@ -262,7 +266,8 @@ class Forwarder:
         self._leave_place(exchange)
         if exchange.record.attempts >= self.admission.limits.max_attempts:
             raise error
-        if not self.admission.router.can_serve(model, exchange.tried):
+        managed = self.admission.resolve(model).managed
+        if not managed and not self.admission.router.can_serve(model, exchange.tried):
             raise error
         self.meter.retried(model, error.code or "")
         await self._take_place(exchange)

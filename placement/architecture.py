@@ -27,6 +27,8 @@ class MixtureOfExperts(Spec):
     num_dense_layers: NonNegativeInt = Field(
         default=0, description="Leading layers without experts."
     )
+    router_bias: bool = Field(default=False, description="One number per expert (DeepSeek-V3).")
+    expert_bias: bool = Field(default=False, description="Biases on the experts (gpt-oss).")
 
 
 class VisionTower(Spec):
@@ -59,9 +61,14 @@ class Architecture(Spec):
     vocab_size: PositiveInt
     tied_embeddings: bool = False
     attention_bias: bool = Field(default=False, description="Biases on q, k and v (Qwen2).")
+    output_bias: bool = Field(default=False, description="Bias on o (gpt-oss).")
+    attention_sinks: bool = Field(default=False, description="One number per head (gpt-oss).")
     qk_norm: bool = Field(default=False, description="RMS norms on the heads of q and k (Qwen3).")
     sliding_window: PositiveInt | None = Field(
-        default=None, description="Tokens a layer looks back; all layers alike."
+        default=None, description="Tokens a layer looks back, but for full_attention_layers."
+    )
+    full_attention_layers: NonNegativeInt = Field(
+        default=0, description="Layers that see everything although there is a sliding_window."
     )
     max_position: PositiveInt = Field(description="Longest context the positions allow, tokens.")
     mla: MultiheadLatentAttention | None = None

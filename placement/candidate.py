@@ -8,6 +8,7 @@ from typing import Literal
 from placement.architecture import Architecture
 from placement.catalogue import Checkpoint, GpuType, ModelSpec
 from placement.inventory import Pool
+from placement.vllm_release import DEFAULT_RELEASE
 
 GIB = 1024**3
 Link = Literal["nvlink", "pcie", "pcie-no-p2p", "host"]
@@ -33,14 +34,30 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model's checkpoint on ranks of a device, with the engine's limits."""
+    """A model's checkpoint on ranks of a device, with the engine's limits.
+
+    A replica has data x pipeline x tensor parallel ranks. Its ranks are alike (`device`), unless
+    `rank_devices` names the device of each rank of a data-parallel copy, stage after stage, as vLLM
+    numbers them: rank = stage x tensor_parallel_size + position in the stage.
+    """
 
     model: ModelSpec
     checkpoint: Checkpoint
     device: Device
-    engine: Literal["vllm", "sim"] = "vllm"
+    engine: Literal["vllm", "llamacpp", "sim"] = "vllm"
+    num_nodes: int = 1  # that the replica may spread over
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1  # copies of the attention; experts are shared out over all
+    decode_context_parallel_size: int = 1  # KV cache cut along the context, within a TP group
     expert_parallel: bool = False
+    enable_eplb: bool = False  # balances experts by moving and copying them
+    num_redundant_experts: int = 0
+    layer_partition: tuple[int, ...] = ()  # layers of each stage; empty: as vLLM splits them
+    rank_devices: tuple[Device, ...] = ()
+    tensor_parallel_across_nodes: bool = False  # asked for in spite of the slow link
+    language_model_only: bool = False  # the vision tower is not loaded
+    vllm_release: str = DEFAULT_RELEASE
     max_model_len: int = 8192
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
@@ -52,6 +69,16 @@ class Candidate:
     def architecture(self) -> Architecture:
         """Of the model."""
         return self.model.architecture
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    def stage_devices(self, stage: int) -> tuple[Device, ...]:
+        """Devices of the tensor-parallel group that runs a pipeline stage."""
+        ranks = self.tensor_parallel_size
+        return self.rank_devices[stage * ranks : (stage + 1) * ranks] or (self.device,)
 
     @property
     def element_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Precision = Literal[
     "fp32", "bf16", "fp16", "fp8", "nvfp4", "awq", "gptq",
-    "q2_k", "iq4_xs", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_m", "iq4_xs",
+    "iq4_nl", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0",
+    "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
 ]  # fmt: skip
 
 
@@ -35,6 +38,40 @@ class Checkpoint(Spec):
     size_bytes: PositiveInt | None = Field(
         default=None, description="Of the weight files; None: unknown."
     )
+    engine_args: tuple[str, ...] = Field(
+        default=(), description="vLLM flags of this layout of the weights, before the model's."
+    )
+    note: str = ""
+
+
+class VendorMemory(Spec):
+    """GPU memory in GB as Mistral's documentation states it (`minGpuRam`), by precision.
+
+    Never planned with: for some models it is the bare weights, for others weights and a context.
+    """
+
+    bf16: PositiveFloat | None = None
+    fp8: PositiveFloat | None = None
+    fp4: PositiveFloat | None = None
+    fp4_16k: PositiveFloat | None = Field(default=None, description="With 16k tokens of context.")
+
+
+class VendorFigures(Spec):
+    """What vendors publish about hardware, to be shown beside our own answer as theirs."""
+
+    min_gpu_memory_gb: VendorMemory | None = None
+    statements: tuple[str, ...] = Field(default=(), description="Of model cards and recipes.")
+
+
+class Draft(Spec):
+    """A small model that proposes tokens to this one (speculative decoding)."""
+
+    source: str = Field(description="Hugging Face repo id.")
+    method: Literal["eagle", "dspark"]
+    size_bytes: PositiveInt | None = None
+    num_speculative_tokens: PositiveInt | None = None
+    max_model_len: PositiveInt | None = None
+    note: str = ""
 
 
 class ModelSpec(Spec):
@@ -49,6 +86,20 @@ class ModelSpec(Spec):
     capabilities: tuple[Literal["chat", "completion", "tools", "vision", "reasoning"], ...] = ()
     engine_args: tuple[str, ...] = Field(default=(), description="vLLM flags the model needs.")
     published_parameters: PositiveInt | None = None
+    published_active_parameters: PositiveInt | None = None
+    released: date | None = None
+    status: Literal["preview", "current", "deprecated", "retired"] | None = Field(
+        default=None, description="Of the vendor's API, whatever happens to the weights."
+    )
+    architecture_is_guess: bool = Field(
+        default=False, description="Taken from a sibling, because its own configuration is unread."
+    )
+    same_shape: tuple[str, ...] = Field(
+        default=(), description="Repositories with other weights of this very architecture."
+    )
+    tokenizer: str = ""
+    drafts: tuple[Draft, ...] = ()
+    vendor_figures: VendorFigures | None = None
     licence: str = ""
     note: str = ""
     sources: tuple[str, ...] = ()

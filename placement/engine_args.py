@@ -8,8 +8,8 @@ from placement.candidate import Candidate
 def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Flags for `python -m vllm.entrypoints.openai.api_server`, beginning with `--model SOURCE`.
 
-    After the planned sizes come the model's own flags from the catalogue, then `extra`, the
-    fleet's, so that on a conflict the operator's flag wins. On a CPU the KV cache is given in
+    After the planned sizes come the checkpoint's and the model's flags from the catalogue, then
+    `extra`, the fleet's, so that on a conflict the operator's flag wins. On a CPU the KV cache is given in
     bytes (VLLM_CPU_KVCACHE_SPACE knows only whole GiB) and there is no memory share.
     """
     args = [
@@ -23,7 +23,30 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
         args += ["--kv-cache-memory-bytes", str(candidate.device.kv_cache_budget_bytes or 0)]
     else:
         args += ["--gpu-memory-utilization", f"{candidate.gpu_memory_utilization:g}"]
+    for flag, size in (
+        ("--pipeline-parallel-size", candidate.pipeline_parallel_size),
+        ("--data-parallel-size", candidate.data_parallel_size),
+        ("--decode-context-parallel-size", candidate.decode_context_parallel_size),
+    ):
+        if size > 1:
+            args += [flag, str(size)]
+    if candidate.num_nodes > 1:
+        args += ["--distributed-executor-backend", "ray"]
     if candidate.expert_parallel:
         args.append("--enable-expert-parallel")
+    if candidate.enable_eplb:
+        args.append("--enable-eplb")
+    if candidate.num_redundant_experts:
+        redundant = candidate.num_redundant_experts
+        args += ["--eplb-config", f'{{"num_redundant_experts": {redundant}}}']
+    if candidate.language_model_only:
+        args.append("--language-model-only")
     args += ["--dtype", candidate.dtype, "--kv-cache-dtype", candidate.kv_cache_dtype]
-    return (*args, *candidate.model.engine_args, *extra)
+    return (*args, *candidate.checkpoint.engine_args, *candidate.model.engine_args, *extra)
+
+
+def engine_environment(candidate: Candidate) -> dict[str, str]:
+    """Environment variables that the candidate's process needs beside its flags."""
+    if not candidate.layer_partition:
+        return {}
+    return {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, candidate.layer_partition))}

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from placement.architecture import Architecture, MultiheadLatentAttention, VisionTower
+from placement.architecture import (
+    Architecture,
+    MixtureOfExperts,
+    MultiheadLatentAttention,
+    VisionTower,
+)
+from placement.pipeline import Stage, whole_model
 
 VOCABULARY_PADDING = 64  # vLLM DEFAULT_VOCAB_PADDING_SIZE, vocab_parallel_embedding.py
 
@@ -62,68 +68,90 @@ def count_parameters(architecture: Architecture) -> Parameters:
     Equal to the Hugging Face classes to the integer: Mistral-7B-v0.1 7,241,732,096,
     Mixtral-8x7B 46,702,792,704, Mistral-Small-24B 23,572,403,200.
     """
-    return _count(architecture, tensor_parallel_size=1, experts_per_rank=None, padding=1)
+    return _count(architecture, _Cut(stage=whole_model(architecture.num_layers)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What a rank gets of the whole."""
+
+    stage: Stage
+    tensor_parallel_size: int = 1
+    expert_shards: int = 1  # ranks over which each expert's matrices are cut
+    experts_per_rank: int | None = None  # whole ones; None: a shard of each
+    vocabulary_padding: int = 1
 
 
 def rank_parameters(
-    architecture: Architecture, *, tensor_parallel_size: int, expert_parallel: bool
+    architecture: Architecture,
+    *,
+    tensor_parallel_size: int,
+    expert_parallel: bool,
+    data_parallel_size: int = 1,
+    num_redundant_experts: int = 0,
+    stage: Stage | None = None,
 ) -> Parameters:
-    """Parameters that one vLLM 0.32 rank holds; the largest rank where they differ.
+    """Parameters that one vLLM 0.32 rank holds; the largest rank of `stage` where they differ.
 
     Split over `tensor_parallel_size` ranks: attention, feed-forward, vocabulary (padded to 64
     rows), vision tower. Whole on every rank: MLA's q_a and kv_a (`disable_tp=True`,
     deepseek_v2.py), router, norms, the projector (ReplicatedLinear, pixtral.py), and K/V heads
     once there are more ranks than heads (config/model.py get_num_kv_heads). Routed experts are
-    cut like other matrices, or with `expert_parallel` spread whole, the remainder on some ranks
-    (fused_moe/config.py).
+    cut over tensor x data parallel ranks, or with `expert_parallel` spread whole over them, the
+    remainder on some ranks (fused_moe/config.py). The first stage has the embedding, the last the
+    head and the final norm; tied, both have it (llama.py). The vision tower is on every stage
+    (pixtral.py does not ask for the rank).
     """
+    shards = tensor_parallel_size * data_parallel_size
     experts = None
     if architecture.moe is not None and expert_parallel:
-        experts = -(-architecture.moe.num_experts // tensor_parallel_size)
-    return _count(
-        architecture,
+        experts = -(-(architecture.moe.num_experts + num_redundant_experts) // shards)
+    cut = _Cut(
+        stage=stage or whole_model(architecture.num_layers),
         tensor_parallel_size=tensor_parallel_size,
+        expert_shards=shards,
         experts_per_rank=experts,
-        padding=VOCABULARY_PADDING,
+        vocabulary_padding=VOCABULARY_PADDING,
     )
+    return _count(architecture, cut)
 
 
-def _count(
-    architecture: Architecture,
-    *,
-    tensor_parallel_size: int,
-    experts_per_rank: int | None,
-    padding: int,
-) -> Parameters:
-    hidden, layers = architecture.hidden_size, architecture.num_layers
-    ranks, moe = tensor_parallel_size, architecture.moe
+def _count(architecture: Architecture, cut: _Cut) -> Parameters:
+    hidden, stage, ranks = architecture.hidden_size, cut.stage, cut.tensor_parallel_size
+    padding = cut.vocabulary_padding
     vocabulary = -(-architecture.vocab_size // padding) * padding // ranks * hidden
-    dense_layers = layers if moe is None else min(moe.num_dense_layers, layers)
+    tied = architecture.tied_embeddings
+    moe, dense_layers = architecture.moe, stage.num_layers
     experts = idle = shared = router = 0
     if moe is not None:
-        expert = 3 * hidden * moe.expert_intermediate_size
-        held = (
-            moe.num_experts * expert // ranks
-            if experts_per_rank is None
-            else experts_per_rank * expert
-        )
-        sparse_layers = layers - dense_layers
-        experts = sparse_layers * held
+        dense_layers = min(stage.num_layers, max(0, moe.num_dense_layers - stage.first_layer))
+        sparse_layers = stage.num_layers - dense_layers
+        expert = _expert(moe, hidden)
+        experts = moe.num_experts * expert // cut.expert_shards
+        if cut.experts_per_rank is not None:
+            experts = cut.experts_per_rank * expert
+        experts *= sparse_layers
         idle = experts * (moe.num_experts - moe.num_experts_per_token) // moe.num_experts
-        shared = sparse_layers * moe.num_shared_experts * expert // ranks
-        router = sparse_layers * hidden * moe.num_experts
+        shared = 3 * hidden * moe.expert_intermediate_size * moe.num_shared_experts
+        shared = sparse_layers * shared // ranks
+        router = sparse_layers * moe.num_experts * (hidden + moe.router_bias)
     return Parameters(
-        embedding=vocabulary,
-        head=0 if architecture.tied_embeddings else vocabulary,
-        attention=layers * _attention(architecture, ranks),
+        embedding=vocabulary if stage.is_first or (tied and stage.is_last) else 0,
+        head=vocabulary if stage.is_last and not tied else 0,
+        attention=stage.num_layers * _attention(architecture, ranks),
         feed_forward=dense_layers * 3 * hidden * (architecture.intermediate_size or 0) // ranks,
         experts=experts,
         idle_experts=idle,
         shared_experts=shared,
         router=router,
-        norms=layers * _layer_norms(architecture) + hidden,
+        norms=stage.num_layers * _layer_norms(architecture) + hidden * stage.is_last,
         vision=_vision(architecture.vision, hidden, ranks) if architecture.vision else 0,
     )
+
+
+def _expert(moe: MixtureOfExperts, hidden: int) -> int:
+    biases = 2 * moe.expert_intermediate_size + hidden if moe.expert_bias else 0
+    return 3 * hidden * moe.expert_intermediate_size + biases
 
 
 def local_kv_heads(architecture: Architecture, tensor_parallel_size: int) -> int:
@@ -138,6 +166,10 @@ def _attention(architecture: Architecture, ranks: int) -> int:
     query = heads * architecture.head_dim // ranks
     key = local_kv_heads(architecture, ranks) * architecture.head_dim
     biases = query + 2 * key if architecture.attention_bias else 0
+    if architecture.output_bias:
+        biases += hidden
+    if architecture.attention_sinks:
+        biases += heads // ranks
     return 2 * hidden * query + 2 * hidden * key + biases
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -40,6 +41,8 @@ class Shape(Spec):
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
+    num_nodes: int = Field(default=1, description="That one replica spreads over.")
     expert_parallel: bool = False
     max_model_len: int
     max_num_seqs: int
@@ -55,6 +58,10 @@ class Shape(Spec):
     host_memory_bytes: int = 0
     prediction: Prediction
     engine_args: tuple[str, ...] = ()
+    engine_environment: Mapping[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = Field(
+        default=(), description="What is legal but costs speed or deserves a look."
+    )
 
     @property
     def num_gpus(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.messages import ReplicaReport
+from cluster.shape_version import shape_version
 from placement.fleet import ReplicaBounds, ScalingPolicy
 from placement.plan import GpuMemory, NodeGpus, Plan, Predicted, Prediction, Shape, Variant
 
@@ -76,6 +77,7 @@ def a_report(**changes: Any) -> ReplicaReport:
         "model": "chat",
         "variant": "chat@local-sim",
         "state": "ready",
+        "version": shape_version(a_variant()),
         "started_s": 100.0,
         "url": "http://127.0.0.1:4000",
         "api_key": "secret",

@@ -19,7 +19,7 @@ from cluster.cli.render import page_console, plan_page, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, EngineFailed
 from cluster.processes import free_ports, tail
 from placement.errors import DoesNotFit, UnknownName
 from placement.fleet import FleetSpec, GatewaySpec
@@ -52,8 +52,14 @@ def deploy(
     if plan.status == "infeasible":
         console.print(plan_page(plan))
         raise DoesNotFit("the fleet does not fit; nothing was changed. The reasons are above")
+    before = client.plan()
     client.apply(plan)
-    wait_until_ready(client, plan, console, still_up=lambda: True)
+    try:
+        wait_until_ready(client, plan, console, still_up=lambda: True)
+    except EngineFailed:
+        client.apply(before or plan.model_copy(update={"variants": ()}))
+        console.print("the deployment was taken back; what served before serves on", markup=False)
+        raise
     console.print(status_page(client.status()))
 
 

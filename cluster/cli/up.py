@@ -107,6 +107,8 @@ def _run(spec: FleetSpec, console: Console) -> None:
                 )
                 with contextlib.suppress(ClusterError):
                     client.stop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # from here on it takes two seconds at most
         ray.stop()
         context.forget()
 

@@ -33,7 +33,7 @@ def wait_until_ready(
         while True:
             status = client.status()
             _raise_failures(status)
-            if all(variant.ready >= wanted.get(variant.variant, 0) for variant in status.variants):
+            if status.gateways and _all_ready(status, wanted):
                 return
             if not still_up():
                 raise ClusterError("Ray ended while the engines were loading")
@@ -42,6 +42,10 @@ def wait_until_ready(
             else:
                 _say_new_stages(status, console, said, started_s)
             time.sleep(PERIOD_S)
+
+
+def _all_ready(status: FleetStatus, wanted: dict[str, int]) -> bool:
+    return all(variant.ready >= wanted.get(variant.variant, 0) for variant in status.variants)
 
 
 def _raise_failures(status: FleetStatus) -> None:

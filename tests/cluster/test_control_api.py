@@ -47,6 +47,9 @@ class RememberingControl:
     async def inventory(self) -> Inventory:
         return Inventory(pools=(Pool(name="h", gpu="H100-SXM", gpus_per_node=8),))
 
+    async def plan(self) -> Plan | None:
+        return next((call[1] for call in self.calls if call[0] == "apply"), None)
+
     def status(self) -> FleetStatus:
         return FleetStatus(fleet="test", table_version=3, variants=(), gateways=(), events=())
 
@@ -64,6 +67,7 @@ async def test_every_call_arrives_as_it_was_made(served):
     control, url = served
     client = ControlClient(url, TOKEN)
     plan = a_plan()
+    assert await asyncio.to_thread(client.plan) is None
 
     await asyncio.to_thread(client.apply, plan)
     await asyncio.to_thread(client.scale, "chat", 3)
@@ -71,6 +75,7 @@ async def test_every_call_arrives_as_it_was_made(served):
     await asyncio.to_thread(client.stop)
 
     assert control.calls == [("apply", plan), ("scale", "chat", 3), ("delete", "chat"), ("stop",)]
+    assert await asyncio.to_thread(client.plan) == plan
     assert (await asyncio.to_thread(client.status)).fleet == "test"
     assert (await asyncio.to_thread(client.inventory)).pools[0].gpu == "H100-SXM"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cluster.registry import Registry
+from cluster.shape_version import shape_version
 from placement.fleet import ReplicaBounds
 from tests.builders import a_report, a_shape, a_variant
 
@@ -70,3 +73,25 @@ def test_a_stopped_replica_leaves_at_once():
 
     assert registry.report(a_report(state="stopped"), now_s=1)
     assert registry.of("chat@local-sim") == []
+
+
+def test_replicas_of_an_older_shape_serve_but_are_not_counted():
+    registry = Registry()
+    registry.report(a_report(), now_s=0)
+    changed = a_variant(shape=a_shape(max_model_len=8192))
+
+    assert registry.ready(a_variant()) == 1
+    assert registry.ready(changed) == 0
+    assert len(registry.table([changed], version=1).endpoints) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"aliases": ("c",)}, {"bounds": ReplicaBounds(min=0, max=9)}, {"replicas": 3}]
+)
+def test_what_an_engine_does_not_depend_on_needs_no_new_one(change):
+    assert shape_version(a_variant(**change)) == shape_version(a_variant())
+
+
+@pytest.mark.parametrize("change", [{"checkpoint": "other"}, {"pool": "other"}])
+def test_what_an_engine_depends_on_needs_a_new_one(change):
+    assert shape_version(a_variant(**change)) != shape_version(a_variant())

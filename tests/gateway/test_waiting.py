@@ -229,3 +229,32 @@ async def test_load_is_averaged_over_the_time_since_the_last_report() -> None:
         assert load.in_flight == pytest.approx(busy_s / period_s, abs=0.15)
         assert load.requests_total == 1
         assert gateway.admission.loads()["chat"].in_flight == 0
+
+
+@pytest.mark.parametrize("loss", ["unreachable", "died before its answer"])
+async def test_where_lost_replicas_are_replaced_a_request_waits_for_the_new_one(loss: str) -> None:
+    managed = (ServedModel(name="chat", managed=True),)
+    async with an_engine(die_before_answer=True) as dying, an_engine() as replacement:
+        lost = dying if loss.startswith("died") else "http://127.0.0.1:9"
+        before = a_table(an_endpoint(lost, id="old"), models=managed)
+        async with a_gateway(before) as gateway, a_client(gateway) as client:
+            asked = ask(client)
+            await until(lambda: gateway.admission.queued("chat") == 1)
+
+            after = a_table(an_endpoint(replacement, id="new"), models=managed, version=3)
+            gateway.apply(after)
+
+            assert (await asked).status == 200
+            assert in_flight(gateway) == 0
+
+
+async def test_a_lost_replica_that_nobody_replaces_in_time_is_503() -> None:
+    table = a_table(
+        an_endpoint("http://127.0.0.1:9"), models=(ServedModel(name="chat", managed=True),)
+    )
+    limits = {"replacement_timeout_s": 0.1}
+    async with a_gateway(table, limits=limits) as gateway, a_client(gateway) as client:
+        response = await ask(client)
+
+        assert response.status == 503
+        assert "no running replica" in (await response.json())["error"]["message"]

@@ -193,6 +193,22 @@ async def test_an_infeasible_fleet_changes_nothing(sim: Bora, tmp_path: Path):
     assert (await asyncio.to_thread(sim.variant, "chat"))["variant"] == before["variant"]
 
 
+async def test_a_deployment_whose_engine_does_not_start_is_taken_back(sim: Bora, tmp_path: Path):
+    broken = tmp_path / "fleet.yaml"
+    flags = "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=1]\n"
+    other = FLEET.split("models:\n")[1].replace("name: chat", "name: other")
+    broken.write_text(FLEET + other + flags)
+
+    result = await asyncio.to_thread(sim.command, "deploy", str(broken))
+
+    assert result.returncode == 5
+    assert "loading weights" in result.stderr
+    assert "taken back" in result.stderr
+    assert [v["model"] for v in (await asyncio.to_thread(sim.status))["variants"]] == ["chat"]
+    async with aiohttp.ClientSession() as session:
+        assert not (await ask(session, sim.url, tokens=4, stream=False)).startswith("!")
+
+
 async def test_the_controller_can_be_killed_while_requests_flow(sim: Bora):
     """Ray starts it again; gateways keep the last table meanwhile."""
     load = Load(sim.url)
