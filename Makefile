@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system format proto lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system format proto docs accuracy lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,12 @@ format: install  ## write the code the way `check` wants it
 
 proto: install  ## gateway/proto/*_pb2*.py from the .proto files
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. gateway/proto/*.proto
+
+docs: install  ## configs/README.md from the descriptions in the code
+	$(BIN)/python -c "from cluster.reference import reference; print(reference(), end='')" > configs/README.md
+
+accuracy: install  ## predicted against measured memory and speed, beside other estimators
+	$(BIN)/python -m tests.accuracy
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh

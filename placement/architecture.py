@@ -10,7 +10,9 @@ from placement.spec import Spec
 class MultiheadLatentAttention(Spec):
     """DeepSeek-style latent attention: one latent vector per token and layer is cached."""
 
-    q_lora_rank: PositiveInt
+    q_lora_rank: PositiveInt | None = Field(
+        default=None, description="None: queries have no latent of their own (Large 4)."
+    )
     kv_lora_rank: PositiveInt
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
@@ -60,6 +62,10 @@ class Architecture(Spec):
     intermediate_size: PositiveInt | None = Field(default=None, description="Of the dense layers.")
     vocab_size: PositiveInt
     tied_embeddings: bool = False
+    is_draft: bool = Field(
+        default=False,
+        description="EAGLE: its target's embedding and head, and a matrix that merges two inputs.",
+    )
     attention_bias: bool = Field(default=False, description="Biases on q, k and v (Qwen2).")
     output_bias: bool = Field(default=False, description="Bias on o (gpt-oss).")
     attention_sinks: bool = Field(default=False, description="One number per head (gpt-oss).")

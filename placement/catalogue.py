@@ -17,10 +17,10 @@ from placement.spec import Spec, load_yaml
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Precision = Literal[
-    "fp32", "bf16", "fp16", "fp8", "nvfp4", "awq", "gptq",
-    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_m", "iq4_xs",
-    "iq4_nl", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0",
-    "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
+    "fp32", "bf16", "fp16", "fp8", "nvfp4", "mxfp4", "awq", "gptq",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m",
+    "iq4_xs", "iq4_nl", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m",
+    "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
 ]  # fmt: skip
 
 
@@ -84,6 +84,10 @@ class ModelSpec(Spec):
     context: PositiveInt = Field(description="Longest context served, tokens.")
     aliases: tuple[str, ...] = ()
     capabilities: tuple[Literal["chat", "completion", "tools", "vision", "reasoning"], ...] = ()
+    loaded_by: tuple[Literal["vllm", "llamacpp"], ...] = Field(
+        default=("vllm", "llamacpp"),
+        description="Engines whose releases that we plan for can load this architecture alone.",
+    )
     engine_args: tuple[str, ...] = Field(default=(), description="vLLM flags the model needs.")
     published_parameters: PositiveInt | None = None
     published_active_parameters: PositiveInt | None = None

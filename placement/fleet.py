@@ -21,16 +21,20 @@ from placement.spec import Spec
 class TokenLengths(Spec):
     """Distribution of a request's token counts."""
 
-    mean: PositiveFloat
-    p95: PositiveFloat | None = None
+    mean: PositiveFloat = Field(description="Tokens.")
+    p95: PositiveFloat | None = Field(default=None, description="Tokens; None: the mean.")
 
 
 class Demand(Spec):
     """Load that a model must carry."""
 
-    requests_per_s: NonNegativeFloat
-    input_tokens: TokenLengths = TokenLengths(mean=512)
-    output_tokens: TokenLengths = TokenLengths(mean=128)
+    requests_per_s: NonNegativeFloat = Field(description="Of all clients together.")
+    input_tokens: TokenLengths = Field(
+        default=TokenLengths(mean=512), description="Prompt lengths; default mean 512."
+    )
+    output_tokens: TokenLengths = Field(
+        default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
+    )
 
 
 class Objective(Spec):
@@ -47,8 +51,8 @@ class Objective(Spec):
 class ReplicaBounds(Spec):
     """How many replicas may run. `min: 0` lets the model scale to zero."""
 
-    min: NonNegativeInt = 1
-    max: PositiveInt = 1
+    min: NonNegativeInt = Field(default=1, description="0: the model may scale to zero.")
+    max: PositiveInt = Field(default=1, description="At most so many.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -97,11 +101,17 @@ class FleetModel(Spec):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$",
         description="What clients send as `model`.",
     )
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = Field(default=(), description="Other names that clients may send.")
     model: str = Field(description="Catalogue name, Hugging Face repo id or path.")
-    precision: Literal["any"] | tuple[Precision, ...] = "any"
-    engine: Literal["vllm", "sim"] = "vllm"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["any"] | tuple[Precision, ...] = Field(
+        default="any", description="Checkpoints that may be used; `any`: the planner chooses."
+    )
+    engine: Literal["vllm", "sim"] = Field(
+        default="vllm", description="`sim`: no weights, timing as predicted."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of activations and unquantised weights; `auto`: 16 bits."
+    )
     max_model_len: PositiveInt | None = Field(
         default=None, description="Tokens; None: the model's context."
     )
@@ -115,16 +125,24 @@ class FleetModel(Spec):
     gpu_memory_utilization: float = Field(
         default=0.92, gt=0.0, le=1.0, description="Share of a GPU's memory that an engine may take."
     )
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        default="auto", description="`fp8` holds twice the tokens; `auto`: as `dtype`."
+    )
     tensor_parallel_size: PositiveInt | None = Field(
         default=None, description="None: the planner chooses."
     )
     expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
-    demand: Demand | None = None
-    slo: Objective = Objective()
-    replicas: ReplicaBounds = ReplicaBounds()
+    demand: Demand | None = Field(
+        default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
+    )
+    slo: Objective = Field(default=Objective(), description="Latency to hold under the demand.")
+    replicas: ReplicaBounds = Field(
+        default=ReplicaBounds(), description="Between these the count follows the load."
+    )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
-    scaling: ScalingPolicy = ScalingPolicy()
+    scaling: ScalingPolicy = Field(
+        default=ScalingPolicy(), description="How fast the count follows the load."
+    )
     simulate_gpu: str | None = Field(
         default=None, description="engine: sim only: the GPU type whose speed is simulated."
     )
@@ -143,19 +161,27 @@ class FleetModel(Spec):
 class GatewaySpec(Spec):
     """The front door."""
 
-    http_port: NonNegativeInt = Field(default=8000, le=65535)
-    grpc_port: NonNegativeInt = Field(default=8001, le=65535)
-    host: str = "127.0.0.1"
-    auth: Literal["none"] = "none"
+    http_port: NonNegativeInt = Field(default=8000, le=65535, description="0: any free port.")
+    grpc_port: NonNegativeInt = Field(default=8001, le=65535, description="0: any free port.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on. Beyond loopback, put authentication in front.",
+    )
+    auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
 
 
 class FleetSpec(Spec):
     """Everything that one `bora deploy` puts on a cluster."""
 
-    fleet: str = Field(min_length=1, pattern=r"^[a-z0-9][a-z0-9-]*$")
-    models: tuple[FleetModel, ...] = Field(min_length=1)
-    objective: Literal["cost", "throughput", "headroom"] = "cost"
-    gateway: GatewaySpec = GatewaySpec()
+    fleet: str = Field(
+        min_length=1, pattern=r"^[a-z0-9][a-z0-9-]*$", description="Its name: a-z, 0-9 and dashes."
+    )
+    models: tuple[FleetModel, ...] = Field(min_length=1, description="At least one.")
+    objective: Literal["cost", "throughput", "headroom"] = Field(
+        default="cost",
+        description="Among plans that meet the demand: cheapest, fastest, or with most to spare.",
+    )
+    gateway: GatewaySpec = Field(default=GatewaySpec(), description="The front door.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

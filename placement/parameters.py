@@ -120,6 +120,9 @@ def _count(architecture: Architecture, cut: _Cut) -> Parameters:
     hidden, stage, ranks = architecture.hidden_size, cut.stage, cut.tensor_parallel_size
     padding = cut.vocabulary_padding
     vocabulary = -(-architecture.vocab_size // padding) * padding // ranks * hidden
+    merger = 0
+    if architecture.is_draft:  # vLLM copies embedding and head from the target
+        vocabulary, merger = 0, 2 * hidden**2
     tied = architecture.tied_embeddings
     moe, dense_layers = architecture.moe, stage.num_layers
     experts = idle = shared = router = 0
@@ -139,7 +142,8 @@ def _count(architecture: Architecture, cut: _Cut) -> Parameters:
         embedding=vocabulary if stage.is_first or (tied and stage.is_last) else 0,
         head=vocabulary if stage.is_last and not tied else 0,
         attention=stage.num_layers * _attention(architecture, ranks),
-        feed_forward=dense_layers * 3 * hidden * (architecture.intermediate_size or 0) // ranks,
+        feed_forward=merger
+        + dense_layers * 3 * hidden * (architecture.intermediate_size or 0) // ranks,
         experts=experts,
         idle_experts=idle,
         shared_experts=shared,
@@ -174,8 +178,8 @@ def _attention(architecture: Architecture, ranks: int) -> int:
 
 
 def _latent_attention(mla: MultiheadLatentAttention, hidden: int, heads: int, ranks: int) -> int:
-    on_every_rank = hidden * (mla.q_lora_rank + mla.kv_lora_rank + mla.qk_rope_head_dim)
-    query = mla.q_lora_rank * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    on_every_rank = hidden * ((mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim)
+    query = (mla.q_lora_rank or hidden) * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
     key_value = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
     output = hidden * mla.v_head_dim
     return on_every_rank + heads * (query + key_value + output) // ranks
@@ -184,7 +188,7 @@ def _latent_attention(mla: MultiheadLatentAttention, hidden: int, heads: int, ra
 def _layer_norms(architecture: Architecture) -> int:
     norms = 2 * architecture.hidden_size
     if architecture.mla is not None:
-        norms += architecture.mla.q_lora_rank + architecture.mla.kv_lora_rank
+        norms += (architecture.mla.q_lora_rank or 0) + architecture.mla.kv_lora_rank
     if architecture.qk_norm:
         norms += 2 * architecture.head_dim
     return norms

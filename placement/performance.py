@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from placement.architecture import Architecture
 from placement.candidate import Candidate
-from placement.memory import kv_layout, weights_bytes
+from placement.memory import kv_layout
 from placement.parameters import count_parameters, rank_parameters
 from placement.plan import Prediction
+from placement.weight_bytes import weights_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 
 from placement.catalogue import GpuType, ModelSpec, load_catalogue
 from placement.errors import ConfigError, UnknownName
-from placement.memory import checkpoint_bytes
+from placement.weight_bytes import checkpoint_bytes
 from tests.placement.builders import CATALOGUE
 
 GPU_TYPES = {

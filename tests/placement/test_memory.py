@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from placement.candidate import GIB
 from placement.catalogue import Checkpoint
-from placement.memory import checkpoint_bytes, memory_use, weights_bytes
+from placement.memory import memory_use
 from placement.parameters import count_parameters
+from placement.weight_bytes import checkpoint_bytes, weights_bytes
 from tests.placement.builders import (
     CATALOGUE,
     a_candidate,

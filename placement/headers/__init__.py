@@ -1,0 +1,1 @@
+"""What weight files say of themselves: safetensors and GGUF headers, read without the weights."""
