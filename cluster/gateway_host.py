@@ -7,12 +7,27 @@ import logging
 import sys
 from pathlib import Path
 
-from cluster.processes import start_guarded, stop_guarded
+from cluster.processes import free_ports, require_free_port, start_guarded, stop_guarded
+from placement.fleet import GatewaySpec
 
 DRAIN_TIMEOUT_S = 35.0
 RESTART_DELAY_S = 1.0
 
 log = logging.getLogger("bora.gateway_host")
+
+
+def checked_ports(gateway: GatewaySpec) -> GatewaySpec:
+    """Port 0 becomes a free port; a given one must be free on this node.
+
+    Raises:
+        PortInUse: it is not.
+    """
+    chosen = {}
+    for key in ("http_port", "grpc_port"):
+        port = getattr(gateway, key) or free_ports(1, gateway.host)[0]
+        require_free_port(gateway.host, port, f"the gateway ({key})")
+        chosen[key] = port
+    return gateway.model_copy(update=chosen)
 
 
 class GatewayHost:

@@ -47,6 +47,7 @@ def start_local_ray(
     """
     # Unix socket paths end at 107 characters, so Ray's files cannot lie below a long run_dir.
     tmpdir = tempfile.mkdtemp(prefix="bora-ray-")
+    run_dir.mkdir(parents=True, exist_ok=True)
     token = run_dir / "ray-token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_urlsafe(32), encoding="utf-8")

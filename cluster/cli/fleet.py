@@ -20,6 +20,7 @@ from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
+from cluster.gateway_host import checked_ports
 from cluster.processes import free_ports, tail
 from placement.errors import DoesNotFit, UnknownName
 from placement.fleet import FleetSpec, GatewaySpec
@@ -46,7 +47,7 @@ def deploy(
     console = page_console(stderr=True)
     running = context.find()
     if running is None and address is not None:
-        running = _install(address, load_yaml(fleet, FleetSpec).gateway)
+        running = _install(address, checked_ports(load_yaml(fleet, FleetSpec).gateway))
     client = _client(running or context.require())
     plan = solve(fleet, inventory)
     if plan.status == "infeasible":

@@ -23,15 +23,16 @@ from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import AlreadyRunning, ClusterError
+from cluster.gateway_host import checked_ports
 from cluster.local_inventory import local_inventory
 from cluster.local_ray import HOST, LocalRay, start_local_ray, use
 from cluster.models import catalogue_for
 from cluster.names import SLOT
-from cluster.processes import free_ports, require_free_port
+from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from placement.catalogue import CONFIGS, load_catalogue
 from placement.errors import DoesNotFit
-from placement.fleet import FleetModel, FleetSpec, GatewaySpec
+from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -87,7 +88,7 @@ def _run(spec: FleetSpec, console: Console) -> None:
     if plan.status == "infeasible":
         console.print(plan_page(plan))
         raise DoesNotFit("the fleet does not fit this machine; the reasons are above")
-    gateway = _checked_ports(plan.gateway)
+    gateway = checked_ports(plan.gateway)
     plan = plan.model_copy(update={"gateway": gateway})
     run_dir = _fresh_run_dir()
     started_s = time.monotonic()
@@ -111,16 +112,6 @@ def _run(spec: FleetSpec, console: Console) -> None:
             signal.signal(number, signal.SIG_IGN)  # from here on it takes two seconds at most
         ray.stop()
         context.forget()
-
-
-def _checked_ports(gateway: GatewaySpec) -> GatewaySpec:
-    """Port 0 becomes a free port; a given one must be free."""
-    chosen = {}
-    for key in ("http_port", "grpc_port"):
-        port = getattr(gateway, key) or free_ports(1, gateway.host)[0]
-        require_free_port(gateway.host, port, f"the gateway ({key})")
-        chosen[key] = port
-    return gateway.model_copy(update=chosen)
 
 
 def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:
