@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,21 @@ def connect(address: str) -> None:
     Raises:
         ClusterUnreachable: nothing answers there, or the token is wrong.
     """
+    _require_listener(address)  # Ray itself would try for minutes
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _require_listener(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ValueError as error:
+        raise ClusterUnreachable(f"{address!r} is no address; expected HOST:PORT") from error
+    except OSError as error:
+        raise ClusterUnreachable(f"no Ray cluster listens at {address}: {error}") from error
 
 
 def disconnect() -> None:
