@@ -1,0 +1,144 @@
+"""The command line as a user meets it: exit codes, clean JSON, errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.context import Context
+
+GOOD = """
+fleet: demo
+models:
+  - {name: chat, model: mixtral-8x7b, engine: sim, simulate_gpu: H100-SXM}
+"""
+
+
+def bora(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", *arguments],
+        env={**os.environ, "BORA_STATE": str(state)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the file is empty"),
+        ("fleet: [", ":1: not valid YAML"),
+        ("fleet: demo", ":1: models: required, but missing"),
+        (GOOD + "modles: []", ":5: modles: unknown key; did you mean 'models'?"),
+        (GOOD.replace("sim,", "simm,"), ":4: models[0].engine"),
+        (GOOD + "gateway: {http_port: eighty}", ":5: gateway.http_port: input should be"),
+        (GOOD + "gateway: {http_port: 80}\ngateway: {}", ":6: gateway: the key stands twice"),
+        (GOOD.replace("chat", "'a b'"), ":4: models[0].name"),
+        (GOOD.replace("mixtral-8x7b", "mixtral-8x7"), "did you mean 'mixtral-8x7b'"),
+    ],
+)
+def test_a_wrong_fleet_file_is_exit_2_with_file_line_and_key(tmp_path: Path, text: str, said: str):
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(text)
+
+    result = bora(tmp_path, "plan", str(fleet))
+
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_missing_file_is_exit_2(tmp_path: Path):
+    result = bora(tmp_path, "plan", str(tmp_path / "nowhere.yaml"))
+
+    assert result.returncode == 2
+    assert "no such file" in result.stderr
+
+
+def test_plan_prints_one_json_document_and_writes_yaml_that_reads_back(tmp_path: Path):
+    fleet, out = tmp_path / "fleet.yaml", tmp_path / "plan.yaml"
+    fleet.write_text(GOOD)
+
+    result = bora(tmp_path, "plan", str(fleet), "--json", "--out", str(out))
+
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["variants"][0]["model"] == "chat"
+    assert "chat@" in out.read_text()
+
+
+def test_an_impossible_fleet_is_exit_3_and_still_prints_why(tmp_path: Path):
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("fleet: x\nmodels: [{name: big, model: mistral-large-3-675b-2512}]")
+
+    result = bora(tmp_path, "plan", str(fleet), "--json")
+
+    assert result.returncode == 3
+    answer = json.loads(result.stdout)
+    assert answer["status"] == "infeasible"
+    assert answer["unmet"][0]["model"] == "big"
+    assert answer["unmet"][0]["cheapest_relaxation"]
+
+
+def test_a_pool_that_the_inventory_does_not_have_is_named(tmp_path: Path):
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(GOOD.replace("engine", "pools: [h100], engine"))
+
+    result = bora(tmp_path, "plan", str(fleet))
+
+    assert result.returncode == 2
+    assert "h100" in result.stderr
+    assert "local" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("status",), ("logs", "chat"), ("scale", "chat", "2")])
+def test_without_a_cluster_commands_are_exit_4_and_say_how_to_start_one(
+    tmp_path: Path, command: tuple[str, ...]
+):
+    result = bora(tmp_path, *command)
+
+    assert result.returncode == 4
+    assert "bora up" in result.stderr
+
+
+def test_a_controller_that_is_gone_is_exit_4(tmp_path: Path):
+    gone = Context(
+        ray_address="127.0.0.1:1",
+        ray_tmpdir="",
+        controller_url="http://127.0.0.1:1",
+        token="t",
+        http_url="",
+        grpc_address="",
+        run_dir=str(tmp_path),
+        supervisor_pid=2**22 - 1,
+    )
+    (tmp_path / "context.json").write_text(gone.model_dump_json())
+
+    assert bora(tmp_path, "status").returncode == 4
+    assert bora(tmp_path, "down").returncode == 0
+    assert not (tmp_path / "context.json").exists()
+
+
+@pytest.mark.parametrize("command", ["models", "gpus"])
+def test_the_catalogue_is_shown_and_is_json_on_request(tmp_path: Path, command: str):
+    page, document = bora(tmp_path, command), bora(tmp_path, command, "--json")
+
+    entries = json.loads(document.stdout)
+    assert len(entries) > 5
+    assert all(entry["name"] in page.stdout for entry in entries)
+
+
+def test_the_command_line_does_not_import_ray_vllm_or_torch():
+    code = "import sys, cluster.cli; print(*sorted({'ray', 'vllm', 'torch'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert result.stdout.strip() == ""
