@@ -47,6 +47,10 @@ class Autoscaler:
         self._targets[variant.variant] = min(max(wanted, variant.bounds.min), variant.bounds.max)
         return self._targets[variant.variant]
 
+    def restore(self, targets: Mapping[str, int]) -> None:
+        """Start from replica counts that were decided before a restart."""
+        self._targets.update(targets)
+
     def target(self, variant: Variant) -> int:
         """Replicas that `variant` should have."""
         return self._targets.get(variant.variant, variant.replicas)

@@ -65,16 +65,23 @@ class Controller:
         async with self._starting:
             if self._loop is None:
                 _log_to(self._run_dir / "logs" / "controller.log")
-                plan_file = self._run_dir / "plan.yaml"
-                if plan_file.exists():
-                    text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
-                    self._adopt(parse_yaml(text, Plan, source=str(plan_file)))
                 await asyncio.to_thread(serve_apps.start)
+                await self._recover()
                 await serve_control_api(self, *self._address, self._token)
                 self._loop = asyncio.create_task(self._run_forever())
                 self._loop.add_done_callback(_die)
         host, port = self._address
         return f"http://{host}:{port}"
+
+    async def _recover(self) -> None:
+        """After a restart: the plan from disk, and the counts that Serve has."""
+        plan_file = self._run_dir / "plan.yaml"
+        if plan_file.exists():
+            text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
+            plan = parse_yaml(text, Plan, source=str(plan_file))
+            self._autoscaler.restore(await asyncio.to_thread(serve_apps.replica_counts))
+            self._adopt(plan)
+            log.info("recovered the fleet %s", plan.fleet)
 
     async def report(self, text: str) -> None:
         """A replica's heartbeat (`ReplicaReport` as JSON)."""

@@ -54,6 +54,17 @@ def scale(variant: Variant, replicas: int) -> None:
     )
 
 
+def replica_counts() -> dict[str, int]:
+    """Replicas that each deployed variant has or is getting."""
+    return {
+        name: sum(
+            count for state, count in deployment.replica_states.items() if state != "STOPPING"
+        )
+        for application in serve.status().applications.values()
+        for name, deployment in application.deployments.items()
+    }
+
+
 def delete(model: str) -> None:
     """Stop a model's replicas, each after its running requests, and forget it."""
     serve.delete(model)

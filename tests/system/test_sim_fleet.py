@@ -211,6 +211,8 @@ async def test_a_deployment_whose_engine_does_not_start_is_taken_back(sim: Bora,
 
 async def test_the_controller_can_be_killed_while_requests_flow(sim: Bora):
     """Ray starts it again; gateways keep the last table meanwhile."""
+    await asyncio.to_thread(sim.command, "scale", "chat", "2")
+    await until_ready(sim, 2, 30)
     load = Load(sim.url)
     running = asyncio.create_task(load.run())
     load.rate = 10
@@ -225,6 +227,8 @@ async def test_the_controller_can_be_killed_while_requests_flow(sim: Bora):
         return result.returncode == 0 and json.loads(result.stdout)["table_version"] > version
 
     await asyncio.to_thread(eventually, recovered, 60)
+    assert (await asyncio.to_thread(sim.variant, "chat"))["wanted"] == 2  # not forgotten
+    await until_ready(sim, 1, 40)  # and scaled down, since 10 requests/s need only one
     load.rate = -1
     await running
     assert load.failures == []

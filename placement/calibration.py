@@ -1,0 +1,120 @@
+"""Calibration: what engines reported when they started, so that the next prediction is right.
+
+An engine tells its weights and its KV cache when it starts. Where that differs from the prediction
+by more than `TOLERANCE`, an observation is kept; later plans for the same model on the same ranks
+take the measured weights, and what the KV cache fell short by as memory that something else takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from placement.plan import Shape, Variant
+from placement.spec import Spec
+
+TOLERANCE = 0.05  # below this the memory model is as good as it claims to be
+KEPT = 500  # observations in a file; the oldest go first
+
+
+class Setup(Spec):
+    """What decides how much memory a rank has left for its KV cache, besides the memory model."""
+
+    checkpoint: str
+    gpu: str
+    engine: Literal["vllm", "llamacpp", "sim"]
+    dtype: str
+    kv_cache_dtype: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    expert_parallel: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+
+
+class Observation(Spec):
+    """One engine start: predicted and measured."""
+
+    setup: Setup
+    model: str = Field(description="The catalogue's name.")
+    observed: str = Field(description="Date, ISO 8601.")
+    kv_bytes_per_token: int = Field(description="Per rank.")
+    predicted_weights_bytes: int = Field(description="Per rank.")
+    measured_weights_bytes: int | None = None
+    predicted_kv_cache_tokens: int
+    measured_kv_cache_tokens: int | None = None
+
+    @property
+    def error(self) -> float:
+        """The larger relative error of weights and KV cache; 0 where nothing was measured."""
+        pairs = (
+            (self.predicted_weights_bytes, self.measured_weights_bytes),
+            (self.predicted_kv_cache_tokens, self.measured_kv_cache_tokens),
+        )
+        return max((abs(p / m - 1) for p, m in pairs if m), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What measurement changes in a rank's memory, bytes."""
+
+    weights_bytes: int | None  # instead of the predicted; None: not measured
+    other_bytes: int  # more (or less) that is not weights and not KV cache
+
+
+class Calibration(Spec):
+    """The calibration file: one observation a setup, the newest."""
+
+    observations: tuple[Observation, ...] = ()
+
+    def with_observation(self, observation: Observation) -> Calibration:
+        """A calibration that also knows `observation`, in place of an older one of its setup."""
+        others = [kept for kept in self.observations if kept.setup != observation.setup]
+        return Calibration(observations=(*others, observation)[-KEPT:])
+
+    def correction(self, setup: Setup) -> Correction | None:
+        """What is known of `setup`."""
+        for observation in reversed(self.observations):
+            if observation.setup == setup:
+                return _correction(observation)
+        return None
+
+
+def observe(
+    variant: Variant, *, weights_bytes: int | None, kv_cache_tokens: int | None, observed: str
+) -> Observation | None:
+    """What an engine of `variant` reported, if the prediction was off by more than `TOLERANCE`."""
+    observation = Observation(
+        setup=setup_of(variant.shape, checkpoint=variant.checkpoint, gpu=variant.gpu),
+        model=variant.catalogue_model,
+        observed=observed,
+        kv_bytes_per_token=variant.shape.kv_bytes_per_token,
+        predicted_weights_bytes=variant.shape.per_gpu.weights_bytes,
+        measured_weights_bytes=weights_bytes,
+        predicted_kv_cache_tokens=variant.shape.kv_cache_tokens,
+        measured_kv_cache_tokens=kv_cache_tokens,
+    )
+    return observation if observation.error > TOLERANCE else None
+
+
+def setup_of(shape: Shape, *, checkpoint: str, gpu: str) -> Setup:
+    """The setup of a planned shape."""
+    shared = Setup.model_fields.keys() & Shape.model_fields.keys()
+    values = {name: getattr(shape, name) for name in shared}
+    return Setup(checkpoint=checkpoint, gpu=gpu, **values)
+
+
+def _correction(observation: Observation) -> Correction:
+    measured_weights = observation.measured_weights_bytes
+    weights_change = (measured_weights or observation.predicted_weights_bytes) - (
+        observation.predicted_weights_bytes
+    )
+    if observation.measured_kv_cache_tokens is None:
+        return Correction(weights_bytes=measured_weights, other_bytes=0)
+    missing_tokens = observation.predicted_kv_cache_tokens - observation.measured_kv_cache_tokens
+    missing_bytes = missing_tokens * observation.kv_bytes_per_token
+    return Correction(weights_bytes=measured_weights, other_bytes=missing_bytes - weights_change)
