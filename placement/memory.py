@@ -92,8 +92,9 @@ def activation_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
     size = candidate.element_bytes
     peak = tokens * (3 * width // ranks + 3 * hidden) * size
     if stage.is_last:
-        rows = min(candidate.max_num_seqs, tokens)
-        sampler = int(constants.sampler_bytes * rows * architecture.vocab_size)
+        sampler = constants.sampler_peak_bytes(
+            max_num_seqs=min(candidate.max_num_seqs, tokens), vocab_size=architecture.vocab_size
+        )
         peak = max(peak, tokens * 2 * hidden * size + sampler)
     vision = _vision_bytes(candidate, tokens) if stage.is_first else 0
     return max(peak, vision) + _latent_workspace_bytes(candidate)
@@ -102,10 +103,12 @@ def activation_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
 def kv_layout(candidate: Candidate, stage: Stage | None = None) -> KvLayout:
     """How a stage's KV cache is cut; without a stage, that of the stage with most layers.
 
-    A sliding window also keeps the tokens of steps in flight: one step's on a CPU, two on GPUs,
-    where scheduling overlaps (config/vllm.py max_in_flight_tokens, max_concurrent_batches).
+    A sliding window also keeps the tokens of steps in flight: one for each pipeline stage, and one
+    more on GPUs, where scheduling overlaps (config/vllm.py max_in_flight_tokens,
+    max_concurrent_batches; the stages' part is what a CPU logs with two of them).
     """
-    architecture, on_cpu = candidate.architecture, candidate.device.is_cpu
+    architecture = candidate.architecture
+    steps = candidate.pipeline_parallel_size + (0 if candidate.device.is_cpu else 1)
     stage = stage or max(stages_of(candidate), key=lambda each: each.num_layers)
     full, windowed, size = layer_groups(architecture)
     return KvLayout(
@@ -122,7 +125,7 @@ def kv_layout(candidate: Candidate, stage: Stage | None = None) -> KvLayout:
             amx=candidate.device.amx,
         ),
         sliding_window=architecture.sliding_window if windowed else None,
-        max_in_flight_tokens=candidate.max_num_batched_tokens * (1 if on_cpu else 2),
+        max_in_flight_tokens=candidate.max_num_batched_tokens * steps,
         num_full_groups=full,
         num_window_groups=windowed,
         decode_context_parallel_size=candidate.decode_context_parallel_size,
@@ -148,7 +151,9 @@ def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
     else:
         constants = release(candidate.vllm_release)
         activation, graphs = activation_bytes(candidate, stage), constants.cuda_graph_bytes
-        non_torch = constants.non_torch_bytes[candidate.num_ranks > 1]
+        non_torch = constants.non_torch_bytes(
+            tensor_parallel_size=candidate.tensor_parallel_size, num_ranks=candidate.num_ranks
+        )
         budget = math.ceil(total * candidate.gpu_memory_utilization)
         left = budget - weights - non_torch - activation - graphs
         missing, available = max(0, -left), max(0, left)

@@ -80,12 +80,12 @@ class VllmEngine:
         return next((stage for sign, stage in _STAGES if sign in log_line), None)
 
     def facts(self, log: str) -> EngineFacts:
-        """KV tokens of the replica; bytes of one rank's weights, which vLLM tells on GPUs only."""
+        """KV tokens of the replica; bytes of the heaviest rank's weights."""
         tokens = _KV_CACHE_TOKENS.findall(log)
         weights = _WEIGHTS_GIB.findall(log)
         return EngineFacts(
             kv_cache_tokens=int(tokens[-1].replace(",", "")) if tokens else None,
-            weights_bytes=round(float(weights[-1]) * GIB) if weights else None,
+            weights_bytes=round(max(map(float, weights)) * GIB) if weights else None,
         )
 
     def load(self, metrics: str) -> EngineLoad:

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -17,11 +17,14 @@ from PIL import Image
 from cluster.checkpoints import locate
 from cluster.engines.vllm import VllmEngine
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from placement.candidate import Candidate, device_of
 from placement.catalogue import load_catalogue
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory, Pool
+from placement.performance import Load
 from placement.plan import Variant
 from placement.planner import make_plan
+from placement.shape import make_shape
 
 pytestmark = pytest.mark.engine
 
@@ -40,21 +43,29 @@ class Configuration:
     model: str
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+    pipeline_parallel_size: int = 1
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
 
     def __str__(self) -> str:
         expert_parallel = "-ep" if self.expert_parallel else ""
-        return f"{self.model}-tp{self.tensor_parallel_size}{expert_parallel}"
+        pipeline = "-pp2" if self.pipeline_parallel_size == 2 else ""
+        fp8 = "-kv-fp8" if self.kv_cache_dtype == "fp8" else ""
+        return f"{self.model}-tp{self.tensor_parallel_size}{expert_parallel}{pipeline}{fp8}"
 
 
 CONFIGURATIONS = [
     Configuration("nano-mixtral"),
+    Configuration("nano-mixtral", kv_cache_dtype="fp8"),
     Configuration("nano-mixtral", 2),
     Configuration("nano-mixtral", 2, expert_parallel=True),
     Configuration("nano-large-3"),
     Configuration("nano-large-3", 2),
     Configuration("nano-large-3", 2, expert_parallel=True),
     Configuration("nano-7b"),
+    Configuration("nano-7b", 2),
+    Configuration("nano-7b", pipeline_parallel_size=2),
     Configuration("nano-small"),
+    Configuration("nano-small", 2),
 ]
 
 
@@ -94,6 +105,7 @@ def planned(configuration: Configuration) -> Variant:
         max_num_seqs=16,
         tensor_parallel_size=configuration.tensor_parallel_size,
         expert_parallel=configuration.expert_parallel,
+        kv_cache_dtype=configuration.kv_cache_dtype,
     )
     pool = Pool(
         name="here", gpu="cpu", gpus_per_node=2, memory_gib_per_gpu=6, kv_cache_gib_per_gpu=1
@@ -101,7 +113,25 @@ def planned(configuration: Configuration) -> Variant:
     fleet = FleetSpec(fleet="test", models=(model,))
     plan = make_plan(fleet, Inventory(pools=(pool,)), load_catalogue())
     [variant] = plan.variants
-    return variant
+    return in_a_pipeline(variant, pool) if configuration.pipeline_parallel_size > 1 else variant
+
+
+def in_a_pipeline(variant: Variant, pool: Pool) -> Variant:
+    """The same in two pipeline stages, which the planner does not choose for one node."""
+    catalogue = load_catalogue()
+    model = catalogue.model(variant.catalogue_model)
+    candidate = Candidate(
+        model=model,
+        checkpoint=model.checkpoints[0],
+        device=device_of(pool, catalogue.gpu("cpu")),
+        pipeline_parallel_size=2,
+        max_model_len=variant.shape.max_model_len,
+        max_num_seqs=variant.shape.max_num_seqs,
+        max_num_batched_tokens=variant.shape.max_num_batched_tokens,
+        dtype="float32",
+    )
+    load = Load(concurrency=1, input_tokens=512, output_tokens=128)
+    return variant.model_copy(update={"shape": make_shape(candidate, load=load)})
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=str)
@@ -151,6 +181,12 @@ def test_logged_kv_cache_is_what_the_planner_predicts(engine: Running) -> None:
     assert facts.kv_cache_tokens == engine.variant.shape.kv_cache_tokens
 
 
+def test_loaded_weights_are_what_the_planner_predicts(engine: Running) -> None:
+    loaded = ENGINE.facts(engine.log.read_text()).weights_bytes
+
+    assert loaded == pytest.approx(engine.variant.shape.per_gpu.weights_bytes, rel=0.01)
+
+
 def test_greedy_outputs_do_not_depend_on_parallel_sizes(
     engine: Running, outputs: dict[str, list[list[int]]]
 ) -> None:
@@ -162,7 +198,8 @@ def test_greedy_outputs_do_not_depend_on_parallel_sizes(
     assert [len(choice) for choice in tokens] == [32] * len(PROMPTS)
     assert min(len(set(choice)) for choice in tokens) > 8  # not one token over and over
     assert len({tuple(choice) for choice in tokens}) == len(PROMPTS)
-    assert tokens == outputs.setdefault(engine.variant.catalogue_model, tokens)
+    numbers = f"{engine.variant.catalogue_model}, KV {engine.variant.shape.kv_cache_dtype}"
+    assert tokens == outputs.setdefault(numbers, tokens)
 
 
 def test_chat_is_answered_with_text(engine: Running) -> None:

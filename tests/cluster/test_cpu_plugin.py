@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cluster.engines import cpu_expert_map
+from cluster.engines import cpu_expert_map, cpu_plugin, cpu_weight_report
+from cluster.engines.after_import import AfterImport
 from cluster.engines.pixtral_without_torchvision import PROCESSOR, TWIN, _Twin
 
 
@@ -31,7 +33,7 @@ def experts() -> Any:
 
 
 def apply(experts: Any, expert_map: list[int] | None, *, on_input: bool = False) -> list[Any]:
-    torch = pytest.importorskip("torch")
+
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     ids = torch.tensor([[2, 0], [3, 2]], dtype=torch.int32)
     mapping = expert_map and torch.tensor(expert_map, dtype=torch.int32)
@@ -74,10 +76,15 @@ def hooks_after_register(
         monkeypatch.setitem(sys.modules, module.__name__, module)
     before = list(sys.meta_path)
     monkeypatch.setattr(sys, "meta_path", before.copy())
-    cpu_expert_map.register("late_experts")
-    cpu_expert_map.register("late_experts")
+    cpu_plugin.register("late_experts", "late_loader")
+    cpu_plugin.register("late_experts", "late_loader")
     added = [hook for hook in sys.meta_path if hook not in before]
-    return [hook for hook in added if type(hook).__module__ == cpu_expert_map.__name__]
+    return [
+        hook
+        for hook in added
+        if isinstance(hook, AfterImport)
+        and hook.changes("late_experts", cpu_expert_map.map_experts)
+    ]
 
 
 def test_fix_waits_for_the_experts_to_be_imported(
@@ -124,3 +131,22 @@ def test_other_modules_have_no_twin(tmp_path: Path) -> None:
     assert (
         _Twin().find_spec("transformers.models.pixtral.modeling_pixtral", [str(tmp_path)]) is None
     )
+
+
+def test_bytes_of_the_weights_are_logged_before_they_are_repacked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+
+    loader = types.ModuleType("loader")
+    vars(loader)["process_weights_after_loading"] = lambda model: setattr(model, "weight", None)
+    cpu_weight_report.report_weights(loader)
+    cpu_weight_report.report_weights(loader)
+    model = torch.nn.Linear(1024, 2**19, bias=False, dtype=torch.bfloat16, device="meta")
+
+    with caplog.at_level(logging.INFO, logger="vllm.bora"):
+        loader.process_weights_after_loading(model)
+
+    assert model.weight is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "Model loading took 1.000000000 GiB memory (weights of this rank)"
+    ]

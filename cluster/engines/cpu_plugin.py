@@ -1,0 +1,38 @@
+"""vLLM plugin for machines without a GPU (entry point `vllm.general_plugins`).
+
+vLLM calls `register` in each of its processes, so this imports nothing that it might not need.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cluster.engines import cpu_weight_report, pixtral_without_torchvision
+from cluster.engines.after_import import after_import
+from cluster.engines.cpu_expert_map import AFFECTED_VERSIONS, EXPERTS_MODULE, map_experts
+
+logger = logging.getLogger(__name__)
+
+
+def register(
+    experts_module: str = EXPERTS_MODULE, loader_module: str = cpu_weight_report.LOADER_MODULE
+) -> None:
+    """Make expert parallelism and Pixtral work on a CPU, and weights known; on GPUs do nothing.
+
+    The expert kernel is changed only in a vLLM version that needs it.
+    """
+    import vllm  # noqa: PLC0415
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    if not current_platform.is_cpu():
+        return
+    pixtral_without_torchvision.install()
+    after_import(loader_module, cpu_weight_report.report_weights)
+    if vllm.__version__.startswith(AFFECTED_VERSIONS):
+        after_import(experts_module, map_experts)
+    else:
+        logger.warning(
+            "bora's fix for expert parallelism on CPUs is for vLLM %s*, this is %s: left out",
+            AFFECTED_VERSIONS[0],
+            vllm.__version__,
+        )
