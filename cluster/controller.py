@@ -18,14 +18,17 @@ import ray
 
 from cluster import serve_apps
 from cluster.autoscaler import Autoscaler
+from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.registry import Registry
 from cluster.replica import Site
+from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
+from placement.calibration import observe
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
 from placement.plan import Plan, Variant
@@ -93,6 +96,7 @@ class Controller:
                 self._failures[report.variant] = report.log_tail or report.stage
             elif report.state == "ready":
                 self._failures.pop(report.variant, None)
+                self._compare(report)
             self._publish()
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
@@ -195,6 +199,26 @@ class Controller:
             gateways=self._autoscaler.gateways(time.monotonic()),
             events=tuple(self._events),
         )
+
+    def _compare(self, report: ReplicaReport) -> None:
+        """Keep what an engine measured where the plan was wrong: the next plan reads it."""
+        variant = next((v for v in self._variants() if v.variant == report.variant), None)
+        if variant is None or report.version != shape_version(variant):
+            return
+        observation = observe(
+            variant,
+            weights_bytes=report.weights_bytes,
+            kv_cache_tokens=report.kv_cache_tokens,
+            observed=time.strftime("%Y-%m-%d", time.gmtime()),
+        )
+        if observation is None:
+            return
+        log.warning("the plan was %.0f %% off: %s", 100 * observation.error, observation)
+        self._note(variant.model, f"the memory plan was {100 * observation.error:.0f} % off")
+        try:
+            add_observation(self._run_dir.parent / CALIBRATION_FILE, observation)
+        except (OSError, ConfigError):
+            log.exception("the observation could not be kept")
 
     async def _run_forever(self) -> None:
         while True:

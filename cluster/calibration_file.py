@@ -1,0 +1,37 @@
+"""The calibration file: kept beside the state of this user's clusters, read by the planner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.context import state_dir
+from placement.calibration import Calibration, Observation
+from placement.spec import dump_yaml, load_yaml
+
+CALIBRATION_FILE = "calibration.yaml"
+
+
+def calibration_path() -> Path:
+    """Of this user."""
+    return state_dir() / CALIBRATION_FILE
+
+
+def load_calibration(path: Path) -> Calibration:
+    """What is in the file; nothing if there is none.
+
+    Raises:
+        ConfigError: it is not a calibration file.
+    """
+    return load_yaml(path, Calibration) if path.exists() else Calibration()
+
+
+def add_observation(path: Path, observation: Observation) -> None:
+    """Keep one more, replacing the file in one step.
+
+    Raises:
+        ConfigError: the file is there and is not a calibration file; it is left as it is.
+    """
+    text = dump_yaml(load_calibration(path).with_observation(observation))
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

@@ -1,0 +1,81 @@
+"""What engines reported, and what later plans make of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from placement.calibration import Calibration, Correction, observe, setup_of
+from tests.builders import a_shape, a_variant
+
+WEIGHTS = a_shape().per_gpu.weights_bytes
+TOKENS = a_shape().kv_cache_tokens
+PER_TOKEN = a_shape().kv_bytes_per_token
+
+
+def an_observation(*, weights: float = 1.0, tokens: float = 1.0, **changes):
+    return observe(
+        a_variant(**changes),
+        weights_bytes=int(WEIGHTS * weights),
+        kv_cache_tokens=int(TOKENS * tokens),
+        observed="2026-11-22",
+    )
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [(1.0, 1.0), (1.04, 1.0), (1.0, 0.96)])
+def test_a_prediction_within_tolerance_is_no_news(weights: float, tokens: float):
+    assert an_observation(weights=weights, tokens=tokens) is None
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [(1.06, 1.0), (0.9, 1.0), (1.0, 0.9), (1.0, 1.2)])
+def test_a_prediction_that_is_off_is_kept(weights: float, tokens: float):
+    assert an_observation(weights=weights, tokens=tokens) is not None
+
+
+def test_an_engine_that_does_not_tell_is_no_news():
+    nothing = observe(a_variant(), weights_bytes=None, kv_cache_tokens=None, observed="2026-11-22")
+
+    assert nothing is None
+
+
+def test_a_later_plan_has_exactly_the_measured_room():
+    observation = an_observation(weights=1.1, tokens=0.8)
+    setup = setup_of(a_shape(), checkpoint="none", gpu="cpu")
+
+    correction = Calibration().with_observation(observation).correction(setup)
+
+    measured_weights = int(WEIGHTS * 1.1)
+    assert correction.weights_bytes == measured_weights
+    lost = (measured_weights - WEIGHTS) + correction.other_bytes
+    assert lost == (TOKENS - int(TOKENS * 0.8)) * PER_TOKEN
+
+
+def test_without_a_measured_cache_only_weights_are_corrected():
+    observation = observe(
+        a_variant(), weights_bytes=2 * WEIGHTS, kv_cache_tokens=None, observed="2026-11-22"
+    )
+    setup = setup_of(a_shape(), checkpoint="none", gpu="cpu")
+
+    correction = Calibration(observations=(observation,)).correction(setup)
+
+    assert correction == Correction(weights_bytes=2 * WEIGHTS, other_bytes=0)
+
+
+def test_the_newest_observation_of_a_setup_counts_and_others_stay():
+    calibration = (
+        Calibration()
+        .with_observation(an_observation(tokens=0.5))
+        .with_observation(an_observation(tokens=0.5, checkpoint="other"))
+        .with_observation(an_observation(tokens=0.7))
+    )
+
+    assert [o.setup.checkpoint for o in calibration.observations] == ["other", "none"]
+    setup = setup_of(a_shape(), checkpoint="none", gpu="cpu")
+    lost = (TOKENS - int(TOKENS * 0.7)) * PER_TOKEN
+    assert calibration.correction(setup).other_bytes == lost
+
+
+def test_another_setup_is_not_corrected():
+    calibration = Calibration().with_observation(an_observation(tokens=0.5))
+    elsewhere = setup_of(a_shape(tensor_parallel_size=2), checkpoint="none", gpu="cpu")
+
+    assert calibration.correction(elsewhere) is None
