@@ -15,13 +15,13 @@ from placement.spec import Spec
 class Context(Spec):
     """Kept in `state_dir()/context.json`, readable by its owner only: it holds the token."""
 
-    ray_address: str
-    ray_tmpdir: str
-    controller_url: str
-    token: str
-    http_url: str
-    grpc_address: str
     run_dir: str
+    ray_address: str = ""
+    ray_tmpdir: str = ""
+    controller_url: str = ""  # empty: still starting
+    token: str = ""
+    http_url: str = ""
+    grpc_address: str = ""
     supervisor_pid: int = 0  # of `bora up`; 0: made by `bora deploy` on a cluster of others
     supervisor_started_s: float = 0.0
 
@@ -47,7 +47,13 @@ def save(context: Context) -> None:
 
 
 def find() -> Context | None:
-    """The saved context, if there is one that can be read."""
+    """The saved context, unless the `bora up` that made it has ended without taking it away."""
+    context = last()
+    return context if context and (context.supervised or not context.supervisor_pid) else None
+
+
+def last() -> Context | None:
+    """The saved context, whether what made it still runs or not."""
     try:
         return Context.model_validate_json(_path().read_text(encoding="utf-8"))
     except (FileNotFoundError, ValidationError):
@@ -66,6 +72,8 @@ def require() -> Context:
             f"no bora runs here (no {_path()}). Start one with `bora up`, or deploy to a Ray "
             f"cluster with `bora deploy FLEET --address HOST:PORT`"
         )
+    if not context.controller_url:
+        raise ClusterUnreachable("bora is still starting; its terminal shows how far it is")
     return context
 
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -20,6 +21,7 @@ from cluster import serve_apps
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
+from cluster.deployer import Deployer
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -35,6 +37,8 @@ from placement.plan import Plan, Variant
 from placement.spec import dump_yaml, parse_yaml
 
 SCALE_PERIOD_S = 0.5
+SETTLE_S = 3.0  # after a restart every replica has sent a heartbeat by then
+PLAN_FILE = "plan.yaml"
 
 log = logging.getLogger("bora.controller")
 
@@ -48,7 +52,6 @@ class Controller:
         self._run_dir = Path(run_dir)
         self._token = token
         self._address = (host, port)
-        self._site = Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
         self._plan: Plan | None = None
         self._registry = Registry()
         self._autoscaler = Autoscaler()
@@ -56,7 +59,11 @@ class Controller:
         self._changed = asyncio.Event()
         self._events: deque[Event] = deque(maxlen=200)
         self._failures: dict[str, str] = {}
-        self._serve_lock = asyncio.Lock()
+        self._deployer = Deployer(
+            Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
+        )
+        self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
+        self._gateway_failure = ""
         self._loop: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
@@ -72,19 +79,22 @@ class Controller:
                 await self._recover()
                 await serve_control_api(self, *self._address, self._token)
                 self._loop = asyncio.create_task(self._run_forever())
-                self._loop.add_done_callback(_die)
+                self._loop.add_done_callback(end_process_on_failure)
         host, port = self._address
         return f"http://{host}:{port}"
 
     async def _recover(self) -> None:
-        """After a restart: the plan from disk, and the counts that Serve has."""
-        plan_file = self._run_dir / "plan.yaml"
-        if plan_file.exists():
-            text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
-            plan = parse_yaml(text, Plan, source=str(plan_file))
-            self._autoscaler.restore(await asyncio.to_thread(serve_apps.replica_counts))
-            self._adopt(plan)
-            log.info("recovered the fleet %s", plan.fleet)
+        """After a restart: the plan from disk, the counts from Serve, replicas from heartbeats."""
+        plan_file = self._run_dir / PLAN_FILE
+        if not plan_file.exists():
+            return
+        text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
+        plan = parse_yaml(text, Plan, source=str(plan_file))
+        self._autoscaler.restore(await asyncio.to_thread(serve_apps.replica_counts))
+        self._settled_s = time.monotonic() + SETTLE_S
+        self._adopt(plan)
+        await self._reconcile()
+        log.info("recovered the fleet %s", plan.fleet)
 
     async def report(self, text: str) -> None:
         """A replica's heartbeat (`ReplicaReport` as JSON)."""
@@ -102,8 +112,9 @@ class Controller:
     async def sync(self, request: SyncRequest) -> SyncResponse:
         """Take a gateway's load in; answer when the table is not the one it has."""
         self._autoscaler.observe(request.gateway, request.loads, time.monotonic())
+        self._gateway_failure = ""
         deadline = time.monotonic() + request.wait_s
-        while request.version == self._table.version:
+        while request.version == self._table.version or self._settling():
             changed, remaining = self._changed, deadline - time.monotonic()
             if remaining <= 0:
                 return SyncResponse()
@@ -111,24 +122,30 @@ class Controller:
                 await asyncio.wait_for(changed.wait(), remaining)
         return SyncResponse(table=self._table)
 
+    async def gateway_ended(self, log_tail: str) -> None:
+        """A gateway process of ours ended by itself."""
+        self._gateway_failure = log_tail
+        self._note("", "a gateway ended and is started again")
+
     async def apply(self, plan: Plan) -> None:
-        """Make the cluster serve exactly `plan`; returns when Serve has taken everything over."""
+        """Make the cluster serve exactly `plan`; returns when Serve has taken everything over.
+
+        The plan is kept first: should this be cut short, the next start carries on.
+        """
         before = {variant.model for variant in self._variants()}
-        counts = {
-            variant.variant: self._autoscaler.adopt(variant, running=variant.model in before)
-            for variant in plan.variants
-        }
+        for variant in plan.variants:
+            self._autoscaler.adopt(variant, running=variant.model in before)
+        path = self._run_dir / PLAN_FILE
+        await asyncio.to_thread(_replace, path, dump_yaml(plan))
         self._adopt(plan)
-        path = self._run_dir / "plan.yaml"
-        await asyncio.to_thread(path.write_text, dump_yaml(plan), encoding="utf-8")
-        async with self._serve_lock:
-            models = dict.fromkeys(variant.model for variant in plan.variants)
-            for model in before - models.keys():
-                await asyncio.to_thread(serve_apps.delete, model)
-            for model in models:
-                variants = [variant for variant in plan.variants if variant.model == model]
-                await asyncio.to_thread(serve_apps.deploy, variants, counts, self._site)
-                self._note(model, "deployed")
+        await self._reconcile()
+
+    async def _reconcile(self) -> None:
+        assert self._plan is not None  # noqa: S101 - adopted just before
+        counts = {v.variant: self._autoscaler.target(v) for v in self._plan.variants}
+        served = {variant.model for variant in self._plan.variants}
+        for model in await self._deployer.reconcile(self._plan, counts):
+            self._note(model, "deployed" if model in served else "deleted")
 
     async def scale(self, model: str, replicas: int) -> None:
         """Set the replica count of a model's first variant, until the load says otherwise.
@@ -160,10 +177,9 @@ class Controller:
         """Let requests finish, then stop gateways and engines; Ray itself goes on."""
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             await ray.get_actor(GATEWAY, namespace=NAMESPACE).stop.remote()
-        async with self._serve_lock:
-            models = dict.fromkeys(variant.model for variant in self._variants())
-            self._plan = None
-            await asyncio.gather(*(asyncio.to_thread(serve_apps.delete, model) for model in models))
+        self._plan = None
+        (self._run_dir / PLAN_FILE).unlink(missing_ok=True)
+        await self._deployer.stop()
 
     async def inventory(self) -> Inventory:
         """What the cluster's nodes offer, from their labels.
@@ -197,6 +213,7 @@ class Controller:
                 for variant in self._variants()
             ),
             gateways=self._autoscaler.gateways(time.monotonic()),
+            gateway_failure=self._gateway_failure,
             events=tuple(self._events),
         )
 
@@ -221,28 +238,42 @@ class Controller:
             log.exception("the observation could not be kept")
 
     async def _run_forever(self) -> None:
+        due_s = time.monotonic()
         while True:
-            await asyncio.sleep(SCALE_PERIOD_S)
-            for lost in self._registry.expire(time.monotonic()):
-                if lost.state not in ("failed", "draining"):
-                    self._note(lost.model, f"replica {lost.replica}: no heartbeat, taken out")
-                self._publish()
+            due_s += SCALE_PERIOD_S
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            late_s = time.monotonic() - due_s
+            if late_s > 1.0:  # this process was held up, and heartbeats wait to be read
+                self._registry.pardon(late_s)
+                due_s = time.monotonic()
+            self._expire()
             for variant in self._variants():
-                ready = self._registry.ready(variant)
-                decision = self._autoscaler.decide(variant, ready, time.monotonic())
-                if decision is not None:
-                    await self._scale(variant, decision.target, decision.reason)
+                await self._follow_load(variant)
+
+    def _expire(self) -> None:
+        for lost in self._registry.expire(time.monotonic()):
+            if lost.state not in ("failed", "draining"):
+                self._note(lost.model, f"replica {lost.replica}: no heartbeat, taken out")
+            self._publish()
+
+    async def _follow_load(self, variant: Variant) -> None:
+        ready = self._registry.ready(variant)
+        decision = self._autoscaler.decide(variant, ready, time.monotonic())
+        if decision is None:
+            return
+        try:
+            await self._scale(variant, decision.target, decision.reason)
+        except (ray.exceptions.RayError, ValueError) as error:
+            # Serve is busy or restarting: the next round decides anew from the same state.
+            log.warning("scaling %s to %d failed: %s", variant.variant, decision.target, error)
 
     async def _scale(self, variant: Variant, replicas: int, reason: str) -> None:
-        async with self._serve_lock:
-            try:
-                await asyncio.to_thread(serve_apps.scale, variant, replicas)
-            except (ray.exceptions.RayError, ValueError) as error:
-                # Serve is busy or restarting: the next round decides anew from the same state.
-                log.warning("scaling %s to %d failed: %s", variant.variant, replicas, error)
-                return
+        await self._deployer.scale(variant, replicas)
         self._autoscaler.set(variant, replicas)
         self._note(variant.model, f"{variant.variant}: {replicas} replicas ({reason})")
+
+    def _settling(self) -> bool:
+        return time.monotonic() < self._settled_s
 
     def _adopt(self, plan: Plan) -> None:
         self._plan = plan
@@ -275,6 +306,13 @@ class Controller:
         return found
 
 
+def _replace(path: Path, text: str) -> None:
+    """Write `path` in one step, so that a crash leaves the old or the new text."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
 def _log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
@@ -283,7 +321,8 @@ def _log_to(path: Path) -> None:
     logging.getLogger("bora").setLevel(logging.INFO)
 
 
-def _die(task: asyncio.Task[None]) -> None:
-    """A bug in the loop ends the actor; Ray starts it anew and it recovers its state."""
-    log.critical("the controller's loop has ended", exc_info=task.exception())
-    os._exit(1)
+def end_process_on_failure(task: asyncio.Task[Any]) -> None:
+    """A task that must not end has failed: end the actor; Ray starts it anew and it recovers."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the controller failed", exc_info=task.exception())
+        os._exit(1)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import sys
 from pathlib import Path
 
-from cluster.processes import free_ports, require_free_port, start_guarded, stop_guarded
+import ray
+
+from cluster.names import CONTROLLER, NAMESPACE
+from cluster.processes import free_ports, require_free_port, start_guarded, stop_guarded, tail
 from placement.fleet import GatewaySpec
 
 DRAIN_TIMEOUT_S = 35.0
 RESTART_DELAY_S = 1.0
-
-log = logging.getLogger("bora.gateway_host")
 
 
 def checked_ports(gateway: GatewaySpec) -> GatewaySpec:
@@ -31,7 +32,7 @@ def checked_ports(gateway: GatewaySpec) -> GatewaySpec:
 
 
 class GatewayHost:
-    """Runs `command`, its output in `log_file`, and starts it again when it ends."""
+    """Runs `python -m gateway ARGUMENTS`, output in `log_file`, and starts it again when it ends."""
 
     def __init__(self, arguments: list[str], token: str, log_file: str) -> None:
         self._log_file = Path(log_file)
@@ -65,7 +66,10 @@ class GatewayHost:
                 await asyncio.to_thread(stop_guarded, process, DRAIN_TIMEOUT_S + 5)
                 return
             stopped.cancel()
-            log.error(
-                "the gateway ended with status %s; its log: %s", process.returncode, self._log_file
-            )
+            await self._tell_controller()
             await asyncio.sleep(RESTART_DELAY_S)
+
+    async def _tell_controller(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            await controller.gateway_ended.remote(tail(self._log_file, 10))

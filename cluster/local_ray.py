@@ -16,8 +16,10 @@ from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from cluster.signals import signals_ignored
 
 HOST = "127.0.0.1"
+_TMPDIR_PREFIX = "bora-ray-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class LocalRay:
     def stop(self) -> None:
         """End Ray, the engines on it, and whatever they started."""
         stop_guarded(self.process, 60)
-        shutil.rmtree(self.tmpdir, ignore_errors=True)
+        remove_tmpdir(self.tmpdir)
 
 
 def start_local_ray(
@@ -45,8 +47,9 @@ def start_local_ray(
     Raises:
         ClusterError: Ray did not start; its output is in the message.
     """
-    # Unix socket paths end at 107 characters, so Ray's files cannot lie below a long run_dir.
-    tmpdir = tempfile.mkdtemp(prefix="bora-ray-")
+    # Unix socket paths end at 107 characters, so Ray's files cannot lie below a long run_dir. Ray
+    # opens its temp dir to everybody: ours lies in one that only we may enter.
+    tmpdir = str(Path(tempfile.mkdtemp(prefix=_TMPDIR_PREFIX)) / "ray")
     run_dir.mkdir(parents=True, exist_ok=True)
     token = run_dir / "ray-token"
     token.touch(mode=0o600)
@@ -75,9 +78,16 @@ def start_local_ray(
     try:
         _wait_until_up(ray, log)
     except BaseException:  # Ctrl-C too: nothing may be left
-        ray.stop()
+        with signals_ignored():
+            ray.stop()
         raise
     return ray
+
+
+def remove_tmpdir(tmpdir: str) -> None:
+    """What Ray left there; the folder is one that `start_local_ray` made."""
+    if tmpdir and Path(tmpdir).parent.name.startswith(_TMPDIR_PREFIX):
+        shutil.rmtree(Path(tmpdir).parent, ignore_errors=True)
 
 
 def _wait_until_up(ray: LocalRay, log: Path, timeout_s: float = 60.0) -> None:

@@ -55,6 +55,7 @@ class VariantStatus(Spec):
     """A variant: wanted and actual."""
 
     model: str
+    aliases: tuple[str, ...]
     variant: str
     engine: str
     pool: str
@@ -86,6 +87,7 @@ class FleetStatus(Spec):
     table_version: int
     variants: tuple[VariantStatus, ...]
     gateways: tuple[str, ...]
+    gateway_failure: str = ""  # the end of the log of a gateway that ended, until one reports
     events: tuple[Event, ...]
 
 

@@ -1,14 +1,15 @@
-"""Models that a fleet names by path or repo id instead of by a catalogue name."""
+"""Models by catalogue name, path or repo id: what a fleet or a question means by a name."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from placement.catalogue import Catalogue, ModelSpec
+from placement.catalogue import Catalogue, ModelSpec, Precision
 from placement.errors import ConfigError, UnknownName
+from placement.fit_checkpoints import Subject
 from placement.fleet import FleetSpec
-from placement.hf_config import model_from_config
+from placement.gguf_weights import weights_from_header
+from placement.headers.model_files import local_model
 
 
 def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
@@ -21,40 +22,69 @@ def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
     for wanted in fleet.models:
         try:
             catalogue.model(wanted.model)
-        except UnknownName as unknown:
-            catalogue = catalogue.with_model(_describe(wanted.model, unknown))
+        except UnknownName:
+            model = find_subject(wanted.model, catalogue, partial=False).model
+            catalogue = catalogue.with_model(model.model_copy(update={"name": wanted.model}))
     return catalogue
 
 
-def _describe(name: str, unknown: UnknownName) -> ModelSpec:
-    folder = Path(name)
-    if folder.is_dir():
-        for file in (folder / "config.json", folder / "params.json"):
-            if file.exists():
-                return _read(name, file)
-        raise ConfigError(f"{folder}: holds neither config.json nor params.json")
-    if name.count("/") == 1 and not folder.exists():
-        return _read(name, _download_config(name, unknown))
+def find_subject(
+    name: str,
+    catalogue: Catalogue,
+    *,
+    precision: Precision | None = None,
+    partial: bool = True,
+) -> Subject:
+    """The model called `name`: an entry, a folder, a `.gguf` file or a Hugging Face repository.
+
+    With `partial`, part of a catalogue name will do when only one entry has it. Files are read as
+    far as their headers; `precision` chooses in a repository of several GGUF files.
+
+    Raises:
+        UnknownName: none of these; with the nearest names.
+        ConfigError: there is something of that name, but it cannot be used.
+    """
+    try:
+        return Subject(catalogue.model(name))
+    except UnknownName as error:
+        unknown = error
+    path = Path(name)
+    if path.exists():
+        return _local(path)
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise ConfigError(f"{name}: no such file or folder")
+    matching = _entries_like(name, catalogue) if partial else []
+    if len(matching) == 1:
+        return Subject(matching[0])
+    if name.count("/") == 1:
+        return _remote(name, precision)
     raise unknown
 
 
-def _download_config(repo: str, unknown: UnknownName) -> Path:
-    """The repo's configuration through huggingface_hub (never its weights)."""
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - half a second, rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    problems = []
-    for file in ("config.json", "params.json"):
-        try:
-            return Path(hf_hub_download(repo, file))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            problems.append(f"{file}: {error}".splitlines()[0])
-    raise ConfigError(f"{unknown}; and as a Hugging Face repo: {'; '.join(problems)}")
+def _local(path: Path) -> Subject:
+    model, header = local_model(path)
+    if header is not None:
+        return Subject(model, weights_from_header(header, model.architecture), from_headers=True)
+    sized = model.checkpoints[0].size_bytes is not None
+    return Subject(model, from_headers=sized)
 
 
-def _read(name: str, file: Path) -> ModelSpec:
+def _remote(repo: str, precision: Precision | None) -> Subject:
+    from cluster import model_headers  # noqa: PLC0415 - imports huggingface_hub, rarely needed
+
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON: {error}") from error
-    return model_from_config(name, config, name)
+        return model_headers.remote_subject(repo, precision=precision)
+    except ConfigError:
+        cached = model_headers.cached_config(repo)
+        if cached is None:
+            raise
+        return Subject(cached)
+
+
+def _entries_like(name: str, catalogue: Catalogue) -> list[ModelSpec]:
+    wanted = name.lower()
+    return [
+        model
+        for model in catalogue.models.values()
+        if len(wanted) >= 4 and any(wanted in each.lower() for each in (model.name, *model.aliases))
+    ]

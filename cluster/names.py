@@ -1,4 +1,8 @@
-"""Names under which bora's parts find each other on a Ray cluster."""
+"""Names under which bora's parts find each other, on a Ray cluster and on disk."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
 
 NAMESPACE = "bora"
 CONTROLLER = "bora-controller"
@@ -8,3 +12,8 @@ POOL_LABEL = "bora.pool"
 GPU_LABEL = "bora.gpu"
 MEMORY_LABEL = "bora.memory-gib"  # per GPU or slot; needed for nodes without GPUs
 KV_CACHE_LABEL = "bora.kv-cache-gib"
+
+
+def log_folder(model: str) -> str:
+    """Folder of a model's logs, below `logs/`; `urllib.parse.unquote` gives the model back."""
+    return quote(model, safe="")

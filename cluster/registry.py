@@ -34,6 +34,11 @@ class Registry:
             del self._heard_s[key]
         return [self._reports.pop(key) for key in silent]
 
+    def pardon(self, seconds: float) -> None:
+        """Nobody was silent in these seconds: we were not listening."""
+        for key in self._heard_s:
+            self._heard_s[key] += seconds
+
     def of(self, variant: str) -> list[ReplicaReport]:
         """Reports of a variant's replicas, oldest first."""
         found = [report for report in self._reports.values() if report.variant == variant]

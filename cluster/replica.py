@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -29,7 +30,7 @@ from cluster.shape_version import shape_version
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
-DRAIN_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 600.0  # a stream may be long; `bora down` has ended all of them before
 UNHEALTHY_CHECKS = 5  # in a row, then the engine is taken for dead
 
 
@@ -84,7 +85,9 @@ class Replica:
             raise
         self._state = "ready"
         await self._report()
-        self._tasks.append(asyncio.create_task(self._watch_forever()))
+        watch = asyncio.create_task(self._watch_forever())
+        watch.add_done_callback(self._watch_ended)
+        self._tasks.append(watch)
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -124,6 +127,12 @@ class Replica:
                 self._die()
             await self._note_health(healthy=healthy)
             await asyncio.sleep(0.5)
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        """A bug in the watch must not leave an engine unwatched: a new replica starts over."""
+        if not task.cancelled() and task.exception() is not None:
+            logging.getLogger("ray.serve").critical("watching failed", exc_info=task.exception())
+            self._die()
 
     async def _note_health(self, *, healthy: bool) -> None:
         state: ReplicaState = "ready" if healthy else "unhealthy"

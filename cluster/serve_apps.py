@@ -1,8 +1,8 @@
 """Everything bora asks of Ray Serve: one application per model, one deployment per variant.
 
-Two calls have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
-that deploying a fleet again restarts only variants whose shape changed, and setting a replica
-count without the dashboard's REST server.
+Three things have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
+that deploying a fleet again restarts only variants whose shape changed; deploying with no replica;
+and setting a replica count without the dashboard's REST server.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from cluster.replica import DRAIN_TIMEOUT_S, Replica, Site
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
+_PREFIX = "bora:"  # of our applications' names
+
 
 def start() -> None:
     """Start Serve's controller, without proxies: requests do not go through Ray."""
@@ -29,7 +31,7 @@ def start() -> None:
 def deploy(variants: Sequence[Variant], replicas: Mapping[str, int], site: Site) -> None:
     """Create or update the application of one model; returns once Serve has taken it over.
 
-    `variants` all belong to that model; `replicas` gives each its replica count.
+    `variants` all belong to that model; `replicas` gives each its replica count, which may be 0.
     """
     bound: Any = None
     for variant in reversed(variants):
@@ -37,16 +39,28 @@ def deploy(variants: Sequence[Variant], replicas: Mapping[str, int], site: Site)
         deployment = _deployment(variant, replicas[variant.variant])
         bound = deployment.bind(site, siblings)
     target = serve.RunTarget(
-        target=bound, name=variants[0].model, route_prefix=None, external_scaler_enabled=True
+        target=bound,
+        name=_application(variants[0].model),
+        route_prefix=None,
+        external_scaler_enabled=True,
     )
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
 
 
+def models() -> list[str]:
+    """Models that Serve runs for bora; applications of others on the same Ray are not ours."""
+    return [
+        name.removeprefix(_PREFIX)
+        for name, application in serve.status().applications.items()
+        if name.startswith(_PREFIX) and application.status != "DELETING"
+    ]
+
+
 def scale(variant: Variant, replicas: int) -> None:
     """Set the replica count of a variant that is deployed."""
-    deployment = DeploymentID(name=variant.variant, app_name=variant.model)
+    deployment = DeploymentID(name=variant.variant, app_name=_application(variant.model))
     ray.get(
         _get_global_client()._controller.update_deployment_replicas.remote(  # noqa: SLF001
             deployment, replicas
@@ -65,15 +79,19 @@ def replica_counts() -> dict[str, int]:
     }
 
 
-def delete(model: str) -> None:
+def delete(model: str, *, wait: bool) -> None:
     """Stop a model's replicas, each after its running requests, and forget it."""
-    serve.delete(model)
+    serve.delete(_application(model), _blocking=wait)
 
 
 def bundle(variant: Variant) -> dict[str, float]:
     """Ray resources of one replica: all its GPUs (or slots) on one node."""
     resource = SLOT if variant.gpu == "cpu" else "GPU"
     return {resource: float(_devices(variant))}
+
+
+def _application(model: str) -> str:
+    return _PREFIX + model
 
 
 def _devices(variant: Variant) -> int:
@@ -92,7 +110,7 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
     deployment = serve.deployment(
         Replica,
         name=variant.variant,
-        num_replicas=replicas,
+        num_replicas=max(replicas, 1),
         ray_actor_options=actor,
         placement_group_bundles=[resources],
         placement_group_bundle_label_selector=[{POOL_LABEL: variant.pool}],
@@ -104,4 +122,7 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S + 15,
         max_constructor_retry_count=3,
     )
-    return deployment.options(version=shape_version(variant), _internal=True)
+    deployment = deployment.options(version=shape_version(variant), _internal=True)
+    # The public form refuses 0, which Serve itself knows well (its own scale to zero).
+    deployment._deployment_config.num_replicas = replicas  # noqa: SLF001
+    return deployment

@@ -24,6 +24,7 @@ def variant_status(
     own = [event.text for event in events if event.model == variant.model]
     return VariantStatus(
         model=variant.model,
+        aliases=variant.aliases,
         variant=variant.variant,
         engine=variant.shape.engine,
         pool=variant.pool,

@@ -83,7 +83,8 @@ class Admission:
     def try_acquire(self, model: str, tried: Collection[str] = ()) -> Lease | None:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
         lane = self._lanes[model]
-        if lane.waiters and not tried:
+        # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
+        if not tried and any(not waiter.tried for waiter in lane.waiters):
             return None
         lease = self._reserve(model, tried)
         if lease and not tried:
@@ -101,11 +102,15 @@ class Admission:
         lane = self._lanes[model]
         waiter = self._enqueue(model, lane, tried)
         started = self._clock()
+        if tried:
+            # An endpoint that hung up once may be well: after a while it may be tried again.
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.limits.suspect_s, self._forgive, model, waiter)
         try:
             while not waiter.granted.done():
-                left = started + self._patience_s(model, tried) - self._clock()
+                left = started + self._patience_s(model, waiter.tried) - self._clock()
                 if left <= 0:
-                    raise self._waited_in_vain(model, tried)
+                    raise self._waited_in_vain(model, waiter.tried)
                 await asyncio.wait((waiter.granted,), timeout=left)
             return waiter.granted.result()
         except asyncio.CancelledError:
@@ -161,6 +166,11 @@ class Admission:
         if lease:
             self._lanes[model].load.began(now)
         return lease
+
+    def _forgive(self, model: str, waiter: Waiter) -> None:
+        """Let a waiter go back to endpoints that failed it, if they are still in the table."""
+        waiter.tried = frozenset()
+        self._pump(model)
 
     def _enqueue(self, model: str, lane: Lane, tried: Collection[str]) -> Waiter:
         waiter = Waiter(asyncio.get_running_loop().create_future(), tried)

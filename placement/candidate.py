@@ -24,6 +24,7 @@ class Device:
     gpus_per_node: int
     link: Link
     kv_cache_budget_bytes: int | None = None  # `cpu`: fixed, not what is left over
+    inter_node_bytes_per_s: float | None = None  # of a node, per direction; None: nobody knows
     amx: bool = False  # `cpu`: has AMX tiles, which change how vLLM caches latents
 
     @property
@@ -100,6 +101,7 @@ def device_of(pool: Pool, gpu: GpuType) -> Device:
     memory = gpu.memory_bytes
     if pool.memory_gib_per_gpu is not None:
         memory = int(pool.memory_gib_per_gpu * GIB)
+    network = pool.links.inter_gbps
     budget = None
     if gpu.compute_capability is None and pool.kv_cache_gib_per_gpu is not None:
         budget = int(pool.kv_cache_gib_per_gpu * GIB)
@@ -109,6 +111,7 @@ def device_of(pool: Pool, gpu: GpuType) -> Device:
         gpus_per_node=pool.gpus_per_node,
         link=pool.links.intra or _own_link(gpu),
         kv_cache_budget_bytes=budget,
+        inter_node_bytes_per_s=None if network is None else network * 1e9 / 8,
         amx=pool.labels.get("amx", "").lower() == "true",
     )
 

@@ -36,7 +36,8 @@ def capacity(
     """
     lengths = demand or DEFAULT_DEMAND
     tokens = lengths.input_tokens.mean + lengths.output_tokens.mean
-    most = max(1, min(max_num_seqs, int(kv_cache_tokens // max(tokens, 1.0))))
+    slots = max_num_seqs * speed.data_parallel_size
+    most = max(1, min(slots, int(kv_cache_tokens // max(tokens, 1.0))))
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

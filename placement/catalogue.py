@@ -19,8 +19,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Precision = Literal[
     "fp32", "bf16", "fp16", "fp8", "nvfp4", "mxfp4", "awq", "gptq",
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m",
-    "iq4_xs", "iq4_nl", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m",
-    "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
+    "iq4_xs", "iq4_nl", "q2_k", "q2_k_l", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s",
+    "q4_k_m", "q4_k_l", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q5_k_l", "q6_k", "q6_k_l", "q8_0",
 ]  # fmt: skip
 
 
@@ -38,9 +38,21 @@ class Checkpoint(Spec):
     size_bytes: PositiveInt | None = Field(
         default=None, description="Of the weight files; None: unknown."
     )
+    quantised: tuple[Literal["attention", "feed_forward", "experts"], ...] | None = Field(
+        default=None,
+        description="Tensors in the low precision; None: as usual for it, see `weight_bytes.py`.",
+    )
+    quantisation_block: PositiveInt | None = Field(
+        default=None,
+        description="FP8: side of the square of weights with one scale; None: a whole tensor or row.",
+    )
+    bits_per_weight: PositiveFloat | None = Field(
+        default=None, description="Of a whole GGUF file of unknown size; None: the format's."
+    )
     engine_args: tuple[str, ...] = Field(
         default=(), description="vLLM flags of this layout of the weights, before the model's."
     )
+    third_party: bool = Field(default=False, description="Quantised by others than the vendor.")
     note: str = ""
 
 
@@ -89,6 +101,9 @@ class ModelSpec(Spec):
         description="Engines whose releases that we plan for can load this architecture alone.",
     )
     engine_args: tuple[str, ...] = Field(default=(), description="vLLM flags the model needs.")
+    supports_pipeline_parallel: bool = Field(
+        default=True, description="vLLM's class for it has SupportsPP."
+    )
     published_parameters: PositiveInt | None = None
     published_active_parameters: PositiveInt | None = None
     released: date | None = None
@@ -122,13 +137,22 @@ class GpuType(Spec):
     memory_bytes: PositiveInt | None = Field(
         default=None, description="What torch sees, not nvidia-smi. None: given by the node (cpu)."
     )
+    memory_is_guess: bool = Field(
+        default=False, description="Nobody's log was found; derived from nvidia-smi's total."
+    )
+    nvidia_smi_mib: PositiveInt | None = Field(
+        default=None, description="Total as nvidia-smi prints it, more than torch sees."
+    )
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops: PositiveFloat
-    fp8_flops: PositiveFloat | None = None
-    fp4_flops: PositiveFloat | None = None
+    fp8_flops: PositiveFloat | None = Field(
+        default=None, description="None: no FP8 arithmetic; the weights are unpacked to 16 bits."
+    )
+    fp4_flops: PositiveFloat | None = Field(default=None, description="None: no NVFP4 arithmetic.")
     nvlink_bytes_per_s: NonNegativeFloat = Field(default=0.0, description="Per direction; 0: none.")
     pcie_bytes_per_s: NonNegativeFloat = 0.0
     peer_to_peer: bool = True
+    power_w: PositiveInt | None = Field(default=None, description="Thermal design power.")
     ray_accelerator_type: str | None = None
     price_per_hour: NonNegativeFloat | None = Field(default=None, description="USD, list price.")
     note: str = ""

@@ -31,6 +31,22 @@ def section(name: str, config: Config, field: str) -> Config:
     return value
 
 
+def optional_section(name: str, config: Config, *fields: str) -> Config:
+    """The object under the first of `fields` that is there, or an empty one."""
+    for field in fields:
+        if config.get(field):
+            return section(name, config, field)
+    return {}
+
+
+def layer_kinds(name: str, config: Config) -> list[str]:
+    """`layer_types`: for each layer how it attends; empty when all are alike."""
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ConfigError(f"{name}: layer_types is {kinds!r} instead of a list of names")
+    return kinds
+
+
 def quotient(name: str, hidden: Any, heads: Any) -> int:
     """The head dimension that is meant when none is given."""
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
@@ -61,11 +77,18 @@ def latent_attention(name: str, config: Config) -> MultiheadLatentAttention:
 
 
 def window(name: str, config: Config) -> int | None:
-    """The window of all layers; Qwen switches it off by another key, others by null or 0."""
+    """The window of the layers that have one; Qwen switches it off by another key, others by null."""
     if config.get("use_sliding_window") is False:
         return None
-    kinds = set(config.get("layer_types") or ())
+    kinds = set(layer_kinds(name, config))
     value = config.get("sliding_window")
-    if isinstance(value, list) or len(kinds) > 1:
+    if isinstance(value, list) or kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(f"{name}: windows that differ between layers are not supported")
     return None if kinds == {"full_attention"} else value or None
+
+
+def full_attention_layers(name: str, config: Config) -> int:
+    """Layers without a window in a model whose other layers have one (gpt-oss: every other)."""
+    if window(name, config) is None:
+        return 0
+    return layer_kinds(name, config).count("full_attention")

@@ -32,6 +32,8 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
             args += [flag, str(size)]
     if candidate.num_nodes > 1:
         args += ["--distributed-executor-backend", "ray"]
+        if candidate.data_parallel_size > 1:
+            args += ["--data-parallel-backend", "ray"]
     if candidate.expert_parallel:
         args.append("--enable-expert-parallel")
     if candidate.enable_eplb:

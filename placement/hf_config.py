@@ -9,7 +9,9 @@ from placement.catalogue import Checkpoint, ModelSpec, Precision
 from placement.config_fields import (
     Config,
     build,
+    full_attention_layers,
     latent_attention,
+    optional_section,
     quotient,
     required,
     section,
@@ -17,10 +19,14 @@ from placement.config_fields import (
 )
 from placement.errors import ConfigError
 from placement.mistral_params import native_architecture
+from placement.plausible import refuse_implausible
 
 _DENSE = frozenset({"mistral", "ministral", "ministral3", "llama", "qwen2", "qwen3"})
 _WITH_VISION = frozenset({"mistral3", "llava", "pixtral"})
-_KNOWN = frozenset({*_DENSE, *_WITH_VISION, "mixtral", "qwen3_moe", "deepseek_v3"})
+_KNOWN = frozenset(
+    {*_DENSE, *_WITH_VISION, "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "minimax_m2"}
+)
+_ALL_EXPERTS = frozenset({"mixtral", "gpt_oss", "minimax_m2"})  # intermediate_size: an expert's
 _DTYPES: Mapping[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -28,7 +34,7 @@ def model_from_config(name: str, config: Config, checkpoint_source: str) -> Mode
     """What `config` says of a model: its architecture, one checkpoint, its context.
 
     Understands the configurations of Mistral, Mixtral, Ministral, Llama, Qwen2, Qwen3 (dense and
-    MoE), DeepSeek-V3 and Mistral 3 / Pixtral with their vision towers, and Mistral's params.json.
+    MoE), gpt-oss, MiniMax-M2, DeepSeek-V3 and Mistral 3 / Pixtral with their vision towers, and Mistral's params.json.
 
     Raises:
         ConfigError: another kind of model, or a field is missing or impossible.
@@ -39,9 +45,10 @@ def model_from_config(name: str, config: Config, checkpoint_source: str) -> Mode
     architecture = native_architecture(name, config) if native else _hugging_face(name, config)
     _refuse_the_absurd(name, architecture)
     checkpoint = Checkpoint(
-        precision=_precision(config),
+        precision=_precision(name, config),
         format="mistral" if native else "hf",
         source=checkpoint_source,
+        quantisation_block=_quantisation_block(name, config),
     )
     vision = architecture.vision is not None
     return ModelSpec(
@@ -64,7 +71,7 @@ _NATIVE_FLAGS = (
 
 def _hugging_face(name: str, config: Config) -> Architecture:
     kind = config.get("model_type")
-    if kind not in _KNOWN:
+    if not isinstance(kind, str) or kind not in _KNOWN:
         raise ConfigError(
             f"{name}: model_type {kind!r} is not supported; known: {', '.join(sorted(_KNOWN))}"
         )
@@ -87,12 +94,15 @@ def _hugging_face(name: str, config: Config) -> Architecture:
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        intermediate_size=None if kind == "mixtral" else config.get("intermediate_size"),
+        intermediate_size=None if kind in _ALL_EXPERTS else config.get("intermediate_size"),
         vocab_size=required(name, config, "vocab_size"),
         tied_embeddings=config.get("tie_word_embeddings") or False,
         attention_bias=kind == "qwen2" or config.get("attention_bias") or False,
+        output_bias=kind == "gpt_oss",
+        attention_sinks=kind == "gpt_oss",
         qk_norm=kind in {"qwen3", "qwen3_moe"},
         sliding_window=window(name, config),
+        full_attention_layers=full_attention_layers(name, config),
         max_position=required(name, config, "max_position_embeddings"),
         mla=mla,
         moe=_EXPERTS.get(kind, _no_experts)(name, config),
@@ -134,6 +144,8 @@ def _mixtral_experts(name: str, config: Config) -> MixtureOfExperts:
         num_experts=required(name, config, "num_local_experts"),
         num_experts_per_token=required(name, config, "num_experts_per_tok"),
         expert_intermediate_size=required(name, config, "intermediate_size"),
+        router_bias=config.get("model_type") in ("gpt_oss", "minimax_m2"),
+        expert_bias=config.get("model_type") == "gpt_oss",
     )
 
 
@@ -160,35 +172,48 @@ def _deepseek_experts(name: str, config: Config) -> MixtureOfExperts:
         expert_intermediate_size=required(name, config, "moe_intermediate_size"),
         num_shared_experts=config.get("n_shared_experts") or 0,
         num_dense_layers=config.get("first_k_dense_replace") or 0,
+        router_bias=config.get("topk_method") == "noaux_tc",
     )
 
 
 _EXPERTS: Mapping[str, Callable[[str, Config], MixtureOfExperts | None]] = {
+    "gpt_oss": _mixtral_experts,
+    "minimax_m2": _mixtral_experts,
     "mixtral": _mixtral_experts,
     "qwen3_moe": _qwen_experts,
     "deepseek_v3": _deepseek_experts,
 }
 
 
-def _precision(config: Config) -> Precision:
+def _precision(name: str, config: Config) -> Precision:
     """Of the stored weights; `bf16` when the configuration does not say."""
-    quantisation = config.get("quantization_config") or config.get("quantization") or {}
+    quantisation = optional_section(name, config, "quantization_config", "quantization")
     method = str(quantisation.get("quant_method", "")).replace("_", "-")
     if method == "fp8" or quantisation.get("qformat_weight") == "fp8_e4m3":
         return "fp8"
+    if method == "mxfp4":
+        return "mxfp4"
     if method in ("awq", "gptq"):
         return "awq" if method == "awq" else "gptq"
     if method == "compressed-tensors":
-        groups = quantisation.get("config_groups") or {}
-        weights = next((group.get("weights") or {} for group in groups.values()), {})
+        groups = optional_section(name, quantisation, "config_groups")
+        first = next(iter(groups), "")
+        weights = optional_section(name, optional_section(name, groups, first), "weights")
         floats = weights.get("type", "int") == "float"
         return ("fp8" if weights.get("num_bits") == 8 else "nvfp4") if floats else "gptq"
-    text = config.get("text_config") or {}
+    text = optional_section(name, config, "text_config")
     dtype = config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype")
     return _DTYPES.get(str(dtype), "bf16")
 
 
+def _quantisation_block(name: str, config: Config) -> int | None:
+    block = optional_section(name, config, "quantization_config").get("weight_block_size")
+    sizes = block if isinstance(block, list) else []
+    return max((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
 def _refuse_the_absurd(name: str, architecture: Architecture) -> None:
+    refuse_implausible(name, architecture)
     moe = architecture.moe
     if architecture.num_heads % architecture.num_kv_heads:
         raise ConfigError(

@@ -152,7 +152,8 @@ def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
         constants = release(candidate.vllm_release)
         activation, graphs = activation_bytes(candidate, stage), constants.cuda_graph_bytes
         non_torch = constants.non_torch_bytes(
-            tensor_parallel_size=candidate.tensor_parallel_size, num_ranks=candidate.num_ranks
+            num_stages=candidate.pipeline_parallel_size,
+            ranks_per_stage=candidate.tensor_parallel_size * candidate.data_parallel_size,
         )
         budget = math.ceil(total * candidate.gpu_memory_utilization)
         left = budget - weights - non_torch - activation - graphs

@@ -7,10 +7,10 @@ import math
 from placement.candidate import GIB, Candidate
 from placement.first_fit import FreeGpus
 from placement.kv_cache import longest_context
-from placement.legality import GGUF_PRECISIONS
 from placement.memory import kv_layout, memory_use
 from placement.options import Option, Options, furthest
 from placement.plan import Unmet
+from placement.weight_bytes import GGUF_BITS
 
 
 def nothing_legal(options: Options) -> Unmet:
@@ -96,7 +96,7 @@ def _for_rule(candidate: Candidate, rule: str) -> str:
         "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
         "dtype-not-supported": "dtype: auto",
     }
-    if precision in GGUF_PRECISIONS:
+    if precision in GGUF_BITS:
         return ways["engine-has-no-loader"]
     return ways.get(rule, f"another tensor_parallel_size than {ranks}")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from placement.fleet import ReplicaBounds, ScalingPolicy
 
 SMOOTHING_S = 2.0  # load is averaged over this long
+HYSTERESIS = 0.1  # replicas go only when this share of what remains would be spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,20 @@ def decide(
     """The next replica count, and the state for the next call.
 
     desired = ceil(concurrency / (target_utilization x slots_per_replica)), within `bounds`. From
-    zero at once when anything waits; to zero only after `scale_to_zero_delay_s` without a request
-    and with `bounds.min` 0. Down only when as many are ready as would remain, so that no serving
-    replica goes while others still start. Calls must not go back in time.
+    zero at once when anything waits (what is in flight then finishes on draining replicas); to zero
+    only after `scale_to_zero_delay_s` without a request and with `bounds.min` 0. Down only as far
+    as leaves `HYSTERESIS` to spare, so that a load at the edge does not swing the count, and only
+    when as many are ready as would remain, so that no serving replica goes while others still
+    start. Calls must not go back in time.
     """
     state = _remember(state, load, now_s)
     smoothed = sum(moment.value for moment in state.loads) / len(state.loads)
     per_replica = policy.target_utilization * slots_per_replica
-    desired = _within(math.ceil(smoothed / per_replica - 1e-9), bounds, at_least=1)
-    state = _remember_desire(state, desired, policy, current_replicas, now_s)
+    desired = _replicas(smoothed / per_replica, bounds)
+    keep = _replicas(smoothed / (per_replica * (1 - HYSTERESIS)), bounds)
+    state = _remember_desire(
+        state, keep, above=desired > current_replicas, policy=policy, now_s=now_s
+    )
     decision = _decide(
         state,
         load,
@@ -107,8 +113,7 @@ def _decide(
     if allowed != current:
         return Decision(allowed, f"outside replicas {bounds.min} to {bounds.max}")
     if current == 0:
-        waiting = load.concurrency > 0
-        return Decision(desired, f"from zero: {busy}") if waiting else Decision(0, "idle")
+        return Decision(desired if load.queued > 0 else 0, f"from zero: {busy}")
     idle_s = _since(state.idle_since_s, now_s)
     if bounds.min == 0 and idle_s >= policy.scale_to_zero_delay_s:
         return Decision(0, f"idle for {idle_s:.0f} s")
@@ -143,23 +148,27 @@ def _remember(state: ScalingState, load: Load, now_s: float) -> ScalingState:
 
 
 def _remember_desire(
-    state: ScalingState, desired: int, policy: ScalingPolicy, current: int, now_s: float
+    state: ScalingState, keep: int, *, above: bool, policy: ScalingPolicy, now_s: float
 ) -> ScalingState:
-    """Keep only desires that can still be the largest of the window: each beats all later ones."""
+    """Of what to keep, only values that can still be the window's largest: each beats all later."""
     oldest = now_s - policy.scale_down_delay_s
     peaks = tuple(
-        moment for moment in state.peaks if moment.time_s >= oldest and moment.value > desired
+        moment for moment in state.peaks if moment.time_s >= oldest and moment.value > keep
     )
     above_since = None
-    if desired > current:
+    if above:
         above_since = now_s if state.above_since_s is None else state.above_since_s
     return ScalingState(
         loads=state.loads,
-        peaks=(*peaks, Moment(now_s, desired)),
+        peaks=(*peaks, Moment(now_s, keep)),
         first_s=state.first_s,
         above_since_s=above_since,
         idle_since_s=state.idle_since_s,
     )
+
+
+def _replicas(wanted: float, bounds: ReplicaBounds) -> int:
+    return _within(math.ceil(wanted - 1e-9), bounds, at_least=1)
 
 
 def _within(replicas: int, bounds: ReplicaBounds, *, at_least: int) -> int:

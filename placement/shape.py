@@ -5,6 +5,7 @@ from __future__ import annotations
 from placement.candidate import Candidate
 from placement.engine_args import engine_args, engine_environment
 from placement.memory import kv_layout, memory_use
+from placement.notes import shape_notes
 from placement.performance import Load, predict, replica_speed
 from placement.plan import Shape
 
@@ -40,4 +41,5 @@ def make_shape(
         prediction=predict(replica_speed(candidate), load),
         engine_args=engine_args(candidate, extra_args),
         engine_environment=engine_environment(candidate),
+        notes=shape_notes(candidate),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.architecture import Architecture
 from placement.candidate import Candidate
 from placement.catalogue import Checkpoint, Precision
+from placement.gguf_mix import gguf_tensors
 from placement.parameters import Parameters, count_parameters, rank_parameters
 from placement.pipeline import Stage, whole_model
 
@@ -19,6 +20,7 @@ GGUF_BITS: Mapping[str, float] = {
     "iq4_xs": 4.4597, "iq4_nl": 4.6818, "q2_k": 3.1593, "q3_k_s": 3.6429, "q3_k_m": 3.9960,
     "q3_k_l": 4.2979, "q4_0": 4.5, "q4_1": 5.0, "q4_k_s": 4.6672, "q4_k_m": 4.8944, "q5_0": 5.5,
     "q5_1": 6.0, "q5_k_s": 5.5704, "q5_k_m": 5.7036, "q6_k": 6.5633, "q8_0": 8.5008,
+    "q2_k_l": 3.67, "q4_k_l": 5.28, "q5_k_l": 6.06, "q6_k_l": 6.81,
 }  # fmt: skip
 UNQUANTISED = frozenset({"fp32", "bf16", "fp16"})
 _MXFP4_HIDDEN_TILE = 256  # oracle/mxfp4.py rounds the hidden size of experts up for its kernels
@@ -60,8 +62,12 @@ def checkpoint_bytes(architecture: Architecture, checkpoint: Checkpoint) -> int:
     """Size of a checkpoint's weights: as published, or by arithmetic."""
     if checkpoint.size_bytes is not None:
         return checkpoint.size_bytes
+    if checkpoint.format == "gguf":
+        tensors = gguf_tensors(architecture, checkpoint.precision)
+        if tensors is not None:
+            return tensors.total
     whole = count_parameters(architecture)
-    return int(stored_weights(checkpoint.precision, architecture).of(whole))
+    return int(stored_weights(checkpoint, architecture).of(whole))
 
 
 def weights_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
@@ -85,7 +91,7 @@ def weights_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
     if checkpoint.precision in UNQUANTISED:
         weights = float(rank.total * candidate.element_bytes)
     else:
-        stored = stored_weights(checkpoint.precision, architecture)
+        stored = stored_weights(checkpoint, architecture)
         weights = stored.quantised(rank) * _published_share(architecture, checkpoint, stored)
         weights *= _padding(architecture, checkpoint.precision)
         weights += stored.kept(rank)
@@ -99,8 +105,8 @@ def loaded_architecture(candidate: Candidate) -> Architecture:
     return candidate.architecture
 
 
-def stored_weights(precision: Precision, architecture: Architecture) -> StoredWeights:
-    """How a format stores weights.
+def stored_weights(checkpoint: Checkpoint, architecture: Architecture) -> StoredWeights:
+    """How a checkpoint stores weights: all that its format quantises, or `checkpoint.quantised`.
 
     FP8 has a 32-bit scale for each 128 x 128 block. NVFP4 (4 bits and an 8-bit scale for 16
     weights) covers the experts of a mixture and what is like them, attention too in a dense model:
@@ -108,11 +114,21 @@ def stored_weights(precision: Precision, architecture: Architecture) -> StoredWe
     bits and an 8-bit scale for 32 weights) covers experts. AWQ and GPTQ: 4 bits, and 32 bits for
     128 weights. Embeddings stay at 16 bits in all of them.
     """
+    precision, quantised = checkpoint.precision, checkpoint.quantised
     if precision in GGUF_BITS:
         return StoredWeights(*(GGUF_BITS[precision] / 8,) * 4)
+    usual = _STORED[precision]
     if precision == "nvfp4" and architecture.moe is not None:
-        return StoredWeights(2.0, 4.5 / 8, 4.5 / 8, 2.0)
-    return _STORED[precision]
+        usual = replace(usual, attention=2.0)
+    if quantised is None or precision in UNQUANTISED:
+        return usual
+    low = usual.experts
+    return StoredWeights(
+        attention=low if "attention" in quantised else 2.0,
+        feed_forward=low if "feed_forward" in quantised else 2.0,
+        experts=low if "experts" in quantised else 2.0,
+        rest=2.0,
+    )
 
 
 _FP8, _FOUR_BITS = 1 + 4 / 128**2, 4.25 / 8

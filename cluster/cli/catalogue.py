@@ -99,9 +99,17 @@ def plan(
 
 def solve(fleet: Path, inventory: Path | None) -> Plan:
     """The plan for a fleet file on an inventory file, the running cluster, or this machine."""
+    return solve_on(fleet, inventory_for(inventory, load_catalogue()))
+
+
+def solve_on(fleet: Path, offered: Inventory) -> Plan:
+    """The plan for a fleet file on an inventory.
+
+    Raises:
+        ConfigError: the file is wrong, or names a pool that is not there.
+    """
     spec = load_yaml(fleet, FleetSpec)
     catalogue = catalogue_for(spec, load_catalogue())
-    offered = inventory_for(inventory, catalogue)
     unknown = {pool for model in spec.models for pool in model.pools or ()} - {
         pool.name for pool in offered.pools
     }
@@ -118,7 +126,7 @@ def inventory_for(path: Path | None, catalogue: Catalogue) -> Inventory:
     if path is not None:
         return load_yaml(path, Inventory)
     running = context.find()
-    if running is not None:
+    if running is not None and running.controller_url:
         return ControlClient(running.controller_url, running.token).inventory()
     return local_inventory(catalogue)
 

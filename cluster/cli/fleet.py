@@ -1,11 +1,10 @@
-"""Commands on a running fleet: deploy, status, scale, delete, logs, down."""
+"""Commands on a running fleet: deploy, status, scale, delete, down."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +13,18 @@ import typer
 from rich.console import Console
 
 from cluster import context
-from cluster.cli.catalogue import Json, solve
+from cluster.cli.catalogue import Json, solve, solve_on
 from cluster.cli.render import page_console, plan_page, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gateway_host import checked_ports
-from cluster.processes import free_ports, tail
-from placement.errors import DoesNotFit, UnknownName
-from placement.fleet import FleetSpec, GatewaySpec
+from cluster.local_ray import remove_tmpdir
+from cluster.processes import free_ports
+from placement.errors import DoesNotFit
+from placement.inventory import Inventory
+from placement.plan import Plan
 from placement.spec import load_yaml
 
 DOWN_TIMEOUT_S = 120.0
@@ -31,7 +32,7 @@ DOWN_TIMEOUT_S = 120.0
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (deploy, status, scale, delete, logs, down):
+    for command in (deploy, status, scale, delete, down):
         app.command()(command)
 
 
@@ -47,17 +48,17 @@ def deploy(
     console = page_console(stderr=True)
     running = context.find()
     if running is None and address is not None:
-        running = _install(address, checked_ports(load_yaml(fleet, FleetSpec).gateway))
+        _install_and_deploy(address, fleet, inventory, console)
+        return
     client = _client(running or context.require())
-    plan = solve(fleet, inventory)
-    if plan.status == "infeasible":
-        console.print(plan_page(plan))
-        raise DoesNotFit("the fleet does not fit; nothing was changed. The reasons are above")
+    plan = _feasible(solve(fleet, inventory), console)
     before = client.plan()
-    client.apply(plan)
+    if before is not None and before.gateway != plan.gateway:
+        console.print("note: the gateway keeps its address until `bora down`", markup=False)
     try:
+        client.apply(plan)
         wait_until_ready(client, plan, console, still_up=lambda: True)
-    except EngineFailed:
+    except (EngineFailed, KeyboardInterrupt):
         client.apply(before or plan.model_copy(update={"variants": ()}))
         console.print("the deployment was taken back; what served before serves on", markup=False)
         raise
@@ -83,72 +84,88 @@ def delete(model: str) -> None:
     _client(context.require()).delete(model)
 
 
-def logs(
-    target: Annotated[
-        str, typer.Argument(help="MODEL, MODEL/REPLICA, `gateway`, `controller` or `ray`.")
-    ],
-    *,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1)] = 100,
-) -> None:
-    """The output of a model's engines, of the gateway or of Ray."""
-    running = context.require()
-    files = _log_files(running, target)
-    many = len(files) > 1
-    for file in files:
-        if many:
-            print(f"==> {file} <==")  # noqa: T201
-        print(tail(file, lines))  # noqa: T201
-    if follow:
-        _follow(files[-1])
-
-
 def down() -> None:
     """Stop what `bora up` or `bora deploy` started, and nothing else."""
     console = page_console(stderr=True)
-    running = context.find()
+    running = context.last()
     if running is None:
         console.print("nothing of bora runs here", markup=False)
         return
     if running.supervised:
         _stop_supervisor(running, console)
-    elif running.supervisor_pid == 0:
-        _uninstall(running)
-    # Otherwise `bora up` was killed: its guard has ended everything, only the context is left.
+    elif running.supervisor_pid:
+        # That `bora up` was killed: its guard has ended everything, only files are left.
+        remove_tmpdir(running.ray_tmpdir)
+    else:
+        _uninstall(running, console)
     context.forget()
     console.print("stopped", markup=False)
 
 
-def _install(address: str, gateway: GatewaySpec) -> Context:
-    """Controller and gateway on a Ray cluster that somebody else started."""
-    from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes seconds
+def _feasible(plan: Plan, console: Console) -> Plan:
+    if plan.status == "infeasible":
+        console.print(plan_page(plan))
+        raise DoesNotFit("the fleet does not fit; nothing was changed. The reasons are above")
+    return plan
 
-    run_dir = state_dir() / "run"
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+
+def _install_and_deploy(
+    address: str, fleet: Path, inventory: Path | None, console: Console
+) -> None:
+    """Controller and gateway on a Ray cluster that somebody else started, then the fleet.
+
+    Whatever goes wrong on the way, nothing is left there.
+    """
+    from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
+
     bootstrap.connect(address)
+    offered = bootstrap.inventory() if inventory is None else load_yaml(inventory, Inventory)
+    plan = _feasible(solve_on(fleet, offered), console)
+    plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     host = bootstrap.node_address()
     [port] = free_ports(1, host)
     token = secrets.token_urlsafe(32)
-    bootstrap.start(
-        run_dir=run_dir, token=token, control=(host, port), gateway=gateway, engine_host=None
-    )
+    run_dir = state_dir() / "run"
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+    bootstrap.require_none()
+    try:
+        bootstrap.start(
+            run_dir=run_dir,
+            token=token,
+            control=(host, port),
+            gateway=plan.gateway,
+            engine_host=None,
+        )
+        client = ControlClient(f"http://{host}:{port}", token)
+        client.apply(plan)
+        wait_until_ready(client, plan, console, still_up=lambda: True)
+    except BaseException:  # Ctrl-C too
+        bootstrap.stop()
+        console.print("taken back: nothing of bora is left on that cluster", markup=False)
+        raise
+    context.save(_context_of(address, plan, host, port, token))
+    console.print(status_page(client.status()))
     bootstrap.disconnect()
-    made = Context(
+
+
+def _context_of(address: str, plan: Plan, host: str, port: int, token: str) -> Context:
+    gateway = plan.gateway
+    return Context(
+        run_dir=str(state_dir() / "run"),
         ray_address=address,
-        ray_tmpdir="",
         controller_url=f"http://{host}:{port}",
         token=token,
         http_url=f"http://{gateway.host}:{gateway.http_port}",
         grpc_address=f"{gateway.host}:{gateway.grpc_port}",
-        run_dir=str(run_dir),
     )
-    context.save(made)
-    return made
 
 
-def _uninstall(running: Context) -> None:
-    from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes seconds
+def _uninstall(running: Context, console: Console) -> None:
+    from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
+    if not bootstrap.listens(running.ray_address):
+        console.print(f"the Ray cluster at {running.ray_address} is gone already", markup=False)
+        return
     bootstrap.connect(running.ray_address)
     bootstrap.stop()
     bootstrap.disconnect()
@@ -170,43 +187,3 @@ def _stop_supervisor(running: Context, console: Console) -> None:
 
 def _client(running: Context) -> ControlClient:
     return ControlClient(running.controller_url, running.token)
-
-
-def _log_files(running: Context, target: str) -> list[Path]:
-    folder = Path(running.run_dir) / "logs"
-    if target in ("controller", "gateway", "ray"):
-        return [folder / f"{target}.log"]
-    model, _, replica = target.partition("/")
-    if not _models_of(running, target):
-        found = [file for file in _replica_logs(running, model) if replica in file.stem]
-    else:
-        found = _replica_logs(running, target)
-    if not found:
-        raise UnknownName("model or replica", target, _known(running))
-    return found
-
-
-def _replica_logs(running: Context, model: str) -> list[Path]:
-    """Of the replicas that run, else of those that ran last."""
-    folder = Path(running.run_dir) / "logs" / model.replace("/", "--")
-    return sorted(folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
-
-
-def _models_of(running: Context, name: str) -> bool:
-    return name in _known(running)
-
-
-def _known(running: Context) -> set[str]:
-    return {variant.model for variant in _client(running).status().variants}
-
-
-def _follow(file: Path) -> None:
-    with file.open(encoding="utf-8", errors="replace") as text:
-        text.seek(0, 2)
-        try:
-            while True:
-                sys.stdout.write(text.read())
-                sys.stdout.flush()
-                time.sleep(0.2)
-        except KeyboardInterrupt:
-            return

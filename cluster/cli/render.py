@@ -59,10 +59,13 @@ def status_page(status: FleetStatus) -> RenderableType:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
             text = f"{variant.model}: an engine ended (`bora logs {variant.model}`):\n{end}"
             failures.append(Text(text, style="red"))
-    head = Text(
-        f"fleet {status.fleet or '(none)'}, endpoint table {status.table_version}, "
-        f"{len(status.gateways)} gateway(s)"
-    )
+    head = Text(f"fleet {status.fleet or '(none)'}, endpoint table {status.table_version}, ")
+    if status.gateways:
+        head.append(f"{len(status.gateways)} gateway(s)")
+    else:
+        head.append("no gateway reports", style="red")
+        if status.gateway_failure:
+            failures.append(Text(f"gateway: {status.gateway_failure}", style="red"))
     return Group(head, table, *failures)
 
 

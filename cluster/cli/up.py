@@ -7,7 +7,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import psutil
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from cluster import context
@@ -25,13 +25,14 @@ from cluster.control_api import ControlClient
 from cluster.errors import AlreadyRunning, ClusterError
 from cluster.gateway_host import checked_ports
 from cluster.local_inventory import local_inventory
-from cluster.local_ray import HOST, LocalRay, start_local_ray, use
+from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray, use
 from cluster.models import catalogue_for
 from cluster.names import SLOT
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
+from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
 from placement.catalogue import CONFIGS, load_catalogue
-from placement.errors import DoesNotFit
+from placement.errors import ConfigError, DoesNotFit
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory
 from placement.plan import Plan
@@ -53,16 +54,20 @@ def up(
         str | None,
         typer.Option(help="Serve just this: catalogue name, Hugging Face repo id or folder."),
     ] = None,
-    http_port: Annotated[int | None, typer.Option(help="Instead of the fleet's.")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Instead of the fleet's.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Instead of the fleet's.")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Instead of the fleet's.")
+    ] = None,
 ) -> None:
     """Everything on this machine: Ray, engines, gateway. Ctrl-C stops all of it."""
     console = page_console(stderr=True)
     spec = _fleet(fleet, model, http_port, grpc_port)
-    with _only_one_here():
-        _take_signals()
+    with _only_one_here() as started:
+        interrupt_on_signals()
         try:
-            _run(spec, console)
+            _run(spec, started, console)
         except KeyboardInterrupt:
             console.print("stopped: nothing of bora is left running", markup=False)
 
@@ -70,17 +75,23 @@ def up(
 def _fleet(
     path: Path, model: str | None, http_port: int | None, grpc_port: int | None
 ) -> FleetSpec:
-    if model is None:
-        spec = load_yaml(path, FleetSpec)
-    else:
-        name = Path(model).name if Path(model).exists() else model
-        spec = FleetSpec(fleet="one-model", models=(FleetModel(name=name, model=model),))
+    spec = load_yaml(path, FleetSpec) if model is None else _one_model(model)
     ports = {"http_port": http_port, "grpc_port": grpc_port}
     given = {key: port for key, port in ports.items() if port is not None}
     return spec.model_copy(update={"gateway": spec.gateway.model_copy(update=given)})
 
 
-def _run(spec: FleetSpec, console: Console) -> None:
+def _one_model(model: str) -> FleetSpec:
+    name = Path(model).name if model and Path(model).exists() else model
+    try:
+        return FleetSpec(fleet="one-model", models=(FleetModel(name=name, model=model),))
+    except ValidationError:
+        raise ConfigError(
+            f"--model {model!r}: expected a catalogue name, a Hugging Face repo id or a folder"
+        ) from None
+
+
+def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
     catalogue = catalogue_for(spec, load_catalogue())
     inventory = local_inventory(catalogue)
@@ -90,13 +101,13 @@ def _run(spec: FleetSpec, console: Console) -> None:
         raise DoesNotFit("the fleet does not fit this machine; the reasons are above")
     gateway = checked_ports(plan.gateway)
     plan = plan.model_copy(update={"gateway": gateway})
-    run_dir = _fresh_run_dir()
+    run_dir = _fresh_run_dir(started)
     started_s = time.monotonic()
     console.print(f"starting Ray on this machine (logs: {run_dir / 'logs'})", markup=False)
     ray = _start_ray(inventory, run_dir)
     client: ControlClient | None = None
     try:
-        client = _start_bora(ray, plan, run_dir)
+        client = _start_bora(ray, plan, started)
         wait_until_ready(client, plan, console, still_up=lambda: ray.process.poll() is None)
         _say_ready(console, plan, time.monotonic() - started_s)
         _serve_until_interrupted(ray)
@@ -108,10 +119,8 @@ def _run(spec: FleetSpec, console: Console) -> None:
                 )
                 with contextlib.suppress(ClusterError):
                     client.stop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # from here on it takes two seconds at most
-        ray.stop()
-        context.forget()
+        with signals_ignored():
+            ray.stop()
 
 
 def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:
@@ -125,32 +134,33 @@ def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:
     )
 
 
-def _start_bora(ray: LocalRay, plan: Plan, run_dir: Path) -> ControlClient:
+def _start_bora(ray: LocalRay, plan: Plan, started: Context) -> ControlClient:
     use(ray.env)  # before Ray is imported: it reads the environment then
     from cluster import bootstrap  # noqa: PLC0415 - takes a second
 
     token = secrets.token_urlsafe(32)
     [port] = free_ports(1, HOST)
-    bootstrap.connect(ray.address)
-    bootstrap.start(
-        run_dir=run_dir, token=token, control=(HOST, port), gateway=plan.gateway, engine_host=HOST
-    )
-    bootstrap.disconnect()
-    _take_signals()  # Ray's driver has put SIGTERM back to its default
     gateway = plan.gateway
-    context.save(
-        Context(
-            ray_address=ray.address,
-            ray_tmpdir=ray.tmpdir,
-            controller_url=f"http://{HOST}:{port}",
-            token=token,
-            http_url=f"http://{gateway.host}:{gateway.http_port}",
-            grpc_address=f"{gateway.host}:{gateway.grpc_port}",
-            run_dir=str(run_dir),
-            supervisor_pid=os.getpid(),
-            supervisor_started_s=psutil.Process().create_time(),
-        )
+    with signals_held():
+        bootstrap.connect(ray.address)
+    bootstrap.start(
+        run_dir=Path(started.run_dir),
+        token=token,
+        control=(HOST, port),
+        gateway=gateway,
+        engine_host=HOST,
     )
+    with signals_held():
+        bootstrap.disconnect()
+    changes = {
+        "ray_address": ray.address,
+        "ray_tmpdir": ray.tmpdir,
+        "controller_url": f"http://{HOST}:{port}",
+        "token": token,
+        "http_url": f"http://{gateway.host}:{gateway.http_port}",
+        "grpc_address": f"{gateway.host}:{gateway.grpc_port}",
+    }
+    context.save(started.model_copy(update=changes))
     client = ControlClient(f"http://{HOST}:{port}", token)
     client.apply(plan)
     return client
@@ -181,17 +191,20 @@ def _serve_until_interrupted(ray: LocalRay) -> NoReturn:
     )
 
 
-def _fresh_run_dir() -> Path:
+def _fresh_run_dir(started: Context) -> Path:
     """An empty folder for this run's logs and plan; the last run's is replaced."""
-    run_dir = state_dir() / "run"
+    run_dir = Path(started.run_dir)
     shutil.rmtree(run_dir, ignore_errors=True)
     (run_dir / "logs").mkdir(parents=True, mode=0o700)
     return run_dir
 
 
 @contextlib.contextmanager
-def _only_one_here() -> Iterator[None]:
-    """Hold the state folder; the lock ends with this process, however it ends."""
+def _only_one_here() -> Iterator[Context]:
+    """Hold the state folder, with a context by which `bora down` finds this process.
+
+    The lock ends with this process, however it ends.
+    """
     state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
     with (state_dir() / "lock").open("w") as lock:
         try:
@@ -201,17 +214,27 @@ def _only_one_here() -> Iterator[None]:
                 f"bora already runs here ({state_dir()}). Stop it with `bora down`, or set "
                 f"BORA_STATE to another folder for a second one"
             ) from None
-        yield
+        _clear_what_is_left()
+        started = Context(
+            run_dir=str(state_dir() / "run"),
+            supervisor_pid=os.getpid(),
+            supervisor_started_s=psutil.Process().create_time(),
+        )
+        context.save(started)
+        try:
+            yield started
+        finally:
+            context.forget()
 
 
-def _take_signals() -> None:
-    """`bora down` (SIGTERM) and a closed terminal (SIGHUP) end `bora up` as Ctrl-C does.
-
-    Also set SIGINT: shells start background jobs with it ignored.
-    """
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, interrupt)
+def _clear_what_is_left() -> None:
+    """Of a `bora up` that was killed; what `bora deploy` made elsewhere is not ours to end."""
+    before = context.last()
+    if before is None:
+        return
+    if not before.supervisor_pid:
+        raise AlreadyRunning(
+            f"{state_dir()} holds the key to the bora on the Ray cluster at {before.ray_address}. "
+            f"End that with `bora down` first, or set BORA_STATE to another folder"
+        )
+    remove_tmpdir(before.ray_tmpdir)

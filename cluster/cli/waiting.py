@@ -23,7 +23,7 @@ def wait_until_ready(
     """Return when every variant of `plan` has the replicas it starts with.
 
     Raises:
-        EngineFailed: an engine ended while it loaded; with the end of its log.
+        EngineFailed: an engine (or the gateway) ended; with the end of its log.
         ClusterError: `still_up` says no.
     """
     wanted = {variant.variant: variant.replicas for variant in plan.variants}
@@ -45,10 +45,16 @@ def wait_until_ready(
 
 
 def _all_ready(status: FleetStatus, wanted: dict[str, int]) -> bool:
-    return all(variant.ready >= wanted.get(variant.variant, 0) for variant in status.variants)
+    """As many as planned; fewer where the fleet had been scaled below that before."""
+    return all(
+        variant.ready >= min(wanted.get(variant.variant, 0), variant.wanted)
+        for variant in status.variants
+    )
 
 
 def _raise_failures(status: FleetStatus) -> None:
+    if status.gateway_failure and not status.gateways:
+        raise EngineFailed(f"the gateway does not start:\n{status.gateway_failure}")
     for variant in status.variants:
         if variant.failure and variant.ready == 0:
             raise EngineFailed(

@@ -8,6 +8,7 @@ from placement.architecture import Architecture, MixtureOfExperts, MultiheadLate
 from placement.config_fields import build
 from placement.errors import ConfigError
 from placement.headers.gguf import GgufHeader, LongArray
+from placement.plausible import refuse_implausible
 
 # Mistral and Mixtral are `llama`; Mistral Large 3 is `deepseek2` or `mistral4` by converter version.
 KNOWN = frozenset({
@@ -50,6 +51,7 @@ def gguf_architecture(header: GgufHeader) -> Architecture:
         mla=mla,
         moe=_experts(header),
     )
+    refuse_implausible(header.name, architecture)
     if architecture.num_heads % architecture.num_kv_heads:
         raise ConfigError(
             f"{header.name}: {heads} attention heads cannot share {architecture.num_kv_heads} "

@@ -90,7 +90,9 @@ def _tensor(file: str, name: str, entry: Any) -> StoredTensor:
     where = f"{file}: tensor {name!r}"
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: its entry is no JSON object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ConfigError(f"{where}: unknown dtype {dtype!r}")
     if not _are_sizes(shape):

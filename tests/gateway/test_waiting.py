@@ -258,3 +258,18 @@ async def test_a_lost_replica_that_nobody_replaces_in_time_is_503() -> None:
 
         assert response.status == 503
         assert "no running replica" in (await response.json())["error"]["message"]
+
+
+async def test_an_engine_that_hangs_up_once_is_tried_again_and_holds_nobody_up() -> None:
+    managed = (ServedModel(name="chat", managed=True),)
+    async with an_engine(die_at_request=1) as engine:
+        table = a_table(an_endpoint(engine), models=managed)
+        limits = {"suspect_s": 0.3}
+        async with a_gateway(table, limits=limits) as gateway, a_client(gateway) as client:
+            unlucky = ask(client)
+            await until(lambda: gateway.admission.queued("chat") == 1)
+
+            assert (await ask(client)).status == 200  # a newcomer does not wait behind it
+            assert (await unlucky).status == 200
+            assert len(engine.seen) == 3
+            assert in_flight(gateway) == 0

@@ -53,15 +53,20 @@ def test_a_gpu_type_has_a_source_and_plausible_figures(gpu: GpuType) -> None:
     assert gpu.fp8_flops is None or gpu.fp8_flops >= 1.9 * gpu.bf16_flops
 
 
-@pytest.mark.parametrize("model", CATALOGUE.models.values(), ids=lambda model: model.name)
-def test_published_checkpoint_sizes_agree_with_the_architecture(model: ModelSpec) -> None:
-    """Within 6 %: GGUF files leave the vision tower out."""
+@pytest.mark.parametrize(
+    "model",
+    [model for name, model in CATALOGUE.models.items() if name.startswith("nano-")],
+    ids=lambda model: model.name,
+)
+def test_the_models_made_here_have_the_size_that_follows_from_their_architecture(
+    model: ModelSpec,
+) -> None:
+    """Published models: test_catalogue_models.py."""
     for checkpoint in model.checkpoints:
-        if checkpoint.size_bytes is not None:
-            computed = checkpoint_bytes(
-                model.architecture, checkpoint.model_copy(update={"size_bytes": None})
-            )
-            assert checkpoint.size_bytes == pytest.approx(computed, rel=0.06)
+        computed = checkpoint_bytes(
+            model.architecture, checkpoint.model_copy(update={"size_bytes": None})
+        )
+        assert checkpoint.size_bytes == pytest.approx(computed, rel=0.01)
 
 
 def test_two_entries_may_not_share_a_name(tmp_path: Path) -> None:

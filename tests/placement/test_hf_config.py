@@ -150,7 +150,7 @@ def test_precision_is_that_of_the_stored_weights(changes: Any, precision: str) -
         ({**MISTRAL, "intermediate_size": None}, "no intermediate_size"),
         ({**MIXTRAL, "num_experts_per_tok": 9}, "cannot use 9 of 8 experts"),
         ({**DEEPSEEK_V3, "q_lora_rank": None}, "no q_lora_rank"),
-        ({**MISTRAL, "layer_types": ["full_attention", "sliding_attention"]}, "differ between"),
+        ({**MISTRAL, "layer_types": ["full_attention", "chunked_attention"]}, "differ between"),
         ({**MISTRAL3, "text_config": 3}, "text_config is 3 instead of an object"),
         ({**LARGE_3, "moe": [1]}, r"moe is \[1\] instead of an object"),
     ],
@@ -158,3 +158,30 @@ def test_precision_is_that_of_the_stored_weights(changes: Any, precision: str) -
 def test_what_is_missing_or_absurd_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_from_config("m", config, "m")
+
+
+GPT_OSS = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 36,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "intermediate_size": 2880, "num_local_experts": 128, "num_experts_per_tok": 4,
+    "vocab_size": 201088, "attention_bias": True, "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072, "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+
+
+def test_gpt_oss_has_windows_in_every_other_layer_and_its_published_parameters() -> None:
+    model = model_from_config("gpt-oss", GPT_OSS, "x")
+
+    assert model.architecture.sliding_window == 128
+    assert model.architecture.full_attention_layers == 18
+    assert model.checkpoints[0].precision == "mxfp4"
+    assert count_parameters(model.architecture).total == 116_829_156_672
+
+
+def test_fp8_blocks_are_read() -> None:
+    quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    blocks = {**MISTRAL, "quantization_config": quantisation}
+
+    assert model_from_config("x", blocks, "x").checkpoints[0].quantisation_block == 128
+    assert model_from_config("x", MISTRAL, "x").checkpoints[0].quantisation_block is None

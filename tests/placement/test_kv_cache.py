@@ -5,8 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.candidate import GIB, Candidate
-from placement.kv_cache import KvLayout, kv_bytes_per_token, kv_cache, longest_context
-from placement.memory import memory_use
+from placement.kv_cache import (
+    KvLayout,
+    kv_bytes_per_token,
+    kv_cache,
+    layer_groups,
+    longest_context,
+)
+from placement.memory import kv_layout, memory_use
 from tests.placement.builders import (
     CATALOGUE,
     a_candidate,
@@ -145,3 +151,67 @@ def test_the_longest_context_fits_and_one_token_more_does_not(
 
     assert longest == 0 or fits(longest)
     assert longest == at_most or not fits(longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "full", "groups"),
+    [
+        (36, 18, (1, 1, 18)),  # gpt-oss-120b
+        (48, 12, (1, 3, 12)),  # one in four
+        (25, 13, (1, 1, 13)),  # nearly half: the larger kind makes the size, the other is padded
+        (62, 10, (1, 6, 10)),  # Gemma 3 27B
+        (32, 0, (0, 1, 32)),
+        (32, 32, (1, 0, 32)),
+    ],
+)
+def test_layers_of_two_kinds_form_groups_of_as_many(
+    layers: int, full: int, groups: tuple[int, int, int]
+) -> None:
+    architecture = an_architecture(
+        num_layers=layers, sliding_window=128, full_attention_layers=full
+    )
+
+    assert layer_groups(architecture) == groups
+
+
+def test_without_a_window_all_layers_are_one_group() -> None:
+    assert layer_groups(an_architecture()) == (1, 0, 4)
+
+
+def test_a_request_takes_blocks_of_every_group() -> None:
+    model = a_model(architecture=an_architecture(sliding_window=1024, full_attention_layers=2))
+    candidate = a_candidate(model, max_model_len=32_768, max_num_batched_tokens=2048)
+
+    cache = memory_use(candidate).kv
+
+    assert cache.bytes_per_token == 2 * 2 * 4 * 32 * 2  # of two layers, not four
+    assert cache.blocks_per_request == 32_768 // 16 + -(-(1023 + 2 * 2048) // 16) + 1
+    assert kv_layout(candidate).bytes_per_context_token == 2 * cache.bytes_per_token
+
+
+def test_context_parallel_ranks_keep_their_share_of_a_request() -> None:
+    layout = KvLayout(
+        bytes_per_token=1,
+        block_size=16,
+        sliding_window=None,
+        max_in_flight_tokens=16,
+        decode_context_parallel_size=4,
+    )
+
+    assert layout.blocks_per_request(4096) == 64
+    assert layout.blocks_per_request(4097) == 65
+    assert layout.bytes_per_context_token == 1
+    cache = kv_cache(layout, available_bytes=65 * 16, max_model_len=4096)
+    assert cache.tokens == int(65 / 64 * 4096)
+
+
+def test_data_parallel_copies_add_up() -> None:
+    layout = KvLayout(
+        bytes_per_token=1, block_size=16, sliding_window=None, max_in_flight_tokens=16
+    )
+
+    cache = kv_cache(layout, available_bytes=1600, max_model_len=160, data_parallel_size=4)
+
+    assert cache.num_blocks == 100
+    assert cache.tokens == 6400
+    assert cache.max_concurrency == 40

@@ -5,10 +5,17 @@ from typing import Any
 import pytest
 
 from placement.capacity import Capacity, capacity
-from placement.catalogue import ModelSpec
+from placement.catalogue import Checkpoint, ModelSpec
 from placement.fleet import Demand, Objective, TokenLengths
 from placement.performance import Load, ReplicaSpeed, predict, prefill_s, replica_speed, step_s
-from tests.placement.builders import CATALOGUE, a_candidate, a_cpu_candidate, a_gpu_device
+from tests.placement.builders import (
+    CATALOGUE,
+    a_candidate,
+    a_cpu_candidate,
+    a_gpu_device,
+    a_model,
+    an_architecture,
+)
 
 SMALL = CATALOGUE.model("mistral-small-3.2")
 MIXTRAL = CATALOGUE.model("mixtral-8x7b")
@@ -61,7 +68,7 @@ def test_more_requests_make_each_slower_and_all_together_faster() -> None:
 
 def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses() -> None:
     speed = a_speed(MIXTRAL, "H200-SXM")
-    bytes_per_s = 4.8e12 * 0.8
+    bytes_per_s = 4.8e12 * speed.efficiency.bandwidth
 
     one = step_s(speed, concurrency=1, context=0)
     sixteen = step_s(speed, concurrency=16, context=0)
@@ -123,3 +130,88 @@ def test_a_promise_that_one_request_breaks_leaves_no_capacity() -> None:
 
     assert none.concurrency == 0
     assert none.requests_per_s == 0.0
+
+
+def test_two_stages_carry_more_and_answer_one_request_no_faster() -> None:
+    one, two = a_speed(), a_speed(pipeline_parallel_size=2)
+    crowd = Load(concurrency=64, input_tokens=512, output_tokens=128)
+
+    assert predict(two, crowd).output_tokens_per_s > predict(one, crowd).output_tokens_per_s
+    assert predict(two, ALONE).tpot_ms >= predict(one, ALONE).tpot_ms
+
+
+def test_an_uneven_split_makes_the_longest_stage_the_pace() -> None:
+    crowd = Load(concurrency=64, input_tokens=512, output_tokens=128)
+    even = a_speed(pipeline_parallel_size=2)
+    uneven = a_speed(pipeline_parallel_size=2, layer_partition=(30, 10))
+
+    assert predict(uneven, crowd).tpot_ms == pytest.approx(
+        1.5 * predict(even, crowd).tpot_ms, rel=0.1
+    )
+
+
+def test_stages_on_two_nodes_pay_for_the_network() -> None:
+    near = a_speed(pipeline_parallel_size=2)
+    far = a_speed(pipeline_parallel_size=2, num_nodes=2)
+
+    assert predict(far, ALONE).tpot_ms > predict(near, ALONE).tpot_ms
+
+
+def test_data_parallel_copies_share_out_requests_and_read_each_expert_once() -> None:
+    one = a_speed(MIXTRAL, "H200-SXM")
+    four = a_speed(MIXTRAL, "H200-SXM", data_parallel_size=4, expert_parallel=True)
+    crowd = Load(concurrency=64, input_tokens=512, output_tokens=128)
+
+    assert predict(four, crowd).output_tokens_per_s > 2 * predict(one, crowd).output_tokens_per_s
+
+
+def test_copies_on_two_nodes_exchange_tokens_over_the_network() -> None:
+    changes = {"data_parallel_size": 8, "expert_parallel": True, "num_nodes": 2}
+    slow = replica_speed(
+        a_candidate(MIXTRAL, device=a_gpu_device("H200-SXM", gpus_per_node=4), **changes)
+    )
+    fast_network = a_gpu_device("H200-SXM", gpus_per_node=4, inter_node_bytes_per_s=400e9)
+    fast = replica_speed(a_candidate(MIXTRAL, device=fast_network, **changes))
+    crowd = Load(concurrency=256, input_tokens=512, output_tokens=128)
+
+    assert predict(slow, crowd).tpot_ms > predict(fast, crowd).tpot_ms
+
+
+def test_requests_without_room_wait_for_others_to_end() -> None:
+    speed = a_speed(max_num_seqs=32)
+
+    full, crowded = (predict(speed, Load(c, 512, 128)) for c in (32, 64))
+
+    assert crowded.tpot_ms == full.tpot_ms
+    assert crowded.output_tokens_per_s == pytest.approx(full.output_tokens_per_s)
+    assert crowded.ttft_s == pytest.approx(
+        full.ttft_s + full.ttft_s + 127 * full.tpot_ms / 1000, rel=1e-6
+    )
+
+
+def test_weights_that_are_unpacked_gain_no_flops() -> None:
+    def prefill(gpu: str) -> float:
+        fp8 = Checkpoint(precision="fp8", source="x")
+        return prefill_s(a_speed(gpu=gpu, checkpoint=fp8), 8000) / prefill_s(a_speed(gpu=gpu), 8000)
+
+    assert prefill("A100-80-SXM") == pytest.approx(1.0, abs=0.02)
+    assert prefill("H100-SXM") < 0.7
+
+
+def test_windows_shorten_what_most_layers_look_at() -> None:
+    windows = an_architecture(sliding_window=1024, full_attention_layers=1)
+    all_full, mixed = a_speed(a_model()), a_speed(a_model(architecture=windows))
+
+    def attention(speed: ReplicaSpeed) -> float:
+        return step_s(speed, concurrency=64, context=30_000) - step_s(
+            speed, concurrency=64, context=0
+        )
+
+    assert attention(mixed) < attention(all_full)
+
+
+def test_copies_have_slots_each() -> None:
+    speed = a_speed(MIXTRAL, "H200-SXM", data_parallel_size=2, expert_parallel=True)
+    common = {"max_num_seqs": 8, "kv_cache_tokens": 10**7, "demand": None, "slo": Objective()}
+
+    assert capacity(speed, **common).concurrency == 16

@@ -89,8 +89,8 @@ def test_replicas_stay_for_the_whole_down_delay_and_then_go_at_once() -> None:
     model = Scaled()
     model.run(5, 10)
 
-    assert model.run(29, 2) == 5
-    assert model.run(4, 2) == 1
+    assert model.run(29, 1) == 5
+    assert model.run(4, 1) == 1
 
 
 def test_replicas_of_the_last_half_minutes_peak_stay() -> None:
@@ -138,9 +138,9 @@ def test_nothing_is_removed_while_the_rest_still_starts() -> None:
     model = Scaled(start_s=100.0)
     model.run(5, 16)
 
-    assert model.run(60, 4) == 8
+    assert model.run(60, 3.5) == 8
     assert model.ready == 1
-    assert model.run(60, 4) == 2
+    assert model.run(60, 3.5) == 2
 
 
 @pytest.mark.parametrize("start_s", [0.0, 10.0])
@@ -210,3 +210,21 @@ def test_replicas_stay_within_bounds_and_falls_are_a_down_delay_apart_from_rises
             last_rise = now
         if 0 < after < before:
             assert now - last_rise >= POLICY.scale_down_delay_s
+
+
+def test_a_load_at_the_edge_keeps_the_replica_that_it_almost_needs() -> None:
+    model = Scaled()
+    model.run(10, 2.1)
+
+    assert model.run(120, 1.9) == 2
+    assert model.run(60, 1.7) == 1
+
+
+def test_what_still_runs_on_draining_replicas_does_not_wake_a_model() -> None:
+    state, bounds = ScalingState(), ReplicaBounds(min=0, max=4)
+    numbers = {"slots_per_replica": 8, "current_replicas": 0, "ready_replicas": 0}
+
+    asleep, state = decide(state, Load(3.0), ScalingPolicy(), bounds, **numbers, now_s=0)
+    awake, _ = decide(state, Load(3.0, queued=1), ScalingPolicy(), bounds, **numbers, now_s=1)
+
+    assert (asleep.target, awake.target) == (0, 1)

@@ -1,0 +1,82 @@
+"""How fast llama.cpp is: weights and cache are read once for each token, wherever they are."""
+
+from __future__ import annotations
+
+from placement.catalogue import GpuType
+from placement.fit_request import FitRequest
+from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
+from placement.parameters import count_parameters
+from placement.plan import Prediction
+
+# DeepSeek-V3 Q4_K_M with 54 of 61 layers in host memory: 4.65 tokens/s (llama.cpp issue 10981),
+# which are 90 GB/s; its prompts at 18.4 tokens/s are 1.4 TFLOPS.
+HOST_BYTES_PER_S = 90e9
+HOST_FLOPS = 1.4e12
+PAGING_BYTES_PER_S = 3e9  # a fast NVMe disk
+# RTX 4090: F16 0.82 of the bandwidth, Q4_K_M 0.60 to 0.81 with the model's size.
+_GPU_SHARE = 0.7
+_PROMPT_SHARE = 0.35  # of the FLOPS, on quantised weights
+_LAYER_S = 30e-6
+
+
+def predict_llamacpp(
+    task: LlamaTask, placement: Placement, gpu: GpuType, request: FitRequest
+) -> Prediction:
+    """Means for the request's load. GPUs work one after the other: layers are not shared.
+
+    decode step = bytes read on GPUs / (0.7 bandwidth) + bytes read in host memory / 90 GB/s + 30 us
+    a layer; of experts as many are read as the requests use: E x (1 - (1 - k/E)^requests).
+    """
+    slots = min(request.concurrency or 1, task.num_slots)
+    gpu_bytes, host_bytes = _bytes_read(task, placement, slots)
+    tokens = request.input_tokens + request.output_tokens / 2
+    kv = slots * tokens * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
+    on_gpu = placement.gpu_layers / task.architecture.num_layers
+    layers = task.architecture.num_layers
+    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * _GPU_SHARE)
+    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / HOST_BYTES_PER_S
+    step = gpu_s + host_s + layers * _LAYER_S
+    ttft = request.input_tokens * _prompt_s_per_token(task, placement, gpu) + step
+    tpot = step + (slots - 1) / request.output_tokens * ttft
+    duration = ttft + (request.output_tokens - 1) * tpot
+    return Prediction(
+        ttft_s=ttft,
+        tpot_ms=tpot * 1000,
+        output_tokens_per_s=slots * request.output_tokens / duration,
+    )
+
+
+def _bytes_read(task: LlamaTask, placement: Placement, slots: int) -> tuple[float, float]:
+    moe, weights = task.architecture.moe, task.weights
+    used = 1.0
+    if moe is not None:
+        used = 1 - (1 - moe.num_experts_per_token / moe.num_experts) ** slots
+    first = task.architecture.num_layers - placement.gpu_layers
+    gpu, host = 0.0, 0.0
+    for index, layer in enumerate(weights.layers):
+        on_gpu = index >= first
+        experts_on_gpu = on_gpu and index >= placement.cpu_moe_layers
+        gpu += layer.dense * on_gpu + layer.experts * used * experts_on_gpu
+        host += layer.dense * (not on_gpu) + layer.experts * used * (not experts_on_gpu)
+    if placement.head_on_gpu:
+        return gpu + weights.head, host
+    return gpu, host + weights.head
+
+
+def _prompt_s_per_token(task: LlamaTask, placement: Placement, gpu: GpuType) -> float:
+    counted = count_parameters(task.architecture)
+    working = counted.language - counted.embedding - counted.idle_experts
+    total = sum(layer.dense + layer.experts for layer in task.weights.layers) or 1
+    at_home = _host_share(task, placement, total)
+    return 2 * working * (at_home / HOST_FLOPS + (1 - at_home) / (gpu.bf16_flops * _PROMPT_SHARE))
+
+
+def _host_share(task: LlamaTask, placement: Placement, total: int) -> float:
+    first = task.architecture.num_layers - placement.gpu_layers
+    held = sum(layer.dense for layer in task.weights.layers[:first])
+    held += sum(
+        layer.experts
+        for index, layer in enumerate(task.weights.layers)
+        if index < max(first, placement.cpu_moe_layers)
+    )
+    return held / total

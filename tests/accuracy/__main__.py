@@ -1,0 +1,24 @@
+"""Print predicted against measured: `python -m tests.accuracy [FILE.csv]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.accuracy.judge import judge
+from tests.accuracy.latency import latency_report, read_runs
+from tests.accuracy.report import report
+from tests.accuracy.rows import MEASUREMENTS, read_rows
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else MEASUREMENTS
+    lines = [
+        *report([judge(row) for row in read_rows(path)]),
+        *latency_report(read_runs()),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
