@@ -10,25 +10,10 @@ from pathlib import Path
 import ray
 
 from cluster.names import CONTROLLER, NAMESPACE
-from cluster.processes import free_ports, require_free_port, start_guarded, stop_guarded, tail
-from placement.fleet import GatewaySpec
+from cluster.processes import start_guarded, stop_guarded, tail
 
 DRAIN_TIMEOUT_S = 35.0
 RESTART_DELAY_S = 1.0
-
-
-def checked_ports(gateway: GatewaySpec) -> GatewaySpec:
-    """Port 0 becomes a free port; a given one must be free on this node.
-
-    Raises:
-        PortInUse: it is not.
-    """
-    chosen = {}
-    for key in ("http_port", "grpc_port"):
-        port = getattr(gateway, key) or free_ports(1, gateway.host)[0]
-        require_free_port(gateway.host, port, f"the gateway ({key})")
-        chosen[key] = port
-    return gateway.model_copy(update=chosen)
 
 
 class GatewayHost:

@@ -19,7 +19,7 @@ from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
-from cluster.gateway_host import checked_ports
+from cluster.gateway_ports import checked_ports
 from cluster.local_ray import remove_tmpdir
 from cluster.processes import free_ports
 from placement.errors import DoesNotFit

@@ -23,7 +23,7 @@ from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import AlreadyRunning, ClusterError
-from cluster.gateway_host import checked_ports
+from cluster.gateway_ports import checked_ports
 from cluster.local_inventory import local_inventory
 from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray, use
 from cluster.models import catalogue_for
