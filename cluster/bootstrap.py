@@ -20,7 +20,7 @@ from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
 
 
-class _ControllerActor(Controller):
+class ControllerActor(Controller):
     """Starts by itself: when its process dies Ray makes it anew, but calls nothing on it."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
@@ -29,7 +29,7 @@ class _ControllerActor(Controller):
         self._start.add_done_callback(end_process_on_failure)
 
 
-class _GatewayActor(GatewayHost):
+class GatewayActor(GatewayHost):
     """As the controller's."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
@@ -117,7 +117,7 @@ def start(
     """Start the controller (listening on `control`) and a gateway on this node."""
     host, port = control
     controller = _actor(
-        _ControllerActor,
+        ControllerActor,
         CONTROLLER,
         *(str(run_dir), token, host, port, engine_host),
         max_concurrency=1000,
@@ -125,7 +125,7 @@ def start(
     arguments = ["--controller", f"http://{host}:{port}", "--host", gateway.host]
     arguments += ["--http-port", str(gateway.http_port), "--grpc-port", str(gateway.grpc_port)]
     log_file = str(run_dir / "logs" / "gateway.log")
-    host_actor = _actor(_GatewayActor, GATEWAY, arguments, token, log_file)
+    host_actor = _actor(GatewayActor, GATEWAY, arguments, token, log_file)
     ray.get([controller.start.remote(), host_actor.start.remote()])
 
 

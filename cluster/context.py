@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from cluster.errors import ClusterUnreachable
 from cluster.processes import is_alive
+from placement.errors import ConfigError
 from placement.spec import Spec
 
 
@@ -32,32 +35,66 @@ class Context(Spec):
 
 
 def state_dir() -> Path:
-    """`$BORA_STATE`, else `bora` in the XDG state folder."""
+    """`$BORA_STATE`, else `bora` in the XDG state folder; it need not exist yet.
+
+    Raises:
+        ConfigError: it cannot be a folder.
+    """
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(os.environ.get("BORA_STATE") or Path(base) / "bora")
+    path = Path(os.environ.get("BORA_STATE") or Path(base) / "bora")
+    with _told(path):
+        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{path}: bora's state folder (BORA_STATE): {existing} is not a folder")
+    return path
+
+
+def made_state_dir() -> Path:
+    """`state_dir()`, which exists now.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    path = state_dir()
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
 
 
 def save(context: Context) -> None:
-    """Write the context for later commands."""
+    """Write the context for later commands.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    made_state_dir()
     path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(context.model_dump_json(indent=2))
+    with _told(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(context.model_dump_json(indent=2))
 
 
 def find() -> Context | None:
-    """The saved context, unless the `bora up` that made it has ended without taking it away."""
+    """The saved context, unless the `bora up` that made it has ended without taking it away.
+
+    Raises:
+        ConfigError: there is something, but it cannot be read.
+    """
     context = last()
     return context if context and (context.supervised or not context.supervisor_pid) else None
 
 
 def last() -> Context | None:
-    """The saved context, whether what made it still runs or not."""
-    try:
-        return Context.model_validate_json(_path().read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError):
-        return None
+    """The saved context, whether what made it still runs or not.
+
+    Raises:
+        ConfigError: there is something, but it cannot be read.
+    """
+    path = _path()
+    with _told(path), contextlib.suppress(FileNotFoundError, ValidationError):
+        return Context.model_validate_json(path.read_bytes())
+    return None
 
 
 def require() -> Context:
@@ -65,6 +102,7 @@ def require() -> Context:
 
     Raises:
         ClusterUnreachable: nothing was started, or it has been stopped.
+        ConfigError: there is something, but it cannot be read.
     """
     context = find()
     if context is None:
@@ -78,9 +116,27 @@ def require() -> Context:
 
 
 def forget() -> None:
-    """Remove the saved context."""
-    _path().unlink(missing_ok=True)
+    """Remove the saved context.
+
+    Raises:
+        ConfigError: it cannot be removed.
+    """
+    path = _path()
+    with _told(path):
+        path.unlink(missing_ok=True)
 
 
 def _path() -> Path:
     return state_dir() / "context.json"
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses becomes an error with the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: bora keeps its state there, but: {error.strerror}. Set BORA_STATE to a "
+            f"folder that you may write"
+        ) from error

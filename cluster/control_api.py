@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import http.client
 import json
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -20,6 +23,8 @@ from placement.inventory import Inventory
 from placement.plan import Plan
 
 Body = TypeVar("Body", bound=BaseModel)
+log = logging.getLogger("bora.control_api")
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -64,7 +69,7 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
 
     `cleanup()` of what is returned ends it.
     """
-    app = web.Application(middlewares=[_guard(token)], client_max_size=16 * 2**20)
+    app = web.Application(middlewares=[_errors, _guard(token)], client_max_size=16 * 2**20)
     app.add_routes(
         [
             web.post("/v1/sync", _on_body(SyncRequest, control.sync)),
@@ -88,12 +93,30 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
     return runner
 
 
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error has a JSON body: `{"error": what is wrong}`."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:  # aiohttp's own: no such path, body too large
+        return _refusal(error.status, error.reason)
+    except UnknownName as error:
+        return _refusal(404, str(error))
+    except PlacementError as error:
+        return _refusal(400, str(error))
+    # The edge of the controller: a bug must reach the one who asked and the log, and the
+    # controller, which holds the fleet together, goes on.
+    except Exception as error:
+        log.exception("%s %s failed", request.method, request.path)
+        return _refusal(500, f"{type(error).__name__}: {error}")
+
+
 def _guard(token: str) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            return web.json_response({"error": "wrong or missing token"}, status=401)
+        given = request.headers.get("authorization", "").encode(errors="surrogateescape")
+        if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            return _refusal(401, "wrong or missing token")
         return await handler(request)
 
     return guard
@@ -102,14 +125,10 @@ def _guard(token: str) -> Any:
 def _on_body(form: type[Body], act: Callable[[Body], Awaitable[BaseModel | None]]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         try:
-            answer = await act(form.model_validate_json(await request.read()))
+            body = form.model_validate_json(await request.read())
         except ValidationError as error:
-            return web.json_response({"error": str(error)}, status=400)
-        except UnknownName as error:
-            return web.json_response({"error": str(error)}, status=404)
-        except PlacementError as error:
-            return web.json_response({"error": str(error)}, status=400)
-        return _answer(answer)
+            return _refusal(400, str(error))
+        return _answer(await act(body))
 
     return handler
 
@@ -117,12 +136,13 @@ def _on_body(form: type[Body], act: Callable[[Body], Awaitable[BaseModel | None]
 def _no_body(act: Callable[[], Awaitable[BaseModel | None]]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         del request
-        try:
-            return _answer(await act())
-        except PlacementError as error:
-            return web.json_response({"error": str(error)}, status=400)
+        return _answer(await act())
 
     return handler
+
+
+def _refusal(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
 
 
 def _answer(value: BaseModel | None) -> web.Response:
@@ -139,7 +159,12 @@ def _status(control: Control) -> Handler:
 
 
 class ControlClient:
-    """The command line's side of the API; blocking, since a command does one thing at a time."""
+    """The command line's side of the API; blocking, since a command does one thing at a time.
+
+    Every call raises:
+        ClusterUnreachable: no controller answers, or one that does not know the token.
+        ClusterError: it refuses (exit code 2), or it failed (1); with what it said.
+    """
 
     def __init__(self, url: str, token: str, timeout_s: float = 120.0) -> None:
         self._url = url
@@ -147,64 +172,33 @@ class ControlClient:
         self._timeout_s = timeout_s
 
     def status(self) -> FleetStatus:
-        """The state of the fleet.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-        """
-        return FleetStatus.model_validate_json(self._call("GET", "/v1/status"))
+        """The state of the fleet."""
+        return self._read(FleetStatus, self._call("GET", "/v1/status"))
 
     def apply(self, plan: Plan) -> None:
-        """Serve exactly this plan.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-        """
+        """Serve exactly this plan."""
         self._call("POST", "/v1/apply", plan)
 
     def scale(self, model: str, replicas: int) -> None:
-        """Set a replica count.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-            ClusterError: it refuses.
-        """
+        """Set a replica count."""
         self._call("POST", "/v1/scale", ScaleRequest(model=model, replicas=replicas))
 
     def delete(self, model: str) -> None:
-        """Take a model out of the fleet.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-            ClusterError: it refuses.
-        """
+        """Take a model out of the fleet."""
         self._call("POST", "/v1/delete", DeleteRequest(model=model))
 
     def stop(self) -> None:
-        """Let running requests finish, then stop gateways and engines.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-        """
+        """Let running requests finish, then stop gateways and engines."""
         self._call("POST", "/v1/stop")
 
     def inventory(self) -> Inventory:
-        """What the cluster's nodes offer.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-            ClusterError: no node carries bora's labels.
-        """
-        return Inventory.model_validate_json(self._call("GET", "/v1/inventory"))
+        """What the cluster's nodes offer; refused when no node carries bora's labels."""
+        return self._read(Inventory, self._call("GET", "/v1/inventory"))
 
     def plan(self) -> Plan | None:
-        """What the cluster serves; None: nothing yet.
-
-        Raises:
-            ClusterUnreachable: the controller does not answer.
-        """
+        """What the cluster serves; None: nothing yet."""
         text = self._call("GET", "/v1/plan")
-        return None if text == "{}" else Plan.model_validate_json(text)
+        return None if text == "{}" else self._read(Plan, text)
 
     def _call(self, method: str, path: str, body: BaseModel | None = None) -> str:
         request = urllib.request.Request(  # noqa: S310 - our own http:// URL
@@ -215,13 +209,33 @@ class ControlClient:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._timeout_s) as response:  # noqa: S310
-                return str(response.read().decode())
+                return str(response.read().decode(errors="replace"))
         except urllib.error.HTTPError as error:
-            raise _Refused(_error_text(error)) from None
-        except OSError as error:
+            raise self._answered(error) from None
+        except (OSError, http.client.HTTPException) as error:
             raise ClusterUnreachable(
                 f"the controller at {self._url} does not answer: {error}"
             ) from error
+
+    def _answered(self, error: urllib.error.HTTPError) -> ClusterError:
+        said = _error_text(error)
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            return ClusterUnreachable(
+                f"what answers at {self._url} does not know our token: the controller is another "
+                f"bora's. `bora down` forgets it; then start anew with `bora up` or `bora deploy`"
+            )
+        if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return ClusterError(f"the controller failed: {said}. `bora logs controller` shows more")
+        return _Refused(said)
+
+    def _read(self, form: type[Body], text: str) -> Body:
+        try:
+            return form.model_validate_json(text)
+        except ValidationError:
+            raise ClusterUnreachable(
+                f"what answers at {self._url} is not a controller of this version of bora; "
+                f"it said: {text[:200]}"
+            ) from None
 
 
 class _Refused(ClusterError):
@@ -231,8 +245,11 @@ class _Refused(ClusterError):
 
 
 def _error_text(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):  # it broke off
+        text = ""
     try:
         return str(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
-        return f"the controller answered {error.code}: {text[:500]}"
+        return f"{error.code} {error.reason} {text[:500]}".rstrip()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import subprocess
+from http import HTTPStatus
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +17,7 @@ from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from placement.plan import Variant
 
 LOG_TAIL_LINES = 30
+POLL_S = 0.2
 
 
 class EngineProcess:
@@ -46,6 +48,9 @@ class EngineProcess:
     async def start(self, checkpoint: Path | str) -> None:
         """Start the engine and wait until it answers; `stage` tells how far it is.
 
+        The port was free a moment ago, but another server may have taken it since: what answers
+        must know our key and the model.
+
         Raises:
             EngineFailed: it ended before that; the message holds the end of its log.
         """
@@ -62,15 +67,11 @@ class EngineProcess:
         self._process = start_guarded(launch.command, log=self.log, env=launch.env, grace_s=5.0)
         offset = 0
         async with aiohttp.ClientSession() as session:
-            while not await self._healthy(session):
-                if self.ended:
-                    raise EngineFailed(
-                        f"{self._variant.variant}: the engine ended with status "
-                        f"{self._process.returncode} before it was ready; the end of {self.log}:\n"
-                        f"{self.log_tail()}"
-                    )
+            while not (await self._healthy(session) and await self._is_ours(session)):
                 offset = self._follow_log(offset)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(POLL_S)
+                self._refuse_end()
+        self._refuse_end()  # what answered last was another server
         self.facts = self._engine.facts(self.log.read_text(errors="replace"))
         self.stage = ""
 
@@ -105,6 +106,14 @@ class EngineProcess:
         """The last lines of the engine's output."""
         return tail(self.log, LOG_TAIL_LINES)
 
+    def _refuse_end(self) -> None:
+        if self._process is not None and self.ended:
+            raise EngineFailed(
+                f"{self._variant.variant}: the engine ended with status "
+                f"{self._process.returncode} before it was ready; the end of {self.log}:\n"
+                f"{self.log_tail()}"
+            )
+
     def _follow_log(self, offset: int) -> int:
         """Note the stage that new log lines tell; the offset of what was read."""
         with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
@@ -119,6 +128,21 @@ class EngineProcess:
             timeout = aiohttp.ClientTimeout(5)
             async with session.get(f"{self.url}/health", timeout=timeout) as response:
                 return response.status == 200
+        return False
+
+    async def _is_ours(self, session: aiohttp.ClientSession) -> bool:
+        """Whether what listens takes our key and serves our model."""
+        other_forms = (ValueError, LookupError, TypeError)
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, *other_forms):
+            async with session.get(
+                f"{self.url}/v1/models",
+                headers={"authorization": f"Bearer {self.api_key}"},
+                timeout=aiohttp.ClientTimeout(5),
+            ) as response:
+                if response.status != HTTPStatus.OK:
+                    return False
+                served = [model["id"] for model in (await response.json())["data"]]
+                return self._variant.model in served
         return False
 
     async def _metrics(self, session: aiohttp.ClientSession) -> EngineLoad:

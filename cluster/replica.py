@@ -56,6 +56,7 @@ class Replica:
         self._started_s = time.time()
         self._variant: Variant | None = None
         self._version = ""
+        self._failure = ""
         self._engine: EngineProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -79,8 +80,9 @@ class Replica:
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
             await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
-        except EngineFailed:
+        except Exception as error:  # whatever it is: this replica ends, and the controller tells why
             self._state = "failed"
+            self._failure = "" if isinstance(error, EngineFailed) else repr(error)
             await self._report()
             raise
         self._state = "ready"
@@ -172,7 +174,7 @@ class Replica:
             url=engine.url,
             api_key=engine.api_key,
             log_file=str(engine.log),
-            log_tail=engine.log_tail() if self._state == "failed" else "",
+            log_tail=self._failure or (engine.log_tail() if self._state == "failed" else ""),
             running=engine.load.running,
             waiting=engine.load.waiting,
             kv_cache_usage=engine.load.kv_cache_usage,

@@ -16,6 +16,7 @@ import typer
 from cluster import context
 from cluster.context import Context
 from cluster.control_api import ControlClient
+from cluster.errors import ClusterError
 from cluster.messages import FleetStatus, ReplicaStatus
 from cluster.names import log_folder
 from placement.errors import UnknownName
@@ -54,6 +55,12 @@ def logs(
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             _follow(readers)
+
+
+class _NothingRanYet(ClusterError):
+    """A model without a log."""
+
+    exit_code = 2
 
 
 class _Reader:
@@ -105,13 +112,13 @@ def _log_files(running: Context, target: str) -> list[Path]:
 
     Raises:
         UnknownName: no such model or replica; with the nearest names.
+        ClusterError: the model is known, but no replica of it has run.
     """
     folder = Path(running.run_dir) / "logs"
     if target in _OWN:
         return [folder / f"{target}.log"]
-    client = ControlClient(running.controller_url, running.token)
-    status = client.status()
-    models = _models(client, status, folder)
+    status = ControlClient(running.controller_url, running.token).status()
+    models = _models(status, folder)
     # A model's name may hold slashes itself, so that of all fitting ones the longest is meant.
     fitting = [name for name in models if f"{target}/".startswith(f"{name}/")]
     if not fitting:
@@ -130,11 +137,10 @@ def _log_files(running: Context, target: str) -> list[Path]:
     return _model_logs(models[name], replicas, ended)
 
 
-def _models(client: ControlClient, status: FleetStatus, folder: Path) -> dict[str, str]:
-    """The model behind each name: those of the fleet, their aliases, and those that ran before."""
+def _models(status: FleetStatus, folder: Path) -> dict[str, str]:
+    """The model behind each name: those that ran before, then the fleet's and their aliases."""
     names = {unquote(entry.name): unquote(entry.name) for entry in folder.glob("*/")}
-    plan = client.plan()
-    for variant in plan.variants if plan else ():
+    for variant in status.variants:
         names |= dict.fromkeys(variant.aliases, variant.model)
     return names | {variant.model: variant.model for variant in status.variants}
 
@@ -143,7 +149,7 @@ def _model_logs(model: str, replicas: Sequence[ReplicaStatus], ended: Sequence[P
     """Of the replicas that run, else of the one that ran last."""
     running = [Path(replica.log_file) for replica in replicas if replica.state not in _OVER]
     if not running and not ended:
-        raise UnknownName("log: no replica has run yet of model", model, ())
+        raise _NothingRanYet(f"no replica of {model} has run yet: there is no log")
     return running or list(ended[-1:])
 
 

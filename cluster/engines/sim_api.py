@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +23,12 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's and vLLM's default of /v1/completions
 CHAT_MAX_TOKENS = 1024
 
 
+def error_body(message: str, status: int, *, kind: str = "", param: str = "") -> dict[str, Any]:
+    """OpenAI's form of an error; without `kind` that of the HTTP status."""
+    kind = kind or f"{HTTPStatus(status).phrase.title().replace(' ', '')}Error"
+    return {"error": {"message": message, "type": kind, "param": param or None, "code": status}}
+
+
 class RequestRefused(Exception):
     """The request cannot be served: HTTP `status` and an OpenAI error body."""
 
@@ -30,9 +37,7 @@ class RequestRefused(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {
-            "error": {"message": message, "type": kind, "param": param or None, "code": status}
-        }
+        self.body = error_body(message, status, kind=kind, param=param)
 
 
 class _Body(BaseModel):

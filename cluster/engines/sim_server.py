@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from cluster.engines.sim_api import (
     Answer,
@@ -27,6 +28,7 @@ from cluster.engines.sim_api import (
     CompletionRequest,
     RequestRefused,
     TokenizeRequest,
+    error_body,
     generation_of,
     parse,
     prompt_of,
@@ -199,6 +201,12 @@ class SimulatedEngine:
             return await handler(request)
         except RequestRefused as error:
             return web.json_response(error.body, status=error.status)
+        except web.HTTPException as error:  # aiohttp's own: no such path, body too large
+            what = f"{request.method} {request.path}: {error.reason}"
+            return web.json_response(error_body(what, error.status), status=error.status)
+        except BadHttpMessage as error:  # a body that is not encoded as its header says
+            refused = RequestRefused(f"There was an error parsing the body: {error.message}")
+            return web.json_response(refused.body, status=refused.status)
 
     @web.middleware
     async def _authentication(

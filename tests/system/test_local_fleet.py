@@ -105,7 +105,11 @@ def test_grpc_answers_a_client_made_from_the_shipped_proto(local: Bora, tmp_path
 
 
 def test_planned_kv_cache_is_what_the_engines_have(local: Bora):
-    for variant in local.status()["variants"]:
+    variants = local.status()["variants"]
+
+    assert sorted(variant["model"] for variant in variants) == MODELS
+    for variant in variants:
+        assert variant["replicas"], variant["variant"]
         for replica in variant["replicas"]:
             assert replica["kv_cache_tokens"] == variant["planned_kv_cache_tokens"]
 

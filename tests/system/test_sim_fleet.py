@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +182,41 @@ async def test_deploying_again_with_other_bounds_restarts_nothing(sim: Bora, tmp
     ]
 
 
+async def test_a_fleet_whose_models_sleep_can_be_deployed_and_wakes(sim: Bora, fleet_file: Path):
+    await asyncio.to_thread(sim.command, "deploy", str(fleet_file))
+    assert (await asyncio.to_thread(sim.command, "scale", "chat", "0")).returncode == 0
+    await until_ready(sim, 0, 30)
+
+    result = await asyncio.to_thread(sim.command, "deploy", str(fleet_file))
+
+    assert result.returncode == 0, result.stderr
+    assert (await asyncio.to_thread(sim.variant, "chat"))["wanted"] == 0
+    async with aiohttp.ClientSession() as session:
+        assert not (await ask(session, sim.url, tokens=4, stream=False)).startswith("!")
+
+
+async def test_a_controller_killed_while_all_models_sleep_still_wakes_them(sim: Bora):
+    await asyncio.to_thread(sim.command, "scale", "chat", "0")
+    await until_ready(sim, 0, 30)
+
+    os.kill(await asyncio.to_thread(_pid_of, sim, "ControllerActor"), signal.SIGKILL)
+
+    async with aiohttp.ClientSession() as session:
+        assert not (await ask(session, sim.url, tokens=4, stream=False)).startswith("!")
+
+
+async def test_a_killed_gateway_host_brings_its_gateway_back(sim: Bora):
+    os.kill(await asyncio.to_thread(_pid_of, sim, "GatewayActor"), signal.SIGKILL)
+
+    def reports_again() -> bool:
+        return len(sim.status()["gateways"]) == 1
+
+    async with asyncio.timeout(60), aiohttp.ClientSession() as session:
+        while (await ask(session, sim.url, tokens=4, stream=False)).startswith("!"):
+            await asyncio.sleep(0.3)
+    await asyncio.to_thread(eventually, reports_again, 30)
+
+
 async def test_an_infeasible_fleet_changes_nothing(sim: Bora, tmp_path: Path):
     impossible = tmp_path / "fleet.yaml"
     impossible.write_text("fleet: x\nmodels: [{name: big, model: mistral-large-3-675b-2512}]\n")
@@ -219,7 +255,7 @@ async def test_the_controller_can_be_killed_while_requests_flow(sim: Bora):
     await asyncio.sleep(1)
     version = (await asyncio.to_thread(sim.status))["table_version"]
 
-    pid = await asyncio.to_thread(_pid_of, sim, "Controller")
+    pid = await asyncio.to_thread(_pid_of, sim, "ControllerActor")
     os.kill(pid, signal.SIGKILL)
 
     def recovered() -> bool:
@@ -264,6 +300,26 @@ def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path, fleet_file: Pat
         assert bora.processes() == []
         assert "nothing of bora is left running" in bora.said()
         assert bora.command("status").returncode == 4
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "down"])
+@pytest.mark.parametrize("after_s", [0.7, 4.5])
+def test_ending_it_while_it_starts_is_clean(
+    tmp_path: Path, fleet_file: Path, end: str, after_s: float
+):
+    """Before Ray, and while Ray's driver with its own signal handlers is at work."""
+    with running_bora(tmp_path / "state", str(fleet_file)) as bora:
+        eventually(lambda: (bora.state / "context.json").exists(), 30)
+        time.sleep(after_s)
+
+        if end == "down":
+            assert bora.command("down").returncode == 0
+        else:
+            bora.process.send_signal(signal.Signals[end])
+
+        assert bora.process.wait(60) == 0
+        assert bora.processes() == []
+        assert "nothing of bora is left running" in bora.said()
 
 
 def test_kill_9_of_bora_up_leaves_no_process(tmp_path: Path, fleet_file: Path):
