@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.context import state_dir
 from placement.calibration import Calibration, Observation
+from placement.catalogue import Catalogue, load_catalogue
 from placement.spec import dump_yaml, load_yaml
 
 CALIBRATION_FILE = "calibration.yaml"
@@ -14,6 +15,15 @@ CALIBRATION_FILE = "calibration.yaml"
 def calibration_path() -> Path:
     """Of this user."""
     return state_dir() / CALIBRATION_FILE
+
+
+def calibrated_catalogue() -> Catalogue:
+    """The catalogue, with what this user's engines were seen to need.
+
+    Raises:
+        ConfigError: a file of the catalogue, or the calibration file, is wrong.
+    """
+    return load_catalogue().with_calibration(load_calibration(calibration_path()))
 
 
 def load_calibration(path: Path) -> Calibration:

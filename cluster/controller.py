@@ -30,9 +30,9 @@ from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
-from placement.calibration import observe
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
+from placement.observation import observe
 from placement.plan import Plan, Variant
 from placement.spec import dump_yaml, parse_yaml
 

@@ -8,15 +8,23 @@ take the measured weights, and what the KV cache fell short by as memory that so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
-from placement.plan import Shape, Variant
 from placement.spec import Spec
 
 TOLERANCE = 0.05  # below this the memory model is as good as it claims to be
 KEPT = 500  # observations in a file; the oldest go first
+
+
+class Ranks(Protocol):
+    """What a candidate and a planned shape have in common: the fields of a setup."""
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer."""
+        ...
 
 
 class Setup(Spec):
@@ -60,10 +68,10 @@ class Observation(Spec):
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What measurement changes in a rank's memory, bytes."""
+    """What measurement adds to (or takes from) a rank's predicted memory, bytes."""
 
-    weights_bytes: int | None  # instead of the predicted; None: not measured
-    other_bytes: int  # more (or less) that is not weights and not KV cache
+    weights_bytes: int = 0
+    other_bytes: int = 0  # not weights and not KV cache
 
 
 class Calibration(Spec):
@@ -76,45 +84,25 @@ class Calibration(Spec):
         others = [kept for kept in self.observations if kept.setup != observation.setup]
         return Calibration(observations=(*others, observation)[-KEPT:])
 
-    def correction(self, setup: Setup) -> Correction | None:
-        """What is known of `setup`."""
+    def correction(self, setup: Setup) -> Correction:
+        """What is known of `setup`; nothing to correct if it was never seen."""
         for observation in reversed(self.observations):
             if observation.setup == setup:
                 return _correction(observation)
-        return None
+        return Correction()
 
 
-def observe(
-    variant: Variant, *, weights_bytes: int | None, kv_cache_tokens: int | None, observed: str
-) -> Observation | None:
-    """What an engine of `variant` reported, if the prediction was off by more than `TOLERANCE`."""
-    observation = Observation(
-        setup=setup_of(variant.shape, checkpoint=variant.checkpoint, gpu=variant.gpu),
-        model=variant.catalogue_model,
-        observed=observed,
-        kv_bytes_per_token=variant.shape.kv_bytes_per_token,
-        predicted_weights_bytes=variant.shape.per_gpu.weights_bytes,
-        measured_weights_bytes=weights_bytes,
-        predicted_kv_cache_tokens=variant.shape.kv_cache_tokens,
-        measured_kv_cache_tokens=kv_cache_tokens,
-    )
-    return observation if observation.error > TOLERANCE else None
-
-
-def setup_of(shape: Shape, *, checkpoint: str, gpu: str) -> Setup:
-    """The setup of a planned shape."""
-    shared = Setup.model_fields.keys() & Shape.model_fields.keys()
-    values = {name: getattr(shape, name) for name in shared}
-    return Setup(checkpoint=checkpoint, gpu=gpu, **values)
+def setup_of(ranks: Ranks, *, checkpoint: str, gpu: str) -> Setup:
+    """The setup of a candidate or of a planned shape."""
+    names = Setup.model_fields.keys() - {"checkpoint", "gpu"}
+    return Setup(checkpoint=checkpoint, gpu=gpu, **{name: getattr(ranks, name) for name in names})
 
 
 def _correction(observation: Observation) -> Correction:
-    measured_weights = observation.measured_weights_bytes
-    weights_change = (measured_weights or observation.predicted_weights_bytes) - (
-        observation.predicted_weights_bytes
-    )
+    predicted, measured = observation.predicted_weights_bytes, observation.measured_weights_bytes
+    weights = 0 if measured is None else measured - predicted
     if observation.measured_kv_cache_tokens is None:
-        return Correction(weights_bytes=measured_weights, other_bytes=0)
+        return Correction(weights_bytes=weights)
     missing_tokens = observation.predicted_kv_cache_tokens - observation.measured_kv_cache_tokens
     missing_bytes = missing_tokens * observation.kv_bytes_per_token
-    return Correction(weights_bytes=measured_weights, other_bytes=missing_bytes - weights_change)
+    return Correction(weights_bytes=weights, other_bytes=missing_bytes - weights)

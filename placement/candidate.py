@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from placement.architecture import Architecture
+from placement.calibration import Calibration
 from placement.catalogue import Checkpoint, GpuType, ModelSpec
 from placement.inventory import Pool
 from placement.vllm_release import DEFAULT_RELEASE
@@ -65,6 +66,7 @@ class Candidate:
     gpu_memory_utilization: float = 0.92
     dtype: Dtype = "auto"
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    calibration: Calibration = field(default=Calibration(), repr=False)
 
     @property
     def architecture(self) -> Architecture:

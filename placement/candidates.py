@@ -32,6 +32,7 @@ def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candi
     for checkpoint in wanted_checkpoints(wish, model):
         for ranks in _tensor_parallel_sizes(wish, checkpoint, device):
             candidate = _filled_in(wish, model, checkpoint, device, ranks)
+            candidate = replace(candidate, calibration=catalogue.calibration)
             if wish.max_model_len is None:
                 candidate = _with_context_that_fits(candidate, at_least=_longest_request(wish))
             found.append(candidate)

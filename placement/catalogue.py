@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from placement.architecture import Architecture
+from placement.calibration import Calibration
 from placement.errors import ConfigError, UnknownName
 from placement.spec import Spec, load_yaml
 
@@ -161,10 +162,11 @@ class GpuType(Spec):
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Models and GPU types by name."""
+    """Models and GPU types by name, and what engines were seen to need."""
 
     models: Mapping[str, ModelSpec]
     gpus: Mapping[str, GpuType]
+    calibration: Calibration = field(default=Calibration(), repr=False)
 
     def model(self, name: str) -> ModelSpec:
         """The entry called or aliased `name` (case-insensitive).
@@ -190,7 +192,11 @@ class Catalogue:
 
     def with_model(self, model: ModelSpec) -> Catalogue:
         """A catalogue that also knows `model`."""
-        return Catalogue(models={**self.models, model.name: model}, gpus=self.gpus)
+        return replace(self, models={**self.models, model.name: model})
+
+    def with_calibration(self, calibration: Calibration) -> Catalogue:
+        """A catalogue whose memory predictions take these observations into account."""
+        return replace(self, calibration=calibration)
 
 
 def load_catalogue(configs: Path = CONFIGS) -> Catalogue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from placement.calibration import Calibration
 from placement.catalogue import Catalogue, GpuType
 from placement.fit_advice import FOUR_BITS, Asked, advise, bits_per_weight
 from placement.fit_answer import FitAnswer, FitShape, Verdict
@@ -31,7 +32,9 @@ def fit(subject: Subject, request: FitRequest, catalogue: Catalogue) -> FitAnswe
     """
     gpu = catalogue.gpu(request.gpu)
     weights = weights_to_try(subject, request)
-    shapes, rejected = _all_shapes(subject, request, gpu, weights)
+    shapes, rejected = _all_shapes(
+        subject, request, gpu, weights, calibration=catalogue.calibration
+    )
     if not weights:
         rejected = [no_such_checkpoint(subject.model, request)]
     best = shapes[0] if shapes else None
@@ -69,7 +72,9 @@ def find_best(subject: Subject, request: FitRequest, catalogue: Catalogue) -> Fi
     """The best shape alone, without reasons and advice."""
     gpu = catalogue.gpu(request.gpu)
     weights = weights_to_try(subject, request)
-    shapes, _ = _all_shapes(subject, request, gpu, weights, hopeless=False)
+    shapes, _ = _all_shapes(
+        subject, request, gpu, weights, calibration=catalogue.calibration, hopeless=False
+    )
     return shapes[0] if shapes else None
 
 
@@ -114,11 +119,13 @@ def _all_shapes(
     gpu: GpuType,
     weights: Iterable[Weights],
     *,
+    calibration: Calibration,
     hopeless: bool = True,
 ) -> tuple[list[FitShape], list[Rejection]]:
     shapes, rejected = [], []
     for each in weights:
-        for result in _results(Case(subject, each, request, gpu), hopeless=hopeless):
+        case = Case(subject, each, request, gpu, calibration)
+        for result in _results(case, hopeless=hopeless):
             if isinstance(result, Rejection):
                 rejected.append(result)
             else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from placement.architecture import Architecture
+from placement.calibration import Calibration
 from placement.candidate import Dtype
 from placement.catalogue import Checkpoint, GpuType, ModelSpec, Precision
 from placement.fit_answer import SizesFrom
@@ -52,6 +53,7 @@ class Case:
     weights: Weights
     request: FitRequest
     gpu: GpuType
+    calibration: Calibration = field(default=Calibration(), repr=False)
 
     @property
     def model(self) -> ModelSpec:

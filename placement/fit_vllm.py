@@ -127,6 +127,7 @@ def _candidate(case: Case, device: Device, sizes: Sizes) -> Candidate:
         gpu_memory_utilization=request.gpu_memory_utilization or DEFAULT_UTILIZATION,
         dtype=weights.dtype,
         kv_cache_dtype=request.kv_cache_dtype,
+        calibration=case.calibration,
     )
     limits = _CPU_LIMITS[0] if device.is_cpu else _LIMITS[0]
     return _limited(candidate, request, *limits)

@@ -157,6 +157,15 @@ class FleetModel(Spec):
                 raise ValueError(f"{flag} would contradict the plan; use {_PLANNED_FLAGS[name]}")
         return flags
 
+    @model_validator(mode="after")
+    def _only_the_simulator_simulates(self) -> Self:
+        if self.simulate_gpu is not None and self.engine != "sim":
+            raise ValueError(
+                f"simulate_gpu: {self.simulate_gpu} means nothing to engine {self.engine!r}; "
+                "add `engine: sim`, or leave it out"
+            )
+        return self
+
 
 class GatewaySpec(Spec):
     """The front door."""
@@ -168,6 +177,14 @@ class GatewaySpec(Spec):
         description="Address to listen on. Beyond loopback, put authentication in front.",
     )
     auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
+
+    @model_validator(mode="after")
+    def _a_port_for_each(self) -> Self:
+        if self.http_port == self.grpc_port != 0:
+            raise ValueError(
+                f"http_port and grpc_port are both {self.http_port}; each needs a port of its own"
+            )
+        return self
 
 
 class FleetSpec(Spec):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
+from placement.calibration import Correction, setup_of
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import (
     KvCache,
@@ -138,9 +139,10 @@ def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
     On a GPU vLLM takes ceil(total x gpu_memory_utilization) and gives the KV cache what weights,
     non-torch memory, activations and CUDA graphs leave (v1/worker/gpu_worker.py
     determine_available_memory). On a CPU the cache is a fixed budget (cpu_worker.py), and it must
-    fit beside the weights and the process.
+    fit beside the weights and the process. What was measured in this setup corrects both.
     """
-    weights = weights_bytes(candidate, stage)
+    correction = _correction(candidate)
+    weights = max(0, weights_bytes(candidate, stage) + correction.weights_bytes)
     total = min(device.memory_bytes or 0 for device in candidate.stage_devices(stage.index))
     if candidate.device.is_cpu:
         wanted = candidate.device.kv_cache_budget_bytes or 0
@@ -150,7 +152,8 @@ def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
         available = wanted if missing == 0 else 0
     else:
         constants = release(candidate.vllm_release)
-        activation, graphs = activation_bytes(candidate, stage), constants.cuda_graph_bytes
+        activation = max(0, activation_bytes(candidate, stage) + correction.other_bytes)
+        graphs = constants.cuda_graph_bytes
         non_torch = constants.non_torch_bytes(
             num_stages=candidate.pipeline_parallel_size,
             ranks_per_stage=candidate.tensor_parallel_size * candidate.data_parallel_size,
@@ -178,6 +181,16 @@ def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
         ),
         missing_bytes=missing,
     )
+
+
+def _correction(candidate: Candidate) -> Correction:
+    """What an engine in just this setup was seen to need more or less."""
+    if not candidate.calibration.observations:
+        return Correction()
+    setup = setup_of(
+        candidate, checkpoint=candidate.checkpoint.source, gpu=candidate.device.gpu.name
+    )
+    return candidate.calibration.correction(setup)
 
 
 def _vision_bytes(candidate: Candidate, tokens: int) -> int:

@@ -31,6 +31,9 @@ def make_plan(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) -> P
         UnknownName: a model, pool or GPU type is not known, with the nearest names.
     """
     wishes = sorted(fleet.models, key=lambda wish: wish.name)
+    for wish in wishes:
+        if wish.simulate_gpu is not None:
+            catalogue.gpu(wish.simulate_gpu)  # wrong also where no pool would look at it
     found = [find_options(wish, fleet, inventory, catalogue) for wish in wishes]
     free = FreeGpus(inventory)
     choices = [_choose(options, free) for options in sorted(found, key=_size, reverse=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,16 +12,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from placement.errors import ConfigError, nearest
-
-# The C parser where PyYAML has it: eight times faster, and the catalogue is read at each start.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from placement.yaml_document import Loc, compose, dotted, line_of, own_path, plain_value
 
 
 class Spec(BaseModel):
     """A frozen value whose unknown keys are errors, so that a typo in YAML does not pass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+_FEW_VALUES = 6  # that an error may list; of more only the nearest are told
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
@@ -44,36 +45,26 @@ def load_yaml(path: Path | str, spec: type[SpecT]) -> SpecT:
 
 def parse_yaml(text: str, spec: type[SpecT], *, source: str) -> SpecT:
     """As `load_yaml`, for text that is already there; `source` names it in errors."""
-    try:
-        root = _compose(text)
-        value = None if root is None else yaml.SafeLoader("").construct_document(root)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
-    if root is None:
-        raise ConfigError(f"{source}: the file is empty")
-    _refuse_duplicate_keys(root, source)
+    root = compose(text, source)
+    value = plain_value(root, source)
     try:
         # Through JSON, because strict mode then takes lists for tuples but no "8" for 8.
-        return spec.model_validate_json(json.dumps(value, default=str), strict=True)
+        return spec.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        problems = error.errors()
-        lines = [
-            _describe(problem, root, spec, source)
-            for problem in problems
-            if not _follows_from_another(problem, problems)
-        ]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        told: dict[str, list[str]] = {}
+        for problem in _told_once(error.errors(), root):
+            told.setdefault(_where(problem, root, source), []).append(_expected(problem, spec))
+        lines = [f"{where}: {_either(expected)}" for where, expected in told.items()]
+        raise ConfigError("\n".join(lines)) from None
 
 
-def _compose(text: str) -> yaml.Node | None:
-    """With the C parser; what it refuses again in Python, whose errors say more and where."""
+def place(path: Path | str, *loc: str | int) -> str:
+    """`file:line: key` of `loc` in a YAML file, for what turns out to be wrong after reading it."""
     try:
-        return yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError):  # changed since
+        return f"{path}: {dotted(loc)}"
+    return f"{path}:{line_of(root, loc)}: {dotted(loc)}"
 
 
 def dump_yaml(value: BaseModel) -> str:
@@ -81,57 +72,67 @@ def dump_yaml(value: BaseModel) -> str:
     return yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _follows_from_another(problem: Any, problems: Sequence[Any]) -> bool:
-    """A list whose items are wrong is also called too short, because pydantic counts good items."""
-    loc = tuple(problem["loc"])
-    deeper = [other for other in problems if tuple(other["loc"])[: len(loc)] == loc]
-    return problem["type"] == "too_short" and len(deeper) > 1
+def _told_once(problems: Sequence[Any], root: yaml.Node) -> list[Any]:
+    """`problems` at their own places in the document, without those that others explain.
 
-
-def _describe(problem: Any, root: yaml.Node, spec: type[BaseModel], source: str) -> str:
-    """One mistake as `file:line: key: what was expected`."""
-    loc = tuple(problem["loc"])
-    extra = problem["type"] == "extra_forbidden"
-    node = _node_at(root, loc, want_key=extra)
-    key = _dotted(loc)
-    if extra:
-        known = _fields_at(spec, loc[:-1])
-        return (
-            f"{source}:{node.start_mark.line + 1}: {key}: unknown key{nearest(str(loc[-1]), known)}"
+    A list whose items are wrong is also called too short, because pydantic counts good items. And
+    of a union every branch complains: the one that got furthest is meant.
+    """
+    placed = [{**each, "loc": own_path(root, tuple(each["loc"]))} for each in problems]
+    return [
+        here
+        for here, problem in zip(placed, problems, strict=True)
+        if not (
+            (here["type"] == "too_short" or len(here["loc"]) < len(problem["loc"]))
+            and any(_is_below(other["loc"], here["loc"]) for other in placed)
         )
-    if problem["type"] == "missing":
-        return f"{source}:{node.start_mark.line + 1}: {key}: required, but missing"
+    ]
+
+
+def _is_below(loc: Loc, above: Loc) -> bool:
+    return len(loc) > len(above) and loc[: len(above)] == above
+
+
+def _where(problem: Any, root: yaml.Node, source: str) -> str:
+    """`file:line: key`."""
+    line = line_of(root, problem["loc"], of_key=problem["type"] == "extra_forbidden")
+    return f"{source}:{line}: {dotted(problem['loc']) or 'document'}"
+
+
+def _expected(problem: Any, spec: type[BaseModel]) -> str:
+    """What was expected, and what stands there."""
+    loc, kind, got = problem["loc"], problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(loc[-1]), _fields_at(spec, loc[:-1]))}"
+    if kind == "missing":
+        return "required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    got = problem.get("input")
-    shown = f", got {got!r}" if isinstance(got, str | int | float | bool | None) else ""
-    return f"{source}:{node.start_mark.line + 1}: {key or 'document'}: {message}{shown}"
+    if kind == "literal_error" and isinstance(got, str):
+        legal = re.findall("'([^']*)'", problem["ctx"]["expected"])
+        if len(legal) > _FEW_VALUES:
+            known = f"; known: {', '.join(legal)}"
+            return f"{_short(got)} is not known{nearest(got, legal) or known}"
+        close = nearest(got, legal)
+        return f"{message}, got {_short(got)}{close if 'did you mean' in close else ''}"
+    shown = f", got {_short(got)}" if isinstance(got, str | int | float | bool | None) else ""
+    return f"{message}{shown}"
 
 
-def _dotted(loc: tuple[str | int, ...]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
+def _either(expected: Sequence[str]) -> str:
+    """One sentence of what the branches of a union expected at the same place."""
+    *first, last = dict.fromkeys(expected)
+    start = [each.partition(", got ")[0] for each in first]
+    rest = [each.removeprefix("input should be ") for each in (*start[1:], last)]
+    return " or ".join([*start[:1], *rest]) if first else last
 
 
-def _node_at(root: yaml.Node, loc: tuple[str | int, ...], *, want_key: bool) -> yaml.Node:
-    """The deepest YAML node on the way to `loc` (its key, if that is what is wrong)."""
-    node = root
-    for depth, part in enumerate(loc):
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            if part >= len(node.value):
-                break
-            node = node.value[part]
-        elif isinstance(node, yaml.MappingNode):
-            pair = next((p for p in node.value if p[0].value == str(part)), None)
-            if pair is None:
-                continue  # a missing key, or a union tag that pydantic put into the path
-            node = pair[0] if want_key and depth == len(loc) - 1 else pair[1]
-    return node
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _fields_at(spec: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+def _fields_at(spec: type[BaseModel], loc: Loc) -> list[str]:
     """Names of the fields that are legal at `loc`, following annotations as far as they are models."""
     current: Any = spec
     for part in loc:
@@ -150,19 +151,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
     return [model for argument in arguments for model in _models_in(argument)]
-
-
-def _refuse_duplicate_keys(node: yaml.Node, source: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise ConfigError(
-                    f"{source}:{line}: {key.value}: the key stands twice (first on line {seen[key.value]})"
-                )
-            seen[key.value] = line
-            _refuse_duplicate_keys(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicate_keys(item, source)

@@ -18,7 +18,12 @@ if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
         exit 1
     fi
 fi
-[ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv "$VENV"
+if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    # A half-made or moved environment is made anew; another folder of that name is not emptied.
+    CLEAR=
+    if [ -e "$VENV/pyvenv.cfg" ] || [ -L "$VENV/bin/python" ]; then CLEAR=--clear; fi
+    "$PYTHON" -m venv $CLEAR "$VENV"
+fi
 PIP="$VENV/bin/python -m pip --disable-pip-version-check --quiet"
 
 echo "installing torch $TORCH (CPU build)"

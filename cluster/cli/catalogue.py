@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from cluster import context
+from cluster.calibration_file import calibrated_catalogue
 from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
@@ -99,7 +100,7 @@ def plan(
 
 def solve(fleet: Path, inventory: Path | None) -> Plan:
     """The plan for a fleet file on an inventory file, the running cluster, or this machine."""
-    return solve_on(fleet, inventory_for(inventory, load_catalogue()))
+    return solve_on(fleet, inventory_for(inventory, calibrated_catalogue()))
 
 
 def solve_on(fleet: Path, offered: Inventory) -> Plan:
@@ -110,7 +111,7 @@ def solve_on(fleet: Path, offered: Inventory) -> Plan:
     """
     spec = load_yaml(fleet, FleetSpec)
     try:
-        catalogue = catalogue_for(spec, load_catalogue())
+        catalogue = catalogue_for(spec, calibrated_catalogue())
     except UnknownName as error:
         asked = [model.model for model in spec.models]
         if error.name not in asked:

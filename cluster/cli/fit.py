@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.calibration_file import calibrated_catalogue
 from cluster.models import find_subject
-from placement.catalogue import Catalogue, load_catalogue
+from placement.catalogue import Catalogue
 from placement.errors import ConfigError
 from placement.fit_checkpoints import Subject
 from placement.fit_request import precision_called
@@ -69,7 +70,7 @@ def fit(  # noqa: PLR0917 - one parameter for each option
     ] = False,
 ) -> None:
     """Can a model run on these GPUs, in which shapes, and if not, why and what would help."""
-    catalogue = load_catalogue()
+    catalogue = calibrated_catalogue()
     if explain:
         _explain(catalogue, as_json=json_)
         return

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster import context
+from cluster.calibration_file import calibrated_catalogue
 from cluster.cli.render import page_console, plan_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
@@ -31,7 +32,7 @@ from cluster.names import SLOT
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
-from placement.catalogue import CONFIGS, load_catalogue
+from placement.catalogue import CONFIGS
 from placement.errors import ConfigError, DoesNotFit
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory
@@ -93,7 +94,7 @@ def _one_model(model: str) -> FleetSpec:
 
 def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
-    catalogue = catalogue_for(spec, load_catalogue())
+    catalogue = catalogue_for(spec, calibrated_catalogue())
     inventory = local_inventory(catalogue)
     plan = make_plan(spec, inventory, catalogue)
     if plan.status == "infeasible":

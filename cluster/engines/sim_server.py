@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import uvloop
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMessage
 
 from cluster.engines.sim_api import (
     Answer,
@@ -204,8 +203,8 @@ class SimulatedEngine:
         except web.HTTPException as error:  # aiohttp's own: no such path, body too large
             what = f"{request.method} {request.path}: {error.reason}"
             return web.json_response(error_body(what, error.status), status=error.status)
-        except BadHttpMessage as error:  # a body that is not encoded as its header says
-            refused = RequestRefused(f"There was an error parsing the body: {error.message}")
+        except web.RequestPayloadError as error:  # a body not encoded as its header says
+            refused = RequestRefused(f"There was an error parsing the body: {error}")
             return web.json_response(refused.body, status=refused.status)
 
     @web.middleware

@@ -41,7 +41,14 @@ def bora(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (GOOD + "gateway: {http_port: eighty}", ":5: gateway.http_port: input should be"),
         (GOOD + "gateway: {http_port: 80}\ngateway: {}", ":6: gateway: the key stands twice"),
         (GOOD.replace("chat", "'a b'"), ":4: models[0].name"),
+        (GOOD.replace("mixtral-8x7b", "mixtral-8x7"), ":4: models[0].model: unknown model"),
         (GOOD.replace("mixtral-8x7b", "mixtral-8x7"), "did you mean 'mixtral-8x7b'"),
+        (GOOD.replace("H100-SXM", "H999"), ":4: models[0].simulate_gpu: unknown GPU type 'H999'"),
+        (GOOD.replace("engine: sim, ", ""), ":4: models[0]: simulate_gpu: H100-SXM means nothing"),
+        (GOOD.replace("chat,", "chat, pools: [h1],"), ":4: models[0].pools[0]: unknown pool 'h1'"),
+        ("fleet: 2020-13-45", ":1: fleet: '2020-13-45' is not a valid timestamp"),
+        ("fleet: &a [*a]", ":1: fleet[0]: an alias that contains itself"),
+        ("[" * 3000, ":1: nested more than"),
     ],
 )
 def test_a_wrong_fleet_file_is_exit_2_with_file_line_and_key(tmp_path: Path, text: str, said: str):
@@ -54,6 +61,56 @@ def test_a_wrong_fleet_file_is_exit_2_with_file_line_and_key(tmp_path: Path, tex
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_gpu_that_only_a_gpu_pool_would_ignore_is_refused_too(tmp_path: Path):
+    fleet, inventory = tmp_path / "fleet.yaml", tmp_path / "inventory.yaml"
+    fleet.write_text(GOOD.replace("H100-SXM", "H999"))
+    inventory.write_text("pools: [{name: h, gpu: H100-SXM, gpus_per_node: 8}]")
+
+    result = bora(tmp_path, "plan", str(fleet), "--inventory", str(inventory))
+
+    assert result.returncode == 2
+    assert f"{fleet}:4: models[0].simulate_gpu: unknown GPU type 'H999'" in result.stderr
+
+
+def test_an_unknown_gpu_in_the_inventory_is_exit_2_with_file_line_and_key(tmp_path: Path):
+    fleet, inventory = tmp_path / "fleet.yaml", tmp_path / "inventory.yaml"
+    fleet.write_text(GOOD)
+    inventory.write_text("pools:\n  - {name: h, gpu: H101-SXM, gpus_per_node: 8}")
+
+    result = bora(tmp_path, "plan", str(fleet), "--inventory", str(inventory))
+
+    assert result.returncode == 2
+    assert f"{inventory}:2: pools[0].gpu: unknown GPU type 'H101-SXM'" in result.stderr
+
+
+def test_a_plan_that_cannot_be_written_is_exit_2_with_path_and_cause(tmp_path: Path):
+    fleet, out = tmp_path / "fleet.yaml", tmp_path / "nowhere" / "plan.yaml"
+    fleet.write_text(GOOD)
+
+    result = bora(tmp_path, "plan", str(fleet), "--out", str(out))
+
+    assert result.returncode == 2
+    assert f"{out}: cannot be written: No such file or directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [("status",), ("plan", "fleet.yaml"), ("down",), ("up",)])
+@pytest.mark.parametrize("state", ["file", "file/below", "context"])
+def test_a_state_folder_that_is_none_is_exit_2_with_path_and_cause(
+    tmp_path: Path, command: tuple[str, ...], state: str
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "context" / "context.json").mkdir(parents=True)
+    (tmp_path / "fleet.yaml").write_text(GOOD)
+    fleet = [str(tmp_path / part) if part.endswith(".yaml") else part for part in command]
+
+    result = bora(tmp_path / state, *fleet)
+
+    assert result.returncode == 2
+    assert str(tmp_path / state.partition("/")[0]) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_missing_file_is_exit_2(tmp_path: Path):

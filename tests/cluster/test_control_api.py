@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from cluster.errors import ClusterError, ClusterUnreachable
 from cluster.messages import FleetStatus
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
-from placement.errors import UnknownName
+from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory, Pool
 from placement.plan import Plan
 from tests.builders import a_plan
@@ -34,6 +35,10 @@ class RememberingControl:
         self.calls.append(("apply", plan))
 
     async def scale(self, model: str, replicas: int) -> None:
+        if model == "bug":
+            raise ZeroDivisionError("oh")
+        if model == "full":
+            raise ConfigError("no room")
         if model != "chat":
             raise UnknownName("model", model, ["chat"])
         self.calls.append(("scale", model, replicas))
@@ -81,7 +86,9 @@ async def test_every_call_arrives_as_it_was_made(served):
 
 
 @pytest.mark.parametrize("path", ["/v1/status", "/v1/sync", "/v1/stop", "/nowhere"])
-@pytest.mark.parametrize("token", [None, "", "Bearer wrong", f"bearer {TOKEN}", TOKEN])
+@pytest.mark.parametrize(
+    "token", [None, "", "Bearer wrong", f"bearer {TOKEN}", TOKEN, "Bearer \xe9"]
+)
 async def test_nobody_gets_in_without_the_token(served, path, token):
     control, url = served
     headers = {} if token is None else {"authorization": token}
@@ -117,6 +124,67 @@ async def test_an_unknown_model_comes_back_as_an_error_with_the_nearest_name(ser
     _, url = served
     with pytest.raises(ClusterError, match="chat"):
         await asyncio.to_thread(ControlClient(url, TOKEN).scale, "cat", 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "token", "exit_code", "said"),
+    [
+        ("chat", "another", 4, "does not know our token"),
+        ("cat", TOKEN, 2, "did you mean 'chat'"),
+        ("full", TOKEN, 2, "no room"),
+        ("bug", TOKEN, 1, "the controller failed: ZeroDivisionError: oh"),
+    ],
+)
+async def test_who_is_to_blame_shows_in_the_exit_code(served, asked, token, exit_code, said):
+    _, url = served
+    with pytest.raises(ClusterError, match=said) as caught:
+        await asyncio.to_thread(ControlClient(url, token).scale, asked, 1)
+
+    assert caught.value.exit_code == exit_code
+
+
+async def test_a_bug_in_the_controller_is_logged_with_its_traceback(served, caplog):
+    _, url = served
+    with pytest.raises(ClusterError):
+        await asyncio.to_thread(ControlClient(url, TOKEN).scale, "bug", 1)
+
+    assert "POST /v1/scale failed" in caplog.text
+    assert 'raise ZeroDivisionError("oh")' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/scale", b'{"model": "bug", "replicas": 1}', 500),
+        ("GET", "/nowhere", b"", 404),
+        ("GET", "/v1/scale", b"", 405),
+        ("POST", "/v1/apply", io.BytesIO(b" " * (17 * 2**20)), 413),
+    ],
+)
+async def test_every_error_has_a_json_body(served, method, path, body, status):
+    _, url = served
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.request(method, url + path, data=body) as response,
+    ):
+        assert response.status == status
+        assert (await response.json())["error"]
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", b"220 smtp ready\r\n", b""]
+)
+async def test_another_server_on_the_port_is_not_taken_for_a_controller(answer):
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(ClusterUnreachable, match=url):
+            await asyncio.to_thread(ControlClient(url, TOKEN).status)
 
 
 async def test_a_controller_that_is_not_there_is_unreachable():

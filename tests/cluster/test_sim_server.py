@@ -1,4 +1,5 @@
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -146,6 +147,57 @@ async def test_body_that_is_not_json_is_400() -> None:
     ):
         assert response.status == 400
         assert "parsing the body" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("POST", "/v1/embeddings", 404, "NotFoundError"),
+        ("GET", "/nowhere", 404, "NotFoundError"),
+        ("GET", "/v1/completions", 405, "MethodNotAllowedError"),
+    ],
+)
+async def test_an_unknown_route_gets_an_openai_error(
+    method: str, path: str, status: int, kind: str
+) -> None:
+    async with (
+        serving(settings()) as session,
+        session.request(method, path, json={}) as response,
+    ):
+        assert response.status == status
+        error = (await response.json())["error"]
+
+    assert (error["code"], error["type"], error["param"]) == (status, kind, None)
+    assert path in error["message"]
+
+
+async def test_an_oversized_body_gets_an_openai_error() -> None:
+    async with (
+        serving(settings()) as session,
+        session.post("/v1/completions", data=io.BytesIO(b" " * (64 * 2**20 + 1))) as response,
+    ):
+        assert response.status == 413
+        assert (await response.json())["error"]["code"] == 413
+
+
+async def test_a_body_that_is_not_encoded_as_its_header_says_gets_an_openai_error() -> None:
+    async with (
+        serving(settings()) as session,
+        session.post(
+            "/v1/completions", data=b"plain", headers={"content-encoding": "gzip"}
+        ) as response,
+    ):
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == 400
+
+
+async def test_openai_client_understands_that_embeddings_are_not_served() -> None:
+    async with (
+        serving(settings()) as session,
+        openai.AsyncOpenAI(base_url=f"{session._base_url}/v1", api_key="none") as client,
+    ):
+        with pytest.raises(openai.NotFoundError, match="/v1/embeddings"):
+            await client.embeddings.create(model="chat", input="wind")
 
 
 async def test_api_key_guards_v1_only() -> None:

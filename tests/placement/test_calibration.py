@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from placement.calibration import Calibration, Correction, observe, setup_of
+from placement.calibration import Calibration, Correction, setup_of
+from placement.catalogue import load_catalogue
+from placement.fleet import FleetModel, FleetSpec
+from placement.inventory import Inventory, Pool
+from placement.observation import observe
+from placement.planner import make_plan
 from tests.builders import a_shape, a_variant
 
 WEIGHTS = a_shape().per_gpu.weights_bytes
@@ -43,10 +48,11 @@ def test_a_later_plan_has_exactly_the_measured_room():
 
     correction = Calibration().with_observation(observation).correction(setup)
 
-    measured_weights = int(WEIGHTS * 1.1)
-    assert correction.weights_bytes == measured_weights
-    lost = (measured_weights - WEIGHTS) + correction.other_bytes
-    assert lost == (TOKENS - int(TOKENS * 0.8)) * PER_TOKEN
+    assert correction.weights_bytes == int(WEIGHTS * 1.1) - WEIGHTS
+    assert (
+        correction.weights_bytes + correction.other_bytes
+        == (TOKENS - int(TOKENS * 0.8)) * PER_TOKEN
+    )
 
 
 def test_without_a_measured_cache_only_weights_are_corrected():
@@ -57,7 +63,7 @@ def test_without_a_measured_cache_only_weights_are_corrected():
 
     correction = Calibration(observations=(observation,)).correction(setup)
 
-    assert correction == Correction(weights_bytes=2 * WEIGHTS, other_bytes=0)
+    assert correction == Correction(weights_bytes=WEIGHTS, other_bytes=0)
 
 
 def test_the_newest_observation_of_a_setup_counts_and_others_stay():
@@ -78,4 +84,28 @@ def test_another_setup_is_not_corrected():
     calibration = Calibration().with_observation(an_observation(tokens=0.5))
     elsewhere = setup_of(a_shape(tensor_parallel_size=2), checkpoint="none", gpu="cpu")
 
-    assert calibration.correction(elsewhere) is None
+    assert calibration.correction(elsewhere) == Correction()
+
+
+def a_plan_of(catalogue):
+    fleet = FleetSpec(fleet="x", models=(FleetModel(name="chat", model="mixtral-8x7b"),))
+    pool = Pool(name="h100", gpu="H100-SXM", gpus_per_node=8)
+    [variant] = make_plan(fleet, Inventory(pools=(pool,)), catalogue).variants
+    return variant
+
+
+def test_the_next_plan_predicts_what_was_measured():
+    catalogue = load_catalogue()
+    first = a_plan_of(catalogue)
+    weights = first.shape.per_gpu.weights_bytes + 3 * 2**30
+    tokens = first.shape.kv_cache_tokens * 8 // 10
+    observation = observe(
+        first, weights_bytes=weights, kv_cache_tokens=tokens, observed="2026-11-22"
+    )
+
+    second = a_plan_of(catalogue.with_calibration(Calibration().with_observation(observation)))
+
+    assert second.shape.tensor_parallel_size == first.shape.tensor_parallel_size
+    assert second.shape.per_gpu.weights_bytes == weights
+    assert second.shape.kv_cache_tokens == pytest.approx(tokens, rel=0.001)
+    assert observe(second, weights_bytes=weights, kv_cache_tokens=tokens, observed="") is None

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from placement.catalogue import GpuType
 from placement.errors import ConfigError
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
-from placement.spec import Spec, dump_yaml, load_yaml, parse_yaml
+from placement.spec import Spec, dump_yaml, load_yaml, parse_yaml, place
 
 GOOD = """\
 fleet: demo
@@ -52,6 +57,39 @@ def complaints(text: str, spec: type[Spec] = FleetSpec) -> list[str]:
             (
                 "f.yaml:6: models[0].engine_args: --max-model-len=4096 would contradict the plan; "
                 "use max_model_len"
+            ),
+        ),
+        (
+            GOOD + "    precision: [bf16, fp9]\n",
+            "f.yaml:6: models[0].precision[1]: 'fp9' is not known; did you mean 'fp8'?",
+        ),
+        (
+            GOOD + "    precision: fp8\n",
+            "f.yaml:6: models[0].precision: input should be 'any' or a valid array, got 'fp8'",
+        ),
+        (
+            GOOD + "    engine: simm\n",
+            (
+                "f.yaml:6: models[0].engine: input should be 'vllm' or 'sim', got 'simm'; "
+                "did you mean 'sim'?"
+            ),
+        ),
+        (
+            GOOD + "    demand: {requests_per_s: .inf}\n",
+            ("f.yaml:6: models[0].demand.requests_per_s: input should be a finite number, got inf"),
+        ),
+        (
+            GOOD + "    simulate_gpu: H100-SXM\n",
+            (
+                "f.yaml:3: models[0]: simulate_gpu: H100-SXM means nothing to engine 'vllm'; "
+                "add `engine: sim`, or leave it out"
+            ),
+        ),
+        (
+            GOOD + "gateway: {http_port: 8001}\n",
+            (
+                "f.yaml:6: gateway: http_port and grpc_port are both 8001; "
+                "each needs a port of its own"
             ),
         ),
         ("", "f.yaml: the file is empty"),
@@ -111,3 +149,142 @@ def test_what_is_written_reads_back() -> None:
     fleet = parse_yaml(GOOD, FleetSpec, source="f.yaml")
 
     assert parse_yaml(dump_yaml(fleet), FleetSpec, source="again") == fleet
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fleet: 2020-13-45", ":1: fleet: '2020-13-45' is not a valid timestamp; in quotes it"),
+        ("a: 1\nfleet: " + "7" * 5000, ":2: fleet: '" + "7" * 40 + "...' is not a valid int;"),
+        ("fleet: " + "7" * 100, ":1: fleet: a number of more than 64 bits"),
+        ("fleet: &a\n  - *a", ":1: fleet[0]: an alias that contains itself"),
+        ("fleet: &a {<<: *a}", ":1: fleet.<<: an alias that contains itself"),
+        ("a:\n  - " + "[" * 101, ":2: nested more than 100 levels deep"),
+        ("[" * 3000, ":1: nested more than 100 levels deep"),
+        ("[" * 50_000 + "]" * 50_000, ":1: nested more than 100 levels deep"),
+        ("- " * 50_000 + "x", ":1: nested more than 100 levels deep"),
+        ("[" * 120 + "]" * 120, "levels deep"),
+        ("fleet: !!python/object:os.system x", ":1: fleet: the tag "),
+        ("fleet: !!set {a, b}", ":1: fleet: the tag "),
+        ("fleet: !!bool x", ":1: fleet: 'x' is not a valid bool"),
+        ("a: 1\n[x]: 2", ":2: document: a key must be a single word"),
+        ("a: 1\nb: \0", ":2: not valid YAML: a character that YAML does not allow"),
+        ('fleet: "\\UFFFFFFFF"', ":1: not valid YAML"),
+        ('fleet: "\\ud800"', ":1: fleet: half of a surrogate pair"),
+        ("fleet: \ud800", ":1: not valid YAML"),
+        ("fleet: {<<: 5}", ":1: fleet.<<: expects a mapping"),
+    ],
+)
+def test_odd_yaml_is_refused_at_its_line(text: str, expected: str) -> None:
+    (line,) = complaints(text)
+
+    assert line.startswith("f.yaml:")
+    assert expected in line
+
+
+def test_aliases_that_expand_beyond_measure_are_refused() -> None:
+    bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+
+    (line,) = complaints("\n".join(bomb))
+
+    assert "more than 1,000,000 entries" in line
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1.0e+999"])
+def test_numbers_are_finite(number: str) -> None:
+    pools = (
+        f"pools:\n  - name: a\n    gpu: L4\n    gpus_per_node: 1\n    host_memory_gib: {number}\n"
+    )
+
+    (line,) = complaints(pools, Inventory)
+
+    assert line.startswith("f.yaml:5: pools[0].host_memory_gib: input should be a finite number")
+
+
+def test_a_merged_key_is_overridden_and_its_mistakes_are_told_where_they_stand() -> None:
+    base = "  - &base {name: chat, model: mixtral, max_num_seqs: -1}\n"
+    text = f"fleet: a\nmodels:\n{base}  - {{<<: *base, name: other, max_num_seqs: 4}}\n"
+
+    (line,) = complaints(text)
+
+    assert line.startswith("f.yaml:3: models[0].max_num_seqs: ")
+    fleet = parse_yaml(text.replace("-1", "1"), FleetSpec, source="f.yaml")
+    assert [model.name for model in fleet.models] == ["chat", "other"]
+    assert [model.max_num_seqs for model in fleet.models] == [1, 4]
+
+
+def test_a_date_is_read_as_one() -> None:
+    text = dump_yaml(parse_yaml(GOOD, FleetSpec, source="f")).replace("demo", "2020-12-31")
+
+    assert parse_yaml(text, FleetSpec, source="f").fleet == "2020-12-31"
+
+
+def test_a_place_is_found_after_reading(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text(GOOD + "    pools:\n      - a\n      - b\n")
+
+    assert place(file, "models", 0, "pools", 1) == f"{file}:8: models[0].pools[1]"
+    assert place(tmp_path / "gone", "models", 0) == f"{tmp_path / 'gone'}: models[0]"
+
+
+def test_ports_that_are_both_free_to_choose_are_two() -> None:
+    fleet = parse_yaml(GOOD + "gateway: {http_port: 0, grpc_port: 0}\n", FleetSpec, source="f")
+
+    assert fleet.gateway.http_port == fleet.gateway.grpc_port == 0
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.text(max_size=8)
+    | st.sampled_from(["fp8", "any", "vllm", "sim", "chat", ".inf", "2020-13-45", "0o9", "<<"])
+)
+KEYS = st.sampled_from(["fleet", "models", "name", "pools", "gpu", "precision", "slo", "gateway"])
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(KEYS | st.text(max_size=4) | st.integers(), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+PIECES = st.sampled_from(
+    [
+        *"[]{},:-?&*!|>%@`#'\"\n \t\\0",
+        *("&a ", "*a", "<<: ", "!!int ", "!!bool ", "!!float ", "!!timestamp ", "!!binary ", "!x "),
+        *("- ", ": ", "? ", "\n  ", "fleet", "models", "name", "precision", "gateway", "http_port"),
+        *("2020-13-45", "1_0", "0b", "0x", "1:99", "~", ".nan", "null", '"\\x', "--- ", "... "),
+    ]
+)
+
+
+def parses_or_is_refused(text: str) -> None:
+    for spec in (FleetSpec, Inventory, GpuType):
+        with contextlib.suppress(ConfigError):
+            parse_yaml(text, spec, source="f.yaml")
+
+
+@given(st.text())
+def test_any_text_is_a_spec_or_a_config_error(text: str) -> None:
+    parses_or_is_refused(text)
+
+
+@given(st.lists(PIECES | st.text(max_size=3), max_size=40).map("".join))
+def test_anything_like_yaml_is_a_spec_or_a_config_error(text: str) -> None:
+    parses_or_is_refused(text)
+
+
+@given(VALUES)
+def test_any_value_is_a_spec_or_a_config_error(value: object) -> None:
+    parses_or_is_refused(yaml.safe_dump(value))
+
+
+@given(st.integers(0, len(GOOD)), st.integers(0, 6), st.lists(PIECES, max_size=4).map("".join))
+def test_a_fleet_with_a_slip_of_the_hand_is_a_spec_or_a_config_error(
+    at: int, gone: int, put: str
+) -> None:
+    parses_or_is_refused(GOOD[:at] + put + GOOD[at + gone :])
