@@ -49,9 +49,14 @@ def target_device(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> Device:
 
 
 def wanted_checkpoints(wish: FleetModel, model: ModelSpec) -> list[Checkpoint]:
-    """The model's checkpoints in a precision that the fleet allows."""
+    """The model's checkpoints in a precision that the fleet allows.
+
+    `any` means the vendor's own (and weights without one, such as nano models): what others made
+    of them may answer differently, so the fleet has to name its precision.
+    """
     if wish.precision == "any":
-        return list(model.checkpoints)
+        own = [entry for entry in model.checkpoints if not entry.third_party]
+        return own or list(model.checkpoints)
     return [entry for entry in model.checkpoints if entry.precision in wish.precision]
 
 

@@ -37,6 +37,15 @@ def parameters_out_of_range(candidate: Candidate) -> str | None:
     return None
 
 
+def engine_does_not_know_model(candidate: Candidate) -> str | None:
+    """The engine's release that we plan for has no class for this architecture."""
+    model, engine = candidate.model, candidate.engine
+    if engine == "sim" or engine in model.loaded_by:
+        return None
+    others = f"; {' and '.join(model.loaded_by)} can" if model.loaded_by else ""
+    return f"{engine} (vLLM 0.32, llama.cpp of October 2026) does not load {model.name}{others}"
+
+
 def engine_has_no_loader(candidate: Candidate) -> str | None:
     """VLLM 0.32 lists no `gguf` among its quantisation methods (quantization/__init__.py)."""
     precision = candidate.checkpoint.precision

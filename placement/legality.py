@@ -16,6 +16,7 @@ Rule = Callable[[Candidate], str | None]
 
 RULES: Mapping[str, Rule] = {
     "parameters-out-of-range": format_rules.parameters_out_of_range,
+    "engine-does-not-know-model": format_rules.engine_does_not_know_model,
     "engine-has-no-loader": format_rules.engine_has_no_loader,
     "tensor-parallel-exceeds-node": parallel_rules.tensor_parallel_exceeds_node,
     "tensor-parallel-across-nodes": parallel_rules.tensor_parallel_across_nodes,

@@ -96,6 +96,11 @@ IN_FP8_BLOCKS = a_model(
         ("parameters-out-of-range", a_candidate(rank_devices=(H100, H100)), "2 devices"),
         ("engine-has-no-loader", a_candidate(engine="llamacpp"), "not bf16 safetensors"),
         (
+            "engine-does-not-know-model",
+            a_candidate(a_model(loaded_by=("llamacpp",))),
+            "llamacpp can",
+        ),
+        (
             "tensor-parallel-across-nodes",
             a_candidate(tensor_parallel_size=16, num_nodes=2),
             "16 would cross nodes of 8",
