@@ -309,7 +309,7 @@ def test_ending_it_while_it_starts_is_clean(
 ):
     """Before Ray, and while Ray's driver with its own signal handlers is at work."""
     with running_bora(tmp_path / "state", str(fleet_file)) as bora:
-        eventually(lambda: (bora.state / "context.json").exists(), 30)
+        eventually((bora.state / "context.json").exists, 30)
         time.sleep(after_s)
 
         if end == "down":
