@@ -90,7 +90,7 @@ class Controller:
             return
         text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
         plan = parse_yaml(text, Plan, source=str(plan_file))
-        self._autoscaler.restore(await asyncio.to_thread(serve_apps.replica_counts))
+        self._autoscaler.restore(await self._deployer.targets())
         self._settled_s = time.monotonic() + SETTLE_S
         self._adopt(plan)
         await self._reconcile()

@@ -11,7 +11,7 @@ from placement.plan import Plan, Variant
 
 
 class Deployer:
-    """Remembers what Serve has been told, so that nothing is told twice.
+    """Compares the plan with what Serve was told, which Serve itself remembers.
 
     Safe to repeat: Serve restarts a replica only when the version of its shape changes.
     """
@@ -19,7 +19,6 @@ class Deployer:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._lock = asyncio.Lock()
-        self._told: dict[str, tuple[Variant, ...]] = {}
 
     async def reconcile(self, plan: Plan, counts: Mapping[str, int]) -> list[str]:
         """Deploy what is new or changed, delete what is gone; the models that were touched.
@@ -28,18 +27,24 @@ class Deployer:
         """
         async with self._lock:
             wanted = _by_model(plan.variants)
+            deployed = await asyncio.to_thread(serve_apps.deployed)
             touched = []
-            for model in await asyncio.to_thread(serve_apps.models):
-                if model not in wanted:
-                    await asyncio.to_thread(serve_apps.delete, model, wait=False)
-                    self._told.pop(model, None)
-                    touched.append(model)
+            for model in deployed.keys() - wanted.keys():
+                await asyncio.to_thread(serve_apps.delete, model, wait=False)
+                touched.append(model)
             for model, variants in wanted.items():
-                if self._told.get(model) != variants:
+                told = {name: each.variant for name, each in deployed.get(model, {}).items()}
+                if told != {v.variant: v.model_dump(mode="json") for v in variants}:
                     await asyncio.to_thread(serve_apps.deploy, variants, counts, self._site)
-                    self._told[model] = variants
                     touched.append(model)
             return touched
+
+    async def targets(self) -> dict[str, int]:
+        """Replica counts that Serve aims at, by variant."""
+        deployed = await asyncio.to_thread(serve_apps.deployed)
+        return {
+            name: each.target for variants in deployed.values() for name, each in variants.items()
+        }
 
     async def scale(self, variant: Variant, replicas: int) -> None:
         """Set the replica count of a variant that is deployed."""
@@ -49,8 +54,7 @@ class Deployer:
     async def stop(self) -> None:
         """Delete everything of bora's and wait until its replicas are gone."""
         async with self._lock:
-            models = await asyncio.to_thread(serve_apps.models)
-            self._told.clear()
+            models = await asyncio.to_thread(serve_apps.deployed)
             deletions = (asyncio.to_thread(serve_apps.delete, model, wait=True) for model in models)
             await asyncio.gather(*deletions)
 

@@ -25,7 +25,7 @@ from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
 from cluster.messages import ReplicaReport, ReplicaState
-from cluster.names import CONTROLLER, NAMESPACE
+from cluster.names import CONTROLLER, NAMESPACE, log_folder
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
@@ -75,7 +75,7 @@ class Replica:
             ENGINES[variant.shape.engine],
             variant,
             host=self._site.engine_host or ray.util.get_node_ip_address(),
-            log=Path(self._site.log_dir) / variant.model.replace("/", "--") / f"{self._id}.log",
+            log=Path(self._site.log_dir) / log_folder(variant.model) / f"{self._id}.log",
         )
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:

@@ -1,13 +1,14 @@
 """Everything bora asks of Ray Serve: one application per model, one deployment per variant.
 
 Three things have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
-that deploying a fleet again restarts only variants whose shape changed; deploying with no replica;
-and setting a replica count without the dashboard's REST server.
+that deploying a fleet again restarts only variants whose shape changed; setting a replica count, and
+reading the one that was set, without the dashboard's REST server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,6 +24,14 @@ from placement.plan import Variant
 _PREFIX = "bora:"  # of our applications' names
 
 
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A variant as Serve was last told it (JSON), and the replica count that it aims at."""
+
+    variant: Mapping[str, Any]
+    target: int
+
+
 def start() -> None:
     """Start Serve's controller, without proxies: requests do not go through Ray."""
     serve.start(proxy_location="Disabled")
@@ -31,7 +40,8 @@ def start() -> None:
 def deploy(variants: Sequence[Variant], replicas: Mapping[str, int], site: Site) -> None:
     """Create or update the application of one model; returns once Serve has taken it over.
 
-    `variants` all belong to that model; `replicas` gives each its replica count, which may be 0.
+    `variants` all belong to that model; `replicas` gives each its replica count. Serve deploys
+    nothing with 0 replicas, only scales to it: such a variant may start one for a moment.
     """
     bound: Any = None
     for variant in reversed(variants):
@@ -47,15 +57,25 @@ def deploy(variants: Sequence[Variant], replicas: Mapping[str, int], site: Site)
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
+    for variant in variants:
+        if replicas[variant.variant] == 0:
+            scale(variant, 0)
 
 
-def models() -> list[str]:
-    """Models that Serve runs for bora; applications of others on the same Ray are not ours."""
-    return [
-        name.removeprefix(_PREFIX)
-        for name, application in serve.status().applications.items()
-        if name.startswith(_PREFIX) and application.status != "DELETING"
-    ]
+def deployed() -> dict[str, dict[str, Deployed]]:
+    """What Serve runs for bora: by model and variant. Applications of others are not ours."""
+    applications = _get_global_client().get_serve_details()["applications"]
+    return {
+        name.removeprefix(_PREFIX): {
+            variant: Deployed(
+                variant=details["deployment_config"].get("user_config") or {},
+                target=details["target_num_replicas"],
+            )
+            for variant, details in application["deployments"].items()
+        }
+        for name, application in applications.items()
+        if name.startswith(_PREFIX) and application["status"] != "DELETING"
+    }
 
 
 def scale(variant: Variant, replicas: int) -> None:
@@ -66,17 +86,6 @@ def scale(variant: Variant, replicas: int) -> None:
             deployment, replicas
         )
     )
-
-
-def replica_counts() -> dict[str, int]:
-    """Replicas that each deployed variant has or is getting."""
-    return {
-        name: sum(
-            count for state, count in deployment.replica_states.items() if state != "STOPPING"
-        )
-        for application in serve.status().applications.values()
-        for name, deployment in application.deployments.items()
-    }
 
 
 def delete(model: str, *, wait: bool) -> None:
@@ -122,7 +131,4 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S + 15,
         max_constructor_retry_count=3,
     )
-    deployment = deployment.options(version=shape_version(variant), _internal=True)
-    # The public form refuses 0, which Serve itself knows well (its own scale to zero).
-    deployment._deployment_config.num_replicas = replicas  # noqa: SLF001
-    return deployment
+    return deployment.options(version=shape_version(variant), _internal=True)

@@ -125,7 +125,7 @@ def _install_and_deploy(
     host = bootstrap.node_address()
     [port] = free_ports(1, host)
     token = secrets.token_urlsafe(32)
-    run_dir = state_dir() / "run"
+    run_dir = context.made_state_dir() / "run"
     (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     bootstrap.require_none()
     try:

@@ -34,7 +34,7 @@ from cluster.ray_inventory import node_labels
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
 from placement.catalogue import CONFIGS
 from placement.errors import ConfigError, DoesNotFit
-from placement.fleet import FleetModel, FleetSpec
+from placement.fleet import FleetModel, FleetSpec, GatewaySpec
 from placement.inventory import Inventory
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -79,7 +79,11 @@ def _fleet(
     spec = load_yaml(path, FleetSpec) if model is None else _one_model(model)
     ports = {"http_port": http_port, "grpc_port": grpc_port}
     given = {key: port for key, port in ports.items() if port is not None}
-    return spec.model_copy(update={"gateway": spec.gateway.model_copy(update=given)})
+    try:
+        gateway = GatewaySpec.model_validate({**spec.gateway.model_dump(), **given})
+    except ValidationError as error:
+        raise ConfigError(f"--http-port, --grpc-port: {error.errors()[0]['msg']}") from None
+    return spec.model_copy(update={"gateway": gateway})
 
 
 def _one_model(model: str) -> FleetSpec:
@@ -206,8 +210,7 @@ def _only_one_here() -> Iterator[Context]:
 
     The lock ends with this process, however it ends.
     """
-    state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (state_dir() / "lock").open("w") as lock:
+    with (context.made_state_dir() / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -128,7 +128,9 @@ async def lines_until(process: asyncio.subprocess.Process, last: str) -> list[st
     lines: list[str] = []
     async with asyncio.timeout(30):
         while last not in lines:
-            lines.append((await process.stdout.readline()).decode().rstrip("\n"))
+            line = await process.stdout.readline()
+            assert line, "the command has ended"
+            lines.append(line.decode().rstrip("\n"))
     return lines
 
 
