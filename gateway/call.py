@@ -10,23 +10,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from gateway.errors import BadRequest
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FORWARDED = ("accept", "anthropic-version", "anthropic-beta", "x-session-id")
-_TRACE_HEADERS = ("traceparent", "tracestate")
+_FORWARDED = (
+    *("accept", "anthropic-version", "anthropic-beta", "x-session-id"),
+    *("traceparent", "tracestate"),
+)
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 _LONGEST_TIMEOUT_S = 86400.0
 
 
+class _Routed(msgspec.Struct):
+    """All that routing needs of a body; msgspec checks the rest without keeping it."""
+
+    model: str
+
+
+_routed = msgspec.json.Decoder(_Routed)
+
+
 @dataclass(slots=True)
 class Call:
-    """What a client asks for. `body` is `payload` as the client wrote it."""
+    """What a client asks for, with the body as the client wrote it."""
 
     api: str
     path: str
     model: str
-    payload: dict[str, Any]
     body: bytes
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
@@ -34,43 +46,49 @@ class Call:
 
     def body_for(self, served_model_name: str) -> bytes:
         """The body with the engine's name of the model; the client's own bytes if it is the same."""
-        if served_model_name == self.payload["model"]:
+        if served_model_name == self.model:
             return self.body
-        return json.dumps({**self.payload, "model": served_model_name}).encode()
+        return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
 
 
-def make_call(
-    *,
-    api: str,
-    path: str,
-    body: bytes,
-    headers: Mapping[str, str],
-    payload: dict[str, Any] | None = None,
-) -> Call:
+def make_call(*, api: str, path: str, body: bytes, headers: Mapping[str, str]) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     Raises:
         BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
     """
-    payload = parse_object(body) if payload is None else payload
-    model = payload.get("model")
-    if not isinstance(model, str) or not model:
-        raise BadRequest("`model` is required and must be a non-empty string", param="model")
-    forwarded = {
-        name: value
-        for name in _FORWARDED + _TRACE_HEADERS
-        if (value := headers.get(name)) and _PRINTABLE.fullmatch(value)
-    }
+    forwarded = {}
+    for name in _FORWARDED:
+        value = headers.get(name)
+        if value and _PRINTABLE.fullmatch(value):
+            forwarded[name] = value
     return Call(
         api=api,
         path=path,
-        model=model,
-        payload=payload,
+        model=model_of(body),
         body=body,
         request_id=request_id(headers),
         headers=forwarded,
         timeout_s=timeout_s(headers),
     )
+
+
+def model_of(body: bytes) -> str:
+    """What a body's top-level `model` says; the last one, if there are several.
+
+    msgspec reads it without building the rest. What msgspec refuses (a lone surrogate, NaN, or
+    a mistake) is for `json` to judge, which also says what is wrong.
+
+    Raises:
+        BadRequest: no JSON object, or no `model` in it.
+    """
+    try:
+        model: Any = _routed.decode(body).model
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        model = parse_object(body).get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("`model` is required and must be a non-empty string", param="model")
+    return model
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

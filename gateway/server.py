@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Self
 
 import uvloop
-from aiohttp import web
 from pydantic import ValidationError
 
 from gateway.admission import Admission
@@ -27,7 +26,8 @@ from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
 from gateway.grpc_api import GrpcServer
-from gateway.http_api import make_app
+from gateway.http_api import HttpApi
+from gateway.http_server import HttpServer
 from gateway.metering import Meter
 from gateway.ports import cannot_listen, require_free_port
 from gateway.table_feed import ControllerFeed, FileFeed
@@ -35,6 +35,7 @@ from gateway.tracing import tracing_from
 from placement.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_LAST_ANSWERS_S = 1.0  # when everything ends, for what is being sent
 
 
 class Gateway:
@@ -125,21 +126,16 @@ class Gateway:
         )
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
-        app = make_app(forwarder, is_ready=lambda: self.is_ready)
-        runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
-        await runner.setup()
-        self._stack.push_async_callback(runner.cleanup)
         config = self.config
-        site = web.TCPSite(
-            runner, config.host, config.http_port, reuse_port=config.workers > 1 or None
-        )
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        server = HttpServer(api, config.limits)
+        self._stack.push_async_callback(server.close, _LAST_ANSWERS_S)
         try:
-            await site.start()
+            self.http_port = await server.listen(
+                config.host, config.http_port, reuse_port=config.workers > 1
+            )
         except OSError as error:
             raise cannot_listen(config.host, config.http_port, error) from error
-        self.http_port = runner.addresses[0][1]
 
     async def _listen_grpc(self, forwarder: Forwarder, port: int) -> None:
         config = self.config

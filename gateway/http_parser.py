@@ -1,0 +1,270 @@
+"""Strict HTTP/1.1 requests from bytes, however they are cut. No I/O.
+
+llhttp (through httptools) parses, and refuses bare LF, obs-fold, space before a colon, bad or several
+Content-Length, Content-Length beside Transfer-Encoding, bad chunk sizes and control characters. What
+it leaves open is refused here: codings other than `chunked`, versions other than 1.0 and 1.1, no or
+several Host, fragments, and sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from urllib.parse import unquote, urlsplit
+
+import httptools
+
+from gateway.config import Limits
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    HeadTooLarge,
+    Malformed,
+    NotExpected,
+    TargetTooLong,
+)
+
+# A second one of these makes a message ambiguous; of the others the first counts.
+_SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+_METHODS = frozenset((b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE"))
+
+
+class Stage(IntEnum):
+    """Where a parser stands in the stream of requests."""
+
+    IDLE = 0
+    HEAD = 1
+    BODY = 2
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request. Header names are lower-case."""
+
+    method: bytes
+    path: str
+    headers: dict[bytes, bytes]
+    keep_alive: bool
+    version: str = "1.1"
+    body: bytes = b""
+
+    def header(self, name: bytes) -> str | None:
+        """A header's value, None if there is none."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What has arrived of a request."""
+
+    target: bytes = b""
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    num_headers: int = 0
+    head_bytes: int = 0
+    num_body_bytes: int = 0
+    body: list[bytes] = field(default_factory=list)
+
+
+class RequestParser:
+    """Turns a connection's bytes into requests, in order.
+
+    `on_request` gets each one when all of it is there; `on_continue` is called after a head with
+    `expect: 100-continue`. After an error, and after a request that ends the connection, what
+    follows is ignored.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        on_request: Callable[[Request], None],
+        on_continue: Callable[[], None],
+    ) -> None:
+        self.stage = Stage.IDLE
+        self.finished = False
+        self._limits = limits
+        self._on_request = on_request
+        self._on_continue = on_continue
+        self._llhttp = httptools.HttpRequestParser(self)
+        self._draft = _Draft()
+        self._request: Request | None = None
+        self._error: GatewayError | None = None
+        self._upgrading = False
+        self._unfinished_head_bytes = 0
+
+    @property
+    def num_body_bytes(self) -> int:
+        """Bytes of the present request's body that have arrived."""
+        return self._draft.num_body_bytes
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            BadRequest: they are not HTTP/1.1 within the limits. Nothing can be read any more.
+        """
+        began_in = self._draft if self.stage is not Stage.BODY else None
+        rest = data
+        while rest and not self.finished:
+            try:
+                self._llhttp.feed_data(rest)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                self._stay_with_http()
+                continue
+            except httptools.HttpParserError as error:
+                if self.finished:  # pipelined behind `connection: close`
+                    return
+                self.finished = True
+                raise (self._error or Malformed(f"not valid HTTP/1.1: {error}")) from None
+            break
+        if self.stage is Stage.HEAD and began_in is self._draft:
+            self._check_unfinished_head(len(data))
+
+    def on_message_begin(self) -> None:
+        """Called by llhttp, as all that follow."""
+        if not self._upgrading:
+            self.stage = Stage.HEAD
+
+    def on_url(self, url: bytes) -> None:  # noqa: D102
+        if self._upgrading:
+            return
+        draft = self._draft
+        draft.target += url
+        draft.head_bytes += len(url)
+        if draft.head_bytes > self._limits.max_target_bytes:
+            self._refuse(_target_too_long(self._limits))
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
+        if self._upgrading:
+            return
+        draft = self._draft
+        draft.num_headers += 1
+        draft.head_bytes += len(name) + len(value) + 4
+        limits = self._limits
+        if draft.head_bytes > limits.max_head_bytes or draft.num_headers > limits.max_headers:
+            self._refuse(_head_too_large(limits))
+        if self._request is not None:
+            return  # a trailer
+        name = name.lower()
+        if name not in draft.headers:
+            draft.headers[name] = value
+        elif name in _SINGLE:
+            self._refuse(Malformed(f"several {name.decode()} headers"))
+
+    def on_headers_complete(self) -> None:  # noqa: D102
+        if self._upgrading:
+            self._upgrading = False
+            return
+        self.stage = Stage.BODY
+        self._unfinished_head_bytes = 0
+        try:
+            self._request = self._head()
+        except GatewayError as error:
+            self._refuse(error)
+
+    def on_body(self, data: bytes) -> None:  # noqa: D102
+        draft = self._draft
+        draft.body.append(data)
+        draft.num_body_bytes += len(data)
+        if draft.num_body_bytes > self._limits.max_body_bytes:
+            self._refuse(_body_too_large(self._limits))
+
+    def on_message_complete(self) -> None:  # noqa: D102
+        request = self._request
+        if request is None or self._upgrading:
+            return
+        body = self._draft.body
+        if body:
+            request.body = body[0] if len(body) == 1 else b"".join(body)
+        self._request = None
+        self._draft = _Draft()
+        self.stage = Stage.IDLE
+        self.finished = not request.keep_alive
+        self._on_request(request)
+
+    def _head(self) -> Request:
+        llhttp, draft = self._llhttp, self._draft
+        headers, version, method = draft.headers, llhttp.get_http_version(), llhttp.get_method()
+        _check_head(method, version, headers)
+        length = int(headers.get(b"content-length", b"0"))
+        if length > self._limits.max_body_bytes:
+            raise _body_too_large(self._limits)
+        path = _path(draft.target)
+        if b"upgrade" in headers:
+            self._upgrading = llhttp.should_upgrade()
+        if b"expect" in headers and (length or b"transfer-encoding" in headers):
+            self._on_continue()
+        return Request(method, path, headers, llhttp.should_keep_alive(), version)
+
+    def _stay_with_http(self) -> None:
+        """Read as a body what llhttp takes for another protocol, as we speak no other.
+
+        Java's HttpClient, for one, offers h2c with its first request.
+        """
+        headers = self._draft.headers
+        head = b"POST / HTTP/1.1\r\n"
+        for name in (b"content-length", b"transfer-encoding"):
+            if name in headers:
+                head += b"%b: %b\r\n" % (name, headers[name])
+        self._llhttp = httptools.HttpRequestParser(self)
+        self._llhttp.feed_data(head + b"\r\n")
+
+    def _check_unfinished_head(self, num_bytes: int) -> None:
+        self._unfinished_head_bytes += num_bytes
+        limits = self._limits
+        if self._unfinished_head_bytes > limits.max_head_bytes:
+            self.finished = True
+            raise _head_too_large(limits)
+
+    def _refuse(self, error: GatewayError) -> None:
+        self._error = error
+        raise error
+
+
+def _check_head(method: bytes, version: str, headers: dict[bytes, bytes]) -> None:
+    if method not in _METHODS:
+        raise Malformed(f"{method.decode()} is no method of this server")
+    if version == "1.1":
+        if b"host" not in headers:
+            raise Malformed("HTTP/1.1 asks for a host header")
+    elif version != "1.0":
+        raise Malformed(f"HTTP/{version} is not spoken here, only 1.1 and 1.0")
+    coding = headers.get(b"transfer-encoding")
+    if coding is not None:
+        if version == "1.0":
+            raise Malformed("HTTP/1.0 has no transfer-encoding")
+        if coding.strip().lower() != b"chunked":
+            raise Malformed("the only transfer-encoding is `chunked`")
+    expected = headers.get(b"expect")
+    if expected is not None and expected.strip().lower() != b"100-continue":
+        raise NotExpected("the only expectation that is met is `100-continue`")
+
+
+@lru_cache(maxsize=256)
+def _path(target: bytes) -> str:
+    """The decoded path of a request target, in origin, absolute or asterisk form."""
+    text = target.decode("ascii", "replace")
+    if "#" in text:
+        raise Malformed("a request target has no fragment")
+    if text.lower().startswith(("http://", "https://")):
+        text = urlsplit(text).path or "/"
+    elif not text.startswith("/") and text != "*":
+        raise Malformed("the request target is neither a path nor an http URL")
+    return unquote(text.partition("?")[0])
+
+
+def _target_too_long(limits: Limits) -> TargetTooLong:
+    return TargetTooLong(f"the request target is longer than {limits.max_target_bytes} bytes")
+
+
+def _head_too_large(limits: Limits) -> HeadTooLarge:
+    return HeadTooLarge(
+        f"more than {limits.max_headers} headers, or more than {limits.max_head_bytes} bytes of them"
+    )
+
+
+def _body_too_large(limits: Limits) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limits.max_body_bytes} bytes")
