@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,17 @@ _FORWARDED = (
 )
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 _LONGEST_TIMEOUT_S = 86400.0
+
+
+def _ids() -> Iterator[str]:
+    """32 characters that nobody else gives out: random for the process, then a number."""
+    while True:
+        process = secrets.token_hex(12)
+        for number in range(2**32):
+            yield f"{process}{number:08x}"
+
+
+_new_ids = _ids()
 
 
 class _Routed(msgspec.Struct):
@@ -111,7 +122,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's `x-request-id` if it is short and plain, else a new one."""
     given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else next(_new_ids)
 
 
 def timeout_s(headers: Mapping[str, str]) -> float | None:

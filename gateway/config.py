@@ -76,6 +76,9 @@ class GatewayConfig(Spec):
         default=0.5, description="How often the endpoints file is looked at."
     )
     access_log: bool = True
+    access_log_sample: NonNegativeFloat = Field(
+        default=1.0, le=1.0, description="Share of the requests logged; failures always are."
+    )
     limits: Limits = Limits()
 
     @model_validator(mode="after")

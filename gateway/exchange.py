@@ -19,7 +19,8 @@ from gateway.errors import (
     GatewayError,
     Unavailable,
 )
-from gateway.metering import Meter, Record
+from gateway.metering import Meter
+from gateway.record import Record
 from gateway.reply import Reply
 from gateway.routing import Lease
 from gateway.tracing import Tracing

@@ -15,7 +15,8 @@ from gateway.call import Call
 from gateway.engine import EngineClient
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange, Plant, shutting_down
-from gateway.metering import Meter, Record
+from gateway.metering import Meter
+from gateway.record import Record
 from gateway.tracing import Tracing
 
 _log = logging.getLogger(__name__)

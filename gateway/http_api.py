@@ -13,7 +13,7 @@ from gateway.forwarding import Forwarder
 from gateway.http_connection import HttpConnection
 from gateway.http_parser import Request
 from gateway.http_response import JSON_TYPE, error_headers, json_body
-from gateway.metering import Record
+from gateway.record import Record
 from gateway.reply import Reply
 from gateway.sse import error_event
 

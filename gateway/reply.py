@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gateway.answer import Answer
 from gateway.errors import EngineBroke
-from gateway.metering import Record
+from gateway.record import Record
 from gateway.sse import EventAligner
 from gateway.usage import find_usage, has_usage
 

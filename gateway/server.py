@@ -19,6 +19,7 @@ from typing import Self
 import uvloop
 from pydantic import ValidationError
 
+from gateway.access_log import AccessLog
 from gateway.admission import Admission
 from gateway.config import GatewayConfig, Limits
 from gateway.endpoints import EndpointTable
@@ -48,7 +49,8 @@ class Gateway:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.admission = Admission(config.limits, workers=config.workers)
-        self.meter = Meter(access_log=config.access_log)
+        self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
+        self.meter = Meter(self._access_log)
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._forwarder: Forwarder | None = None
@@ -94,6 +96,8 @@ class Gateway:
     async def _start(self) -> None:
         config = self.config
         limits = config.limits
+        if self._access_log:
+            self._stack.callback(self._access_log.flush)
         tracing = tracing_from(os.environ)
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
         engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gateway.call import Call
-from gateway.metering import Record
+from gateway.record import Record
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -148,7 +148,7 @@ def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
     try:
         yield process
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = _family(process.pid)
         process.terminate()
         try:
             process.wait(10)
@@ -158,6 +158,13 @@ def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
         for child in family:
             if child.is_running():
                 child.kill()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _await_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -34,9 +34,9 @@ def contenders() -> dict[str, Contender]:
         Contender("bora", _bora),
         Contender("floor", _plain("floor")),
         Contender("aiohttp", _plain("aiohttp")),
-        Contender("vllm-router", _vllm_router, "vllm-router==0.1.17"),
-        Contender("sglang-router", _sglang_router, "sglang-router==0.3.2"),
-        Contender("smg", _smg, "smg==1.13.*"),
+        Contender("vllm-router", _router("vllm-router"), "vllm-router==0.1.17"),
+        Contender("sglang-router", _router("sglang-router", "launch"), "sglang-router==0.3.2"),
+        Contender("smg", _router("smg", "launch"), "smg==1.13.*"),
         Contender("litellm", _litellm, "litellm[proxy]==1.106.*"),
     )
     return {contender.name: contender for contender in listed}
@@ -98,22 +98,16 @@ def _plain(which: str) -> Callable[[Path, int, int, Path], list[str]]:
     return command
 
 
-def _vllm_router(python: Path, port: int, engine_port: int, _folder: Path) -> list[str]:
-    run = [str(python), "-m", "vllm_router.launch_router", "--host", "127.0.0.1"]
-    urls = ["--worker-urls", f"http://127.0.0.1:{engine_port}"]
-    return [*run, "--port", str(port), *urls, "--policy", "power_of_two", "--log-level", "warn"]
+def _router(*launch: str) -> Callable[[Path, int, int, Path], list[str]]:
+    """The three Rust routers take the same flags."""
 
+    def command(python: Path, port: int, engine_port: int, _folder: Path) -> list[str]:
+        run = [str(python.parent / launch[0]), *launch[1:]]
+        run += ["--host", "127.0.0.1", "--port", str(port)]
+        run += ["--worker-urls", f"http://127.0.0.1:{engine_port}"]
+        return [*run, "--policy", "round_robin", "--log-level", "error"]
 
-def _sglang_router(python: Path, port: int, engine_port: int, _folder: Path) -> list[str]:
-    run = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
-    urls = ["--worker-urls", f"http://127.0.0.1:{engine_port}"]
-    return [*run, "--port", str(port), *urls, "--policy", "power_of_two", "--log-level", "warn"]
-
-
-def _smg(python: Path, port: int, engine_port: int, _folder: Path) -> list[str]:
-    run = [str(python), "-m", "smg.launch_router", "--host", "127.0.0.1"]
-    urls = ["--worker-urls", f"http://127.0.0.1:{engine_port}"]
-    return [*run, "--port", str(port), *urls, "--policy", "power_of_two", "--log-level", "warn"]
+    return command
 
 
 def _litellm(python: Path, port: int, engine_port: int, folder: Path) -> list[str]:
