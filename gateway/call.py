@@ -21,6 +21,7 @@ _FORWARDED = (
 )
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 _LONGEST_TIMEOUT_S = 86400.0
+_TIMEOUT = "x-request-timeout-s"
 
 
 def _ids() -> Iterator[str]:
@@ -62,7 +63,9 @@ class Call:
         return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
 
 
-def make_call(*, api: str, path: str, body: bytes, headers: Mapping[str, str]) -> Call:
+def make_call(
+    api: str, path: str, body: bytes, headers: Mapping[str, str], request_id: str
+) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     Raises:
@@ -71,17 +74,10 @@ def make_call(*, api: str, path: str, body: bytes, headers: Mapping[str, str]) -
     forwarded = {}
     for name in _FORWARDED:
         value = headers.get(name)
-        if value and _PRINTABLE.fullmatch(value):
+        if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
-    return Call(
-        api=api,
-        path=path,
-        model=model_of(body),
-        body=body,
-        request_id=request_id(headers),
-        headers=forwarded,
-        timeout_s=timeout_s(headers),
-    )
+    timeout_s = _timeout_s(headers[_TIMEOUT]) if _TIMEOUT in headers else None
+    return Call(api, path, model_of(body), body, request_id, forwarded, timeout_s)
 
 
 def model_of(body: bytes) -> str:
@@ -125,23 +121,15 @@ def request_id(headers: Mapping[str, str]) -> str:
     return given if given and _SANE_REQUEST_ID.fullmatch(given) else next(_new_ids)
 
 
-def timeout_s(headers: Mapping[str, str]) -> float | None:
-    """The client's `x-request-timeout-s`, None if it gave none.
-
-    Raises:
-        BadRequest: it is no number of seconds between 0 and a day.
-    """
-    given = headers.get("x-request-timeout-s")
-    if given is None:
-        return None
+def _timeout_s(given: str) -> float:
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _LONGEST_TIMEOUT_S:
         raise BadRequest(
-            f"x-request-timeout-s must be a number of seconds, more than 0 and at most"
+            f"{_TIMEOUT} must be a number of seconds, more than 0 and at most"
             f" {_LONGEST_TIMEOUT_S:g}",
-            param="x-request-timeout-s",
+            param=_TIMEOUT,
         )
     return seconds

@@ -38,6 +38,7 @@ class Plant:
     engines: EngineClient
     meter: Meter
     tracing: Tracing
+    loop: asyncio.AbstractEventLoop
     draining: bool = False
     running: set[Exchange] = field(default_factory=set)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,10 +81,9 @@ class Exchange:
     async def __aenter__(self) -> Reply:
         plant = self._plant
         plant.running.add(self)
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(plant.loop)
         if self._call.timeout_s is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._call.timeout_s, self.end)
+            self._timer = plant.loop.call_later(self._call.timeout_s, self.end)
         if plant.tracing.enabled:
             self._span = plant.tracing.span(self._call, self.record)
             self._span.__enter__()

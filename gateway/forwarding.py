@@ -31,7 +31,9 @@ class Forwarder:
     ) -> None:
         self.admission = admission
         self.meter = meter
-        self._plant = Plant(admission, engines, meter, tracing)
+        self._plant = Plant(
+            admission, engines, meter, tracing, asyncio.get_running_loop()
+        )
 
     @property
     def draining(self) -> bool:

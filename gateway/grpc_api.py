@@ -146,7 +146,7 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
             if path not in {"/tokenize", "/v1/embeddings"}:
                 payload["stream"] = stream
             body = json.dumps(payload).encode()
-            call = make_call(api="grpc", path=path, body=body, headers=metadata)
+            call = make_call("grpc", path, body, metadata, request_id(metadata))
         except GatewayError as error:
             record = Record(api="grpc", path=path, request_id=request_id(metadata))
             self._forwarder.rejected(record, error)

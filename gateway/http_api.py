@@ -10,6 +10,7 @@ from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
 from gateway.forwarding import Forwarder
+from gateway.head_cache import Head
 from gateway.http_connection import HttpConnection
 from gateway.http_parser import Request
 from gateway.http_response import JSON_TYPE, error_headers, json_body
@@ -32,14 +33,6 @@ FORWARDED_PATHS = (
 _FORWARDED_PATHS = frozenset(FORWARDED_PATHS)
 _MODEL_PATH = "/v1/models/"
 _TEXT_TYPE = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
-# The headers that a call may be told by.
-_CALL_HEADERS = {
-    name.encode(): name
-    for name in (
-        *("accept", "anthropic-version", "anthropic-beta", "x-session-id", "x-request-id"),
-        *("x-request-timeout-s", "traceparent", "tracestate"),
-    )
-}
 
 
 class HttpApi:
@@ -57,15 +50,15 @@ class HttpApi:
 
     async def answer(self, request: Request, to: HttpConnection) -> None:
         """The edge: every failure becomes OpenAI's error body, and every response has an id."""
-        headers = _call_headers(request)
-        headers["x-request-id"] = told_id = request_id(headers)
+        head = request.head
+        told_id = request_id(head.headers)
         try:
-            if request.method == b"POST" and request.path in _FORWARDED_PATHS:
-                await self._infer(request, headers, to)
+            if head.method == b"POST" and head.path in _FORWARDED_PATHS:
+                await self._infer(request, told_id, to)
             else:
-                self._show(request, told_id, to)
+                self._show(head, told_id, to)
         except GatewayError as error:
-            _respond_error(to, error, told_id, _allowed(request.path))
+            _respond_error(to, error, told_id, _allowed(head.path))
         except Exception:
             _log.exception("request %s failed", told_id)
             if to.started:
@@ -80,12 +73,13 @@ class HttpApi:
         self._forwarder.rejected(record, error)
         _respond_error(to, error, record.request_id)
 
-    async def _infer(self, request: Request, headers: dict[str, str], to: HttpConnection) -> None:
+    async def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
         """Forward a request and push the answer back."""
+        path, headers = request.head.path, request.head.headers
         try:
-            call = make_call(api="http", path=request.path, body=request.body, headers=headers)
+            call = make_call("http", path, request.body, headers, told_id)
         except GatewayError as error:
-            record = Record(api="http", path=request.path, request_id=headers["x-request-id"])
+            record = Record(api="http", path=path, request_id=told_id)
             self._forwarder.rejected(record, error)
             raise
         reply: Reply | None = None
@@ -102,14 +96,14 @@ class HttpApi:
                 raise
             _break_off(to, reply, call, error)
 
-    def _show(self, request: Request, told_id: str, to: HttpConnection) -> None:
+    def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""
-        path, admission = request.path, self._forwarder.admission
+        path, admission = head.path, self._forwarder.admission
         allowed = _allowed(path)
         if allowed is None:
-            method = request.method.decode()
+            method = head.method.decode()
             raise NoSuchRoute(f"there is no {method} {path[:200]}")
-        if request.method.decode() not in allowed:
+        if head.method.decode() not in allowed:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
         document = self._documents.get(path)
         if document is not None:
@@ -142,14 +136,6 @@ def _allowed(path: str) -> tuple[str, ...] | None:
     if own or (path.startswith(_MODEL_PATH) and len(path) > len(_MODEL_PATH)):
         return ("GET", "HEAD")
     return None
-
-
-def _call_headers(request: Request) -> dict[str, str]:
-    headers = request.headers
-    return {
-        _CALL_HEADERS[name]: headers[name].decode("latin-1")
-        for name in _CALL_HEADERS.keys() & headers.keys()
-    }
 
 
 def _break_off(to: HttpConnection, reply: Reply, call: Call, error: GatewayError) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from gateway.config import Limits
 from gateway.errors import BadRequest, TooSlow
+from gateway.head_cache import HeadCache
 from gateway.http_parser import Request, RequestParser, Stage
 from gateway.http_response import CONTINUE, LAST_CHUNK, chunk, head, head_until_close
 
@@ -47,6 +48,7 @@ class Shared:
     limits: Limits
     loop: asyncio.AbstractEventLoop
     connections: set[HttpConnection] = field(default_factory=set)
+    heads: HeadCache = field(default_factory=HeadCache)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -82,13 +84,13 @@ class HttpConnection(asyncio.Protocol):
         """Send a whole answer. `headers` are lines that each end in CRLF."""
         self.started = True
         start = head(status, headers, keep_alive=self._keep_alive, length=len(body))
-        asked_for_head = self._request is not None and self._request.method == b"HEAD"
+        asked_for_head = self._request is not None and self._request.head.method == b"HEAD"
         self._write(start if asked_for_head else start + body)
 
     def start(self, status: int, headers: bytes) -> None:
         """Send the head of an answer whose body comes with `write`, up to `finish`."""
         self.started = True
-        self._chunked = self._request is None or self._request.version != "1.0"
+        self._chunked = self._request is None or self._request.head.version != "1.0"
         if self._chunked:
             self._write(head(status, headers, keep_alive=self._keep_alive))
         else:
@@ -120,7 +122,9 @@ class HttpConnection(asyncio.Protocol):
         shared = self._shared
         self._transport = transport  # type: ignore[assignment]
         self._write = self._transport.write
-        self._parser = RequestParser(shared.limits, self._turn, self._expects_continue)
+        self._parser = RequestParser(
+            shared.limits, shared.heads, self._turn, self._expects_continue
+        )
         self._deadline = shared.loop.time() + shared.limits.idle_timeout_s
         shared.connections.add(self)
 
@@ -238,7 +242,7 @@ class HttpConnection(asyncio.Protocol):
         self.started = False
         shared = self._shared
         if isinstance(turn, Request):
-            self._request, self._keep_alive = turn, turn.keep_alive
+            self._request, self._keep_alive = turn, turn.head.keep_alive
             self._task = shared.loop.create_task(self._serve(turn))
         else:
             self._request, self._keep_alive = None, False

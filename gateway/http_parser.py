@@ -25,9 +25,10 @@ from gateway.errors import (
     NotExpected,
     TargetTooLong,
 )
+from gateway.head_cache import Head, HeadCache
 
 # A second one of these makes a message ambiguous; of the others the first counts.
-_SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+_SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
 _METHODS = frozenset((b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE"))
 
 
@@ -41,19 +42,10 @@ class Stage(IntEnum):
 
 @dataclass(slots=True)
 class Request:
-    """A whole request. Header names are lower-case."""
+    """A whole request."""
 
-    method: bytes
-    path: str
-    headers: dict[bytes, bytes]
-    keep_alive: bool
-    version: str = "1.1"
+    head: Head
     body: bytes = b""
-
-    def header(self, name: bytes) -> str | None:
-        """A header's value, None if there is none."""
-        value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
 
 
 @dataclass(slots=True)
@@ -61,7 +53,7 @@ class _Draft:
     """What has arrived of a request."""
 
     target: bytes = b""
-    headers: dict[bytes, bytes] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
     num_headers: int = 0
     head_bytes: int = 0
     num_body_bytes: int = 0
@@ -79,6 +71,7 @@ class RequestParser:
     def __init__(
         self,
         limits: Limits,
+        heads: HeadCache,
         on_request: Callable[[Request], None],
         on_continue: Callable[[], None],
     ) -> None:
@@ -89,7 +82,9 @@ class RequestParser:
         self._on_continue = on_continue
         self._llhttp = httptools.HttpRequestParser(self)
         self._draft = _Draft()
-        self._request: Request | None = None
+        self._heads = heads
+        self._head_data = b""  # of the request that began with this read
+        self._head: Head | None = None
         self._error: GatewayError | None = None
         self._upgrading = False
         self._unfinished_head_bytes = 0
@@ -105,6 +100,8 @@ class RequestParser:
         Raises:
             BadRequest: they are not HTTP/1.1 within the limits. Nothing can be read any more.
         """
+        if self.stage is Stage.IDLE and self._took_known(data):
+            return
         began_in = self._draft if self.stage is not Stage.BODY else None
         rest = data
         while rest and not self.finished:
@@ -146,13 +143,13 @@ class RequestParser:
         limits = self._limits
         if draft.head_bytes > limits.max_head_bytes or draft.num_headers > limits.max_headers:
             self._refuse(_head_too_large(limits))
-        if self._request is not None:
+        if self._head is not None:
             return  # a trailer
-        name = name.lower()
-        if name not in draft.headers:
-            draft.headers[name] = value
-        elif name in _SINGLE:
-            self._refuse(Malformed(f"several {name.decode()} headers"))
+        key = name.decode("latin-1").lower()
+        if key not in draft.headers:
+            draft.headers[key] = value.decode("latin-1")
+        elif key in _SINGLE:
+            self._refuse(Malformed(f"several {key} headers"))
 
     def on_headers_complete(self) -> None:  # noqa: D102
         if self._upgrading:
@@ -161,9 +158,12 @@ class RequestParser:
         self.stage = Stage.BODY
         self._unfinished_head_bytes = 0
         try:
-            self._request = self._head()
+            self._head = head = self._checked_head()
         except GatewayError as error:
             self._refuse(error)
+        if self._head_data:
+            self._heads.add(self._head_data, head)
+            self._head_data = b""
 
     def on_body(self, data: bytes) -> None:  # noqa: D102
         draft = self._draft
@@ -173,31 +173,47 @@ class RequestParser:
             self._refuse(_body_too_large(self._limits))
 
     def on_message_complete(self) -> None:  # noqa: D102
-        request = self._request
-        if request is None or self._upgrading:
+        head = self._head
+        if head is None or self._upgrading:
             return
         body = self._draft.body
-        if body:
-            request.body = body[0] if len(body) == 1 else b"".join(body)
-        self._request = None
+        self._head = None
         self._draft = _Draft()
         self.stage = Stage.IDLE
-        self.finished = not request.keep_alive
-        self._on_request(request)
+        self.finished = not head.keep_alive
+        self._on_request(Request(head, body[0] if len(body) == 1 else b"".join(body)))
 
-    def _head(self) -> Request:
+    def _took_known(self, data: bytes) -> bool:
+        """Whether `data` was one whole request with a head that is known."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4 or self.finished:
+            self._head_data = b""
+            return False
+        head_data = data[:end]
+        known = self._heads.find(head_data)
+        if known is None:
+            self._head_data = head_data
+            return False
+        head, length = known
+        if len(data) != end + length or length > self._limits.max_body_bytes:
+            return False
+        self.finished = not head.keep_alive
+        self._on_request(Request(head, data[end:]))
+        return True
+
+    def _checked_head(self) -> Head:
         llhttp, draft = self._llhttp, self._draft
         headers, version, method = draft.headers, llhttp.get_http_version(), llhttp.get_method()
         _check_head(method, version, headers)
-        length = int(headers.get(b"content-length", b"0"))
+        length = int(headers.get("content-length", "0"))
         if length > self._limits.max_body_bytes:
             raise _body_too_large(self._limits)
         path = _path(draft.target)
-        if b"upgrade" in headers:
+        if "upgrade" in headers:
             self._upgrading = llhttp.should_upgrade()
-        if b"expect" in headers and (length or b"transfer-encoding" in headers):
+        if "expect" in headers and (length or "transfer-encoding" in headers):
             self._on_continue()
-        return Request(method, path, headers, llhttp.should_keep_alive(), version)
+        return Head(method, path, headers, llhttp.should_keep_alive(), version)
 
     def _stay_with_http(self) -> None:
         """Read as a body what llhttp takes for another protocol, as we speak no other.
@@ -206,9 +222,9 @@ class RequestParser:
         """
         headers = self._draft.headers
         head = b"POST / HTTP/1.1\r\n"
-        for name in (b"content-length", b"transfer-encoding"):
+        for name in ("content-length", "transfer-encoding"):
             if name in headers:
-                head += b"%b: %b\r\n" % (name, headers[name])
+                head += f"{name}: {headers[name]}\r\n".encode("latin-1")
         self._llhttp = httptools.HttpRequestParser(self)
         self._llhttp.feed_data(head + b"\r\n")
 
@@ -224,22 +240,22 @@ class RequestParser:
         raise error
 
 
-def _check_head(method: bytes, version: str, headers: dict[bytes, bytes]) -> None:
+def _check_head(method: bytes, version: str, headers: dict[str, str]) -> None:
     if method not in _METHODS:
         raise Malformed(f"{method.decode()} is no method of this server")
     if version == "1.1":
-        if b"host" not in headers:
+        if "host" not in headers:
             raise Malformed("HTTP/1.1 asks for a host header")
     elif version != "1.0":
         raise Malformed(f"HTTP/{version} is not spoken here, only 1.1 and 1.0")
-    coding = headers.get(b"transfer-encoding")
+    coding = headers.get("transfer-encoding")
     if coding is not None:
         if version == "1.0":
             raise Malformed("HTTP/1.0 has no transfer-encoding")
-        if coding.strip().lower() != b"chunked":
+        if coding.strip().lower() != "chunked":
             raise Malformed("the only transfer-encoding is `chunked`")
-    expected = headers.get(b"expect")
-    if expected is not None and expected.strip().lower() != b"100-continue":
+    expected = headers.get("expect")
+    if expected is not None and expected.strip().lower() != "100-continue":
         raise NotExpected("the only expectation that is met is `100-continue`")
 
 

@@ -51,7 +51,7 @@ class Reply:
         self.is_event_stream = answer.content_type.startswith(b"text/event-stream")
         if answer.is_json:
             self.body = answer.read()
-            self._note_usage(self.body)
+            record.usage = find_usage(self.body)
         elif self.is_event_stream:
             if answer.is_empty:
                 raise EngineBroke(f"the engine at {record.endpoint} ended an empty stream")
@@ -93,7 +93,8 @@ class Reply:
             if not self.is_event_stream:
                 return chunk
             if events := self._aligner.feed(chunk):
-                self._note_usage(events)
+                if has_usage(events):
+                    self._note_usage(events)
                 return events
         tail, self._aligner.tail = self._aligner.tail, b""
         return tail
@@ -118,8 +119,7 @@ class Reply:
             self._client.write(events)
 
     def _note_usage(self, data: bytes) -> None:
-        if has_usage(data):
-            self._record.usage = find_usage(data) or self._record.usage
+        self._record.usage = find_usage(data) or self._record.usage
 
 
 @lru_cache(maxsize=4096)

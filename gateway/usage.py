@@ -31,7 +31,10 @@ def find_usage(data: bytes) -> Usage | None:
     Quotes inside of JSON strings are escaped, so that text of the model is never taken for it.
     """
     end = data.rfind(_KEY)
-    if usual := _USUAL.match(data, end) if end >= 0 else None:
+    if end < 0:
+        return None
+    usual = _USUAL.match(data, end)
+    if usual is not None:
         return Usage(int(usual[1]), int(usual[2]))
     end = len(data)
     while (at := data.rfind(_KEY, 0, end)) >= 0:
