@@ -148,7 +148,9 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, _error: Exception | None) -> None:
         """The client left, or the connection was closed here."""
         self._shared.connections.discard(self)
-        self._parser = None
+        if self._parser is not None:
+            self._parser.close()
+            self._parser = None
         self._turns.clear()
         self._write = _nowhere
         if self._task is not None:

@@ -31,6 +31,8 @@ from gateway.head_cache import Head, HeadCache
 _SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
 _METHODS = frozenset((b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE"))
 
+_MAX_BYTES_PER_BODY_BYTE = 16  # a chunk of one byte takes six
+
 
 class Stage(IntEnum):
     """Where a parser stands in the stream of requests."""
@@ -55,6 +57,7 @@ class _Draft:
     target: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     num_headers: int = 0
+    num_bytes: int = 0
     head_bytes: int = 0
     num_body_bytes: int = 0
     body: list[bytes] = field(default_factory=list)
@@ -87,7 +90,6 @@ class RequestParser:
         self._head: Head | None = None
         self._error: GatewayError | None = None
         self._upgrading = False
-        self._unfinished_head_bytes = 0
 
     @property
     def num_body_bytes(self) -> int:
@@ -102,7 +104,7 @@ class RequestParser:
         """
         if self.stage is Stage.IDLE and self._took_known(data):
             return
-        began_in = self._draft if self.stage is not Stage.BODY else None
+        began_in = self._draft
         rest = data
         while rest and not self.finished:
             try:
@@ -117,8 +119,13 @@ class RequestParser:
                 self.finished = True
                 raise (self._error or Malformed(f"not valid HTTP/1.1: {error}")) from None
             break
-        if self.stage is Stage.HEAD and began_in is self._draft:
-            self._check_unfinished_head(len(data))
+        if self.stage is not Stage.IDLE and began_in is self._draft:
+            self._check_unfinished(len(data))
+
+    def close(self) -> None:
+        """Read nothing more. Lets go of llhttp, which refers back to here."""
+        self.finished = True
+        del self._llhttp
 
     def on_message_begin(self) -> None:
         """Called by llhttp, as all that follow."""
@@ -156,7 +163,6 @@ class RequestParser:
             self._upgrading = False
             return
         self.stage = Stage.BODY
-        self._unfinished_head_bytes = 0
         try:
             self._head = head = self._checked_head()
         except GatewayError as error:
@@ -228,10 +234,14 @@ class RequestParser:
         self._llhttp = httptools.HttpRequestParser(self)
         self._llhttp.feed_data(head + b"\r\n")
 
-    def _check_unfinished_head(self, num_bytes: int) -> None:
-        self._unfinished_head_bytes += num_bytes
-        limits = self._limits
-        if self._unfinished_head_bytes > limits.max_head_bytes:
+    def _check_unfinished(self, num_bytes: int) -> None:
+        """Bound what llhttp keeps or skips: one endless header, chunk extension or trailer."""
+        draft, limits = self._draft, self._limits
+        draft.num_bytes += num_bytes
+        allowed = limits.max_head_bytes
+        if self.stage is Stage.BODY:
+            allowed += limits.max_head_bytes + _MAX_BYTES_PER_BODY_BYTE * draft.num_body_bytes
+        if draft.num_bytes > allowed:
             self.finished = True
             raise _head_too_large(limits)
 
