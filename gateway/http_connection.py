@@ -80,6 +80,11 @@ class HttpConnection(asyncio.Protocol):
         self._unsent_bytes = 0
         self._progress_at = 0.0
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """What the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
     def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer. `headers` are lines that each end in CRLF."""
         self.started = True

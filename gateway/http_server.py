@@ -30,6 +30,11 @@ class HttpServer:
         """Clients that are connected now."""
         return len(self._shared.connections)
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """What clients have not taken yet."""
+        return sum(connection.num_unsent_bytes for connection in self._shared.connections)
+
     async def listen(self, host: str, port: int, *, reuse_port: bool) -> int:
         """Take clients; returns the port. Raises `OSError` if it is taken."""
         shared = self._shared

@@ -56,6 +56,7 @@ class Gateway:
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._forwarder: Forwarder | None = None
+        self._http: HttpServer | None = None
         self._grpc: GrpcServer | None = None
         self._stack = AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -65,6 +66,16 @@ class Gateway:
         """It has a table and takes requests."""
         draining = self._forwarder is None or self._forwarder.draining
         return self.admission.table is not None and not draining
+
+    @property
+    def num_connections(self) -> int:
+        """HTTP clients that are connected."""
+        return self._http.num_connections if self._http else 0
+
+    @property
+    def num_unsent_bytes(self) -> int:
+        """What HTTP clients have not taken yet."""
+        return self._http.num_unsent_bytes if self._http else 0
 
     async def __aenter__(self) -> Self:
         try:
@@ -134,10 +145,10 @@ class Gateway:
     async def _listen_http(self, forwarder: Forwarder) -> None:
         config = self.config
         api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
-        server = HttpServer(api, config.limits)
-        self._stack.push_async_callback(server.close, _LAST_ANSWERS_S)
+        self._http = HttpServer(api, config.limits)
+        self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:
-            self.http_port = await server.listen(
+            self.http_port = await self._http.listen(
                 config.host, config.http_port, reuse_port=config.workers > 1
             )
         except OSError as error:
