@@ -31,9 +31,7 @@ class Forwarder:
     ) -> None:
         self.admission = admission
         self.meter = meter
-        self._plant = Plant(
-            admission, engines, meter, tracing, asyncio.get_running_loop()
-        )
+        self._plant = Plant(admission, engines, meter, tracing, asyncio.get_running_loop())
 
     @property
     def draining(self) -> bool:

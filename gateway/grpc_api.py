@@ -18,9 +18,9 @@ from gateway.catalog import model_cards
 from gateway.errors import EngineBroke, GatewayError, Unavailable
 from gateway.forwarding import Forwarder
 from gateway.grpc_messages import fill, to_json
-from gateway.record import Record
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
+from gateway.record import Record
 from gateway.reply import Reply
 from gateway.sse import event_data
 

@@ -59,13 +59,13 @@ class HttpApi:
                 self._show(head, told_id, to)
         except GatewayError as error:
             _respond_error(to, error, told_id, _allowed(head.path))
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
             _log.exception("request %s failed", told_id)
             if to.started:
                 to.abort()
             else:
-                error = GatewayError("internal error; the gateway's log has more")
-                _respond_error(to, error, told_id)
+                bug = GatewayError("internal error; the gateway's log has more")
+                _respond_error(to, bug, told_id)
 
     def refuse(self, error: BadRequest, to: HttpConnection) -> None:
         """Answer what was no HTTP request, or too large a one."""

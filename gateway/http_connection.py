@@ -49,6 +49,13 @@ class Shared:
     loop: asyncio.AbstractEventLoop
     connections: set[HttpConnection] = field(default_factory=set)
     heads: HeadCache = field(default_factory=HeadCache)
+    all_gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def left(self, connection: HttpConnection) -> None:
+        """`connection` is closed."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self.all_gone.set()
 
 
 class HttpConnection(asyncio.Protocol):
@@ -152,7 +159,7 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, _error: Exception | None) -> None:
         """The client left, or the connection was closed here."""
-        self._shared.connections.discard(self)
+        self._shared.left(self)
         if self._parser is not None:
             self._parser.close()
             self._parser = None

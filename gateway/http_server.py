@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from gateway.config import Limits
 from gateway.http_connection import Application, HttpConnection, Shared
@@ -58,9 +59,10 @@ class HttpServer:
         connections = self._shared.connections
         for connection in list(connections):
             connection.close_if_idle()
-        deadline = self._shared.loop.time() + grace_s
-        while connections and self._shared.loop.time() < deadline:
-            await asyncio.sleep(0.01)
+        self._shared.all_gone.clear()
+        if connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._shared.all_gone.wait(), grace_s)
         await asyncio.gather(*(connection.end() for connection in list(connections)))
         await asyncio.sleep(0)  # so that the event loop closes the sockets
 

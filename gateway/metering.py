@@ -24,7 +24,11 @@ class _Series:
     __slots__ = ("completion_tokens", "duration", "prompt_tokens", "statuses", "ttft")
 
     def __init__(
-        self, duration: Histogram, ttft: Histogram, prompt_tokens: Counter, completion_tokens: Counter
+        self,
+        duration: Histogram,
+        ttft: Histogram,
+        prompt_tokens: Counter,
+        completion_tokens: Counter,
     ) -> None:
         self.duration = duration
         self.ttft = ttft

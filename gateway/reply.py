@@ -79,7 +79,9 @@ class Reply:
         record = self._record
         lines.append(_headers_of_ours(record.variant, record.endpoint))
         lines.append(b"x-request-id: %b\r\n" % record.request_id.encode())
-        if self.status in {429, 503} and not any(k == b"retry-after" for k, _ in self._answer.headers):
+        if self.status in {429, 503} and not any(
+            k == b"retry-after" for k, _ in self._answer.headers
+        ):
             lines.append(b"retry-after: 1\r\n")
         return b"".join(lines)
 

@@ -212,8 +212,7 @@ def _print_table(figures: dict[str, Figures]) -> None:
 
     ours = figures.get("bora", Figures())
     lines = [
-        f"CPU of the gateway's process tree; {_CONNECTIONS} connections non-stream, {_STREAMS} streams"
-        " of 128 chunks; medians",
+        f"CPU of the process tree: {_CONNECTIONS} connections; {_STREAMS} streams; medians",
         "| gateway | us/request | to bora | us/chunk | to bora | added p50 us | requests/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -245,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", help="names, with commas between")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cache", default="~/.cache/bora/bench-gateway", help="peers' environments")
+    parser.add_argument(
+        "--cache", default="~/.cache/bora/bench-gateway", help="peers' environments"
+    )
     return parser
 
 

@@ -22,7 +22,12 @@ _COMMON = {"id": "chatcmpl-5b1f5f0c2e4b4b64", "created": 1700000000, "model": "b
 
 def _body() -> bytes:
     text = "The bora falls from the plateau to the sea and clears the sky within an hour. " * 6
-    message = {"role": "assistant", "content": text, "tool_calls": [], "reasoning": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": text,
+        "tool_calls": [],
+        "reasoning": None,
+    }
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     answer = {**_COMMON, "object": "chat.completion", "choices": [choice], "usage": _USAGE}
     return json.dumps(answer).encode()

@@ -190,7 +190,9 @@ def test_what_came_before_it_is_answered_still(name: str) -> None:
     assert told == status
 
 
-@pytest.mark.parametrize("endless", [b"GET /", POST + b"X: ", CHUNKED + b"0\r\nX: ", CHUNKED + b"1;"])
+@pytest.mark.parametrize(
+    "endless", [b"GET /", POST + b"X: ", CHUNKED + b"0\r\nX: ", CHUNKED + b"1;"]
+)
 def test_what_never_ends_is_refused_before_it_fills_the_memory(endless: bytes) -> None:
     requests, status, _ = outcome(endless, *([b"a" * 50] * 40))
 
@@ -211,7 +213,9 @@ def test_what_is_cut_short_is_no_request(name: str) -> None:
 
 
 def test_a_request_is_what_its_head_says() -> None:
-    data = b"POST /a%20b?c=d HTTP/1.1\r\nHost: a\r\nX-Y:  1 \r\nx-y: 2\r\nContent-Length: 1\r\n\r\nz"
+    data = (
+        b"POST /a%20b?c=d HTTP/1.1\r\nHost: a\r\nX-Y:  1 \r\nx-y: 2\r\nContent-Length: 1\r\n\r\nz"
+    )
     (request,), _, _ = outcome(data)
 
     assert (request.head.method, request.head.path, request.body) == (b"POST", "/a b", b"z")
@@ -253,7 +257,13 @@ def test_a_client_that_waits_is_told_to_go_on(headers: bytes, calls: int) -> Non
 def test_the_stage_says_what_is_waited_for() -> None:
     parser = RequestParser(SMALL, HeadCache(), lambda _: None, lambda: None)
     stages = []
-    for piece in (b"\r\n", b"POST", b" / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n", b"a", b"b"):
+    for piece in (
+        b"\r\n",
+        b"POST",
+        b" / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n",
+        b"a",
+        b"b",
+    ):
         parser.feed(piece)
         stages.append(parser.stage)
 
@@ -307,7 +317,9 @@ def _damaged(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(_PIECES, _REQUESTS, _damaged(), st.binary(max_size=80)), st.data())
-def test_whatever_comes_is_read_the_same_however_it_is_cut(data: bytes, draw: st.DataObject) -> None:
+def test_whatever_comes_is_read_the_same_however_it_is_cut(
+    data: bytes, draw: st.DataObject
+) -> None:
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=6)))
     pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
     heads = HeadCache()
