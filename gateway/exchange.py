@@ -141,7 +141,11 @@ class Exchange:
         if plant.draining:
             raise shutting_down()
         self.record.model = plant.admission.resolve(self._call.model).name
-        await self._take_place()
+        lease = plant.admission.try_acquire(self.record.model)
+        if lease is not None:
+            self._occupy(lease)
+        else:
+            await self._take_place()
         while True:
             try:
                 return await self._ask()

@@ -218,7 +218,7 @@ class HttpConnection(asyncio.Protocol):
     def _expect_more(self, stage: Stage, before: Stage) -> None:
         """A request is incomplete: set the time by which more of it must be there."""
         limits, parser = self._shared.limits, self._parser
-        if parser is None:
+        if parser is None or self._reading_paused:
             return
         now = self._shared.loop.time()
         new = before is not stage or self._deadline == math.inf
@@ -284,14 +284,16 @@ class HttpConnection(asyncio.Protocol):
 
     def _wait_for_more(self) -> None:
         shared, parser = self._shared, self._parser
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+            if parser is not None:
+                self._expect_more(parser.stage, Stage.IDLE)
         if parser is not None and parser.stage is Stage.IDLE:
             self._deadline = shared.loop.time() + shared.limits.idle_timeout_s
         if self._owes_continue:
             self._owes_continue = False
             self._write(CONTINUE)
-        if self._reading_paused:
-            self._reading_paused = False
-            self._transport.resume_reading()
 
     def _close(self) -> None:
         """Close when all is sent. A client that still sends gets time to read why not."""

@@ -154,7 +154,7 @@ class RequestParser:
             return  # a trailer
         key = name.decode("latin-1").lower()
         if key not in draft.headers:
-            draft.headers[key] = value.decode("latin-1")
+            draft.headers[key] = value.decode("latin-1").rstrip(" \t")
         elif key in _SINGLE:
             self._refuse(Malformed(f"several {key} headers"))
 

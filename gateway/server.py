@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from contextlib import AsyncExitStack
@@ -179,7 +180,7 @@ async def serve(config: GatewayConfig, *, stop: asyncio.Event | None = None) -> 
     Raises:
         StartupFailed: a port is taken, or the endpoints file is wrong.
     """
-    _collect_garbage_rarely()
+    _take_resources()
     stop, hurry = stop or asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -256,8 +257,12 @@ def log_to_stderr() -> None:
     access.propagate = False
 
 
-def _collect_garbage_rarely() -> None:
-    """What is imported stays; a request's objects form no cycles, so that few are ever found."""
+def _take_resources() -> None:
+    """Two files per stream, and rare garbage collections: what is imported stays, and a request's
+    objects form no cycles, so that few are ever found.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GARBAGE_THRESHOLDS)

@@ -219,7 +219,7 @@ def test_a_request_is_what_its_head_says() -> None:
     (request,), _, _ = outcome(data)
 
     assert (request.head.method, request.head.path, request.body) == (b"POST", "/a b", b"z")
-    assert request.head.headers["x-y"].strip() == "1"  # the first counts
+    assert request.head.headers["x-y"] == "1"  # the first counts
     assert request.head.keep_alive
 
 
