@@ -192,7 +192,7 @@ class RequestParser:
     def _took_known(self, data: bytes) -> bool:
         """Whether `data` was one whole request with a head that is known."""
         end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or self.finished:
+        if end < 4 or self.finished or end > self._limits.max_head_bytes:
             self._head_data = b""
             return False
         head_data = data[:end]

@@ -258,9 +258,7 @@ def log_to_stderr() -> None:
 
 
 def _take_resources() -> None:
-    """Two files per stream, and rare garbage collections: what is imported stays, and a request's
-    objects form no cycles, so that few are ever found.
-    """
+    """Two files a stream; and garbage is collected rarely, as requests' objects form few cycles."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.collect()

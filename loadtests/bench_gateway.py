@@ -37,6 +37,7 @@ class Figures:
     """What was measured of one contender, one entry a round."""
 
     us_per_request: list[float] = field(default_factory=list)
+    us_per_unique: list[float] = field(default_factory=list)
     us_per_chunk: list[float] = field(default_factory=list)
     added_p50_us: list[float] = field(default_factory=list)
     requests_per_s: list[float] = field(default_factory=list)
@@ -82,6 +83,9 @@ def _measure(
     seen = _load(port, _CONNECTIONS, seconds)
     figures.us_per_request.append((_cpu_s(process) - before) / seen["requests"] * 1e6)
     figures.requests_per_s.append(seen["requests"] / seconds)
+    before = _cpu_s(process)
+    seen = _load(port, _CONNECTIONS, seconds, "--unique-heads")
+    figures.us_per_unique.append((_cpu_s(process) - before) / seen["requests"] * 1e6)
     before = _cpu_s(process)
     seen = _load(port, _STREAMS, seconds, "--stream")
     figures.us_per_chunk.append((_cpu_s(process) - before) / seen["chunks"] * 1e6)
@@ -213,14 +217,14 @@ def _print_table(figures: dict[str, Figures]) -> None:
     ours = figures.get("bora", Figures())
     lines = [
         f"CPU of the process tree: {_CONNECTIONS} connections; {_STREAMS} streams; medians",
-        "| gateway | us/request | to bora | us/chunk | to bora | added p50 us | requests/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| gateway | us/request | to bora | unique ids | us/chunk | to bora | added p50 us | req/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, one in figures.items():
         request, chunk = middle(one.us_per_request), middle(one.us_per_chunk)
         lines.append(
             f"| {name} | {request:.1f} | {request / middle(ours.us_per_request):.2f}"
-            f" | {chunk:.2f} | {chunk / middle(ours.us_per_chunk):.2f}"
+            f" | {middle(one.us_per_unique):.1f} | {chunk:.2f} | {chunk / middle(ours.us_per_chunk):.2f}"
             f" | {middle(one.added_p50_us):.0f} | {middle(one.requests_per_s):.0f} |"
         )
     print("\n".join(lines))  # noqa: T201 - this is its output

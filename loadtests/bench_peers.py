@@ -114,7 +114,8 @@ def _litellm(python: Path, port: int, engine_port: int, folder: Path) -> list[st
     config = folder / "litellm.yaml"
     config.write_text(
         "model_list:\n- model_name: bench\n  litellm_params:\n    model: openai/bench\n"
-        f"    api_base: http://127.0.0.1:{engine_port}/v1\n    api_key: any\n",
+        f"    api_base: http://127.0.0.1:{engine_port}/v1\n    api_key: any\n"
+        "general_settings:\n  dangerously_permit_weak_or_unset_master_key: true\n",
         encoding="utf-8",
     )
     run = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1"]

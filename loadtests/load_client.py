@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import time
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class Tally:
     until: float
     requests: int = 0
     chunks: int = 0
+    unique_heads: bool = False
     failures: int = 0
     latencies_s: list[float] = field(default_factory=list)
 
@@ -74,7 +76,12 @@ class Asker(asyncio.Protocol):
 
     def _ask(self) -> None:
         self._asked_at = time.perf_counter()
-        self._transport.write(self._request)
+        request = self._request
+        if self._tally.unique_heads:
+            request = request.replace(
+                b"\r\n", b"\r\nX-Request-Id: %d\r\n" % random.getrandbits(60), 1
+            )
+        self._transport.write(request)
 
 
 def _request(port: int, *, stream: bool) -> bytes:
@@ -96,9 +103,11 @@ def _request(port: int, *, stream: bool) -> bytes:
     return head.encode() + data
 
 
-async def _drive(port: int, connections: int, seconds: float, *, stream: bool) -> Tally:
+async def _drive(
+    port: int, connections: int, seconds: float, *, stream: bool, unique_heads: bool
+) -> Tally:
     loop = asyncio.get_running_loop()
-    tally = Tally(time.perf_counter() + seconds)
+    tally = Tally(time.perf_counter() + seconds, unique_heads=unique_heads)
     request = _request(port, stream=stream)
     ends = []
     for _ in range(connections):
@@ -120,9 +129,16 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--unique-heads", action="store_true", help="an id in each request")
     options = parser.parse_args()
     tally = uvloop.run(
-        _drive(options.port, options.connections, options.seconds, stream=options.stream)
+        _drive(
+            options.port,
+            options.connections,
+            options.seconds,
+            stream=options.stream,
+            unique_heads=options.unique_heads,
+        )
     )
     latencies = sorted(tally.latencies_s) or [0.0]
     seen = {

@@ -288,12 +288,32 @@ def test_a_known_head_with_another_length_has_another_body() -> None:
     assert outcome(POST + b"Content-Length: 03\r\n\r\nabcd", heads=heads)[1] == 400
 
 
+def test_a_known_head_with_other_ids_tells_them() -> None:
+    heads = HeadCache()
+    for number in range(3):
+        lines = b"x-request-id: r%d\r\nTraceparent: t%d\r\nx-request-id: z\r\n" % (number, number)
+        (request,), _, _ = outcome(POST + lines + b"Content-Length: 1\r\n\r\na", heads=heads)
+        assert request.head.headers["x-request-id"] == f"r{number}"
+        assert request.head.headers["traceparent"] == f"t{number}"
+        assert request.body == b"a"
+    assert len(heads._heads) == 1
+
+
+@pytest.mark.parametrize("length", [b"a", b"1a", b"-1", b"1.0", b"0x1", b"9999999999"])
+def test_a_known_head_with_a_bad_length_is_not_known(length: bytes) -> None:
+    heads = HeadCache()
+    outcome(POST + b"Content-Length: 1\r\n\r\na", heads=heads)
+
+    assert outcome(POST + b"Content-Length: " + length + b"\r\n\r\n", heads=heads)[1] in {400, 413}
+
+
 _PIECES = st.lists(
     st.sampled_from(
         [
             *(b"GET / HTTP/1.1\r\n", b"POST /v1/x HTTP/1.1\r\n", b"POST / HTTP/1.0\r\n"),
             *(b"Host: a\r\n", b"Content-Length: 3\r\n", b"content-length: 2\r\n"),
             *(b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n", b"X: y\r\n"),
+            *(b"x-request-id: 7\r\n", b"X-Request-Id: a b\r\n", b"traceparent: t\r\n"),
             *(b"Expect: 100-continue\r\n", b"Connection: upgrade\r\nUpgrade: h2c\r\n"),
             *(b"\r\n", b"\n", b"\r", b" ", b"0\r\n\r\n", b"3\r\nabc\r\n", b"abc", b"ab", b"\x00"),
         ]
