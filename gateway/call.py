@@ -6,27 +6,51 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from gateway.errors import BadRequest
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FORWARDED = ("accept", "anthropic-version", "anthropic-beta", "x-session-id")
-_TRACE_HEADERS = ("traceparent", "tracestate")
+_FORWARDED = (
+    *("accept", "anthropic-version", "anthropic-beta", "x-session-id"),
+    *("traceparent", "tracestate"),
+)
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 _LONGEST_TIMEOUT_S = 86400.0
+_TIMEOUT = "x-request-timeout-s"
+
+
+def _ids() -> Iterator[str]:
+    """32 characters that nobody else gives out: random for the process, then a number."""
+    while True:
+        process = secrets.token_hex(12)
+        for number in range(2**32):
+            yield f"{process}{number:08x}"
+
+
+_new_ids = _ids()
+
+
+class _Routed(msgspec.Struct):
+    """All that routing needs of a body; msgspec checks the rest without keeping it."""
+
+    model: str
+
+
+_routed = msgspec.json.Decoder(_Routed)
 
 
 @dataclass(slots=True)
 class Call:
-    """What a client asks for. `body` is `payload` as the client wrote it."""
+    """What a client asks for, with the body as the client wrote it."""
 
     api: str
     path: str
     model: str
-    payload: dict[str, Any]
     body: bytes
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
@@ -34,43 +58,44 @@ class Call:
 
     def body_for(self, served_model_name: str) -> bytes:
         """The body with the engine's name of the model; the client's own bytes if it is the same."""
-        if served_model_name == self.payload["model"]:
+        if served_model_name == self.model:
             return self.body
-        return json.dumps({**self.payload, "model": served_model_name}).encode()
+        return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
 
 
 def make_call(
-    *,
-    api: str,
-    path: str,
-    body: bytes,
-    headers: Mapping[str, str],
-    payload: dict[str, Any] | None = None,
+    api: str, path: str, body: bytes, headers: Mapping[str, str], request_id: str
 ) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     Raises:
         BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
     """
-    payload = parse_object(body) if payload is None else payload
-    model = payload.get("model")
+    forwarded = {}
+    for name in _FORWARDED:
+        value = headers.get(name)
+        if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
+            forwarded[name] = value
+    timeout_s = _timeout_s(headers[_TIMEOUT]) if _TIMEOUT in headers else None
+    return Call(api, path, model_of(body), body, request_id, forwarded, timeout_s)
+
+
+def model_of(body: bytes) -> str:
+    """What a body's top-level `model` says; the last one, if there are several.
+
+    msgspec reads it without building the rest. What msgspec refuses (a lone surrogate, NaN, or
+    a mistake) is for `json` to judge, which also says what is wrong.
+
+    Raises:
+        BadRequest: no JSON object, or no `model` in it.
+    """
+    try:
+        model: Any = _routed.decode(body).model
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        model = parse_object(body).get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("`model` is required and must be a non-empty string", param="model")
-    forwarded = {
-        name: value
-        for name in _FORWARDED + _TRACE_HEADERS
-        if (value := headers.get(name)) and _PRINTABLE.fullmatch(value)
-    }
-    return Call(
-        api=api,
-        path=path,
-        model=model,
-        payload=payload,
-        body=body,
-        request_id=request_id(headers),
-        headers=forwarded,
-        timeout_s=timeout_s(headers),
-    )
+    return model
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -93,26 +118,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's `x-request-id` if it is short and plain, else a new one."""
     given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else next(_new_ids)
 
 
-def timeout_s(headers: Mapping[str, str]) -> float | None:
-    """The client's `x-request-timeout-s`, None if it gave none.
-
-    Raises:
-        BadRequest: it is no number of seconds between 0 and a day.
-    """
-    given = headers.get("x-request-timeout-s")
-    if given is None:
-        return None
+def _timeout_s(given: str) -> float:
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _LONGEST_TIMEOUT_S:
         raise BadRequest(
-            f"x-request-timeout-s must be a number of seconds, more than 0 and at most"
+            f"{_TIMEOUT} must be a number of seconds, more than 0 and at most"
             f" {_LONGEST_TIMEOUT_S:g}",
-            param="x-request-timeout-s",
+            param=_TIMEOUT,
         )
     return seconds

@@ -36,6 +36,24 @@ class Limits(Spec):
     )
     connect_timeout_s: PositiveFloat = 5.0
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
+    max_head_bytes: PositiveInt = Field(
+        default=64 * 1024, description="Request line and headers of one request."
+    )
+    max_target_bytes: PositiveInt = Field(default=8 * 1024, description="Path and query.")
+    max_headers: PositiveInt = Field(default=128, description="Headers of one request.")
+    header_timeout_s: PositiveFloat = Field(
+        default=10.0, description="A request's headers arrive within this time, or it is refused."
+    )
+    body_timeout_s: PositiveFloat = Field(
+        default=30.0,
+        description="A body arrives within this time, and 1 s more for every 64 KiB of it.",
+    )
+    idle_timeout_s: PositiveFloat = Field(
+        default=75.0, description="A client's connection without a request is closed."
+    )
+    send_timeout_s: PositiveFloat = Field(
+        default=60.0, description="A client that takes no byte for this long is hung up on."
+    )
 
 
 class GatewayConfig(Spec):
@@ -58,6 +76,9 @@ class GatewayConfig(Spec):
         default=0.5, description="How often the endpoints file is looked at."
     )
     access_log: bool = True
+    access_log_sample: NonNegativeFloat = Field(
+        default=1.0, le=1.0, description="Share of the requests logged; failures always are."
+    )
     limits: Limits = Limits()
 
     @model_validator(mode="after")

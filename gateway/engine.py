@@ -2,144 +2,167 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import socket
-from types import SimpleNamespace
-from typing import Any, Self
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
+from urllib.parse import urlsplit
 
-import aiohttp
-
+from gateway.answer import Answer
 from gateway.endpoints import Endpoint
-from gateway.errors import EngineBroke, EngineUnreachable
+from gateway.engine_connection import EngineConnection, StaleConnection
+from gateway.errors import EngineUnreachable
 
 # uvicorn, which vLLM uses, closes idle connections after 5 s; be the first to.
 _IDLE_S = 4.0
-_BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+_SWEEP_S = 1.0
+_UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
 
 
-class Answer:
-    """An engine's answer, from its status line on."""
-
-    def __init__(self, response: aiohttp.ClientResponse, endpoint: Endpoint) -> None:
-        self.status = response.status
-        self.headers = response.headers
-        self._response = response
-        self._endpoint = endpoint
-
-    async def next(self) -> bytes:
-        """The next bytes as they came, empty at the end.
-
-        Raises:
-            EngineBroke: the connection broke before the end.
-        """
-        try:
-            return await self._response.content.readany()
-        except _BROKEN as error:
-            raise _broke(self._endpoint, error) from error
-
-    async def read(self) -> bytes:
-        """All of the body. Raises as `next` does."""
-        try:
-            return await self._response.read()
-        except _BROKEN as error:
-            raise _broke(self._endpoint, error) from error
-
-    def close(self) -> None:
-        """Hang up unless everything was read: the engine stops working on it."""
-        self._response.close()
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    host: str
+    port: int
+    is_tls: bool
 
 
 class EngineClient:
-    """Sends requests to endpoints. One per event loop, shared by all requests."""
+    """Sends requests to endpoints. One per event loop, shared by all requests.
+
+    Connections are as many as there are leases: `max_in_flight` bounds both.
+    """
 
     def __init__(self, *, connect_timeout_s: float) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
-        self._pooled = self._session(force_close=False)
-        self._fresh = self._session(force_close=True)
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: dict[str, list[EngineConnection]] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
+        self._sweep()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._pooled.close()
-        await self._fresh.close()
+        if self._sweep_timer:
+            self._sweep_timer.cancel()
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.abort()
+        self._idle.clear()
+        await asyncio.sleep(0)  # so that the event loop closes the sockets
 
     async def post(
-        self, endpoint: Endpoint, path: str, body: bytes, headers: dict[str, str]
+        self, endpoint: Endpoint, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Answer:
-        """Send, and wait for the answer's headers.
+        """Send, and wait until the answer has begun.
 
         Raises:
             EngineUnreachable: no connection; nothing was sent.
             EngineBroke: the connection broke before the answer began.
         """
-        headers = {**headers, "content-type": "application/json", "accept-encoding": "identity"}
-        if endpoint.api_key:
-            headers["authorization"] = f"Bearer {endpoint.api_key}"
-        connection = SimpleNamespace(reused=False)
-        request = {"data": body, "headers": headers, "trace_request_ctx": connection}
-        try:
+        head = _head(endpoint.url, endpoint.api_key, path) + _lines(headers, len(body))
+        connection = self._pooled(endpoint.url)
+        if connection is not None:
             try:
-                return await self._send(self._pooled, endpoint, path, **request)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if not connection.reused:
-                    raise
-            # The engine closed an idle connection while we took it for alive: that is no failure.
-            return await self._send(self._fresh, endpoint, path, **request)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                return await connection.ask(head, body)
+            except StaleConnection:
+                pass  # it was closed while we took it for alive: that is no failure
+        connection = await self._connect(endpoint)
+        return await connection.ask(head, body)
+
+    def _pooled(self, url: str) -> EngineConnection | None:
+        idle = self._idle.get(url)
+        while idle:
+            connection = idle.pop()
+            if not connection.closed:
+                connection.reused = True
+                return connection
+        return None
+
+    async def _connect(self, endpoint: Endpoint) -> EngineConnection:
+        loop, url = asyncio.get_running_loop(), endpoint.url
+        origin = _origin(url)
+
+        def free(connection: EngineConnection) -> None:
+            connection.idle_since = loop.time()
+            self._idle.setdefault(url, []).append(connection)
+
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                transport, connection = await loop.create_connection(
+                    lambda: EngineConnection(endpoint.key, loop, free),
+                    origin.host,
+                    origin.port,
+                    ssl=self._tls_context() if origin.is_tls else None,
+                )
+        except (OSError, TimeoutError) as error:
+            reason = str(error) or f"none within {self._connect_timeout_s:g} s"
             raise EngineUnreachable(
-                f"no connection to {endpoint.key}: {_reason(error)}", retry_after_s=2
+                f"no connection to {endpoint.key}: {reason}", retry_after_s=2
             ) from error
-        except _BROKEN as error:
-            raise _broke(endpoint, error) from error
+        _keep_alive(transport.get_extra_info("socket"))
+        return connection
 
-    async def _send(
-        self, session: aiohttp.ClientSession, endpoint: Endpoint, path: str, **request: Any
-    ) -> Answer:
-        response = await session.post(endpoint.url + path, allow_redirects=False, **request)
-        return Answer(response, endpoint)
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
 
-    def _session(self, *, force_close: bool) -> aiohttp.ClientSession:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        connector = aiohttp.TCPConnector(
-            limit=0,
-            force_close=force_close,
-            keepalive_timeout=None if force_close else _IDLE_S,
-            socket_factory=_socket_with_keepalive,
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
-            timeout=self._timeout,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[trace],
-        )
-
-
-async def _note_reuse(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.reused = True
+    def _sweep(self) -> None:
+        """Close what has been idle for long."""
+        loop = asyncio.get_running_loop()
+        since = loop.time() - _IDLE_S
+        for url, connections in list(self._idle.items()):
+            live = []
+            for connection in connections:
+                if connection.idle_since < since:
+                    connection.abort()
+                elif not connection.closed:
+                    live.append(connection)
+            if live:
+                self._idle[url] = live
+            else:
+                del self._idle[url]
+        self._sweep_timer = loop.call_later(_SWEEP_S, self._sweep)
 
 
-def _socket_with_keepalive(address: Any) -> socket.socket:
-    """A socket that notices within about 30 s that the engine's host is gone.
+@lru_cache(maxsize=4096)
+def _origin(url: str) -> _Origin:
+    parts = urlsplit(url)
+    is_tls = parts.scheme == "https"
+    return _Origin(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
+
+
+@lru_cache(maxsize=4096)
+def _head(url: str, api_key: str | None, path: str) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"host: {urlsplit(url).netloc.rpartition('@')[2]}",
+        "content-type: application/json",
+        "accept-encoding: identity",
+    ]
+    if api_key:
+        lines.append(f"authorization: Bearer {api_key}")
+    return "".join(_UNSAFE_IN_HEADER.sub("?", line) + "\r\n" for line in lines).encode()
+
+
+def _lines(headers: Mapping[str, str], num_body_bytes: int) -> bytes:
+    """The rest of the head. `headers` hold no line breaks: `make_call` and tracing see to that."""
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    return f"{''.join(lines)}content-length: {num_body_bytes}\r\n\r\n".encode()
+
+
+def _keep_alive(connected: socket.socket) -> None:
+    """Let a connection notice within about 30 s that the engine's host is gone.
 
     An engine may rightly be silent for minutes, so silence alone must not end a request.
     """
-    family, kind, protocol, _, _ = address
-    result = socket.socket(family=family, type=kind, proto=protocol)
-    result.setblocking(False)
-    result.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
-        result.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
-        result.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        result.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    return result
-
-
-def _broke(endpoint: Endpoint, error: BaseException) -> EngineBroke:
-    return EngineBroke(f"the engine at {endpoint.key} broke off: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -3,7 +3,12 @@
 GatewayError
 ├── StartupFailed       the gateway cannot start: port in use, bad file (exit code 2)
 ├── BadRequest          400 INVALID_ARGUMENT     not JSON, no model, a header that makes no sense
-│   └── BodyTooLarge    413 RESOURCE_EXHAUSTED
+│   ├── BodyTooLarge    413 RESOURCE_EXHAUSTED
+│   └── Malformed       400                      not HTTP/1.1 as RFC 9112 has it; the connection ends
+│       ├── TooSlow         408                  the request did not arrive in time
+│       ├── TargetTooLong   414
+│       ├── NotExpected     417                  `expect` of something else than 100-continue
+│       └── HeadTooLarge    431
 ├── NoSuchModel         404 NOT_FOUND            with the nearest names
 ├── NoSuchRoute         404 UNIMPLEMENTED
 │   └── WrongMethod     405
@@ -14,7 +19,8 @@ GatewayError
 └── DeadlineExceeded    504 DEADLINE_EXCEEDED    the client's own time limit has passed
 
 Each knows its HTTP status, its gRPC status and OpenAI's `type` and `code`. They are raised where the
-fact is known and turned into a response at the edges: `http_api`, `grpc_api`, `__main__`.
+fact is known and turned into a response at the edges: `http_api`, `http_server`, `grpc_api`,
+`__main__`.
 """
 
 from __future__ import annotations
@@ -76,6 +82,40 @@ class BodyTooLarge(BadRequest):
     status = 413
     grpc_status = "RESOURCE_EXHAUSTED"
     code = "request_too_large"
+
+
+class Malformed(BadRequest):
+    """Not HTTP/1.1 as RFC 9112 has it: what follows on the connection cannot be trusted."""
+
+    code = "malformed_request"
+
+
+class TooSlow(Malformed):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class TargetTooLong(Malformed):
+    """The path and query are longer than any of ours."""
+
+    status = 414
+    code = "uri_too_long"
+
+
+class NotExpected(Malformed):
+    """The client waits for something that this server never says."""
+
+    status = 417
+    code = "expectation_failed"
+
+
+class HeadTooLarge(Malformed):
+    """Too many headers, or too long ones."""
+
+    status = 431
+    code = "headers_too_large"
 
 
 class NoSuchModel(GatewayError):

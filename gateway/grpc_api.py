@@ -16,11 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_cards
 from gateway.errors import EngineBroke, GatewayError, Unavailable
-from gateway.forwarding import Forwarder, Reply
+from gateway.forwarding import Forwarder
 from gateway.grpc_messages import fill, to_json
-from gateway.metering import Record
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
+from gateway.record import Record
+from gateway.reply import Reply
 from gateway.sse import event_data
 
 _log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
             if path not in {"/tokenize", "/v1/embeddings"}:
                 payload["stream"] = stream
             body = json.dumps(payload).encode()
-            call = make_call(api="grpc", path=path, body=body, headers=metadata, payload=payload)
+            call = make_call("grpc", path, body, metadata, request_id(metadata))
         except GatewayError as error:
             record = Record(api="grpc", path=path, request_id=request_id(metadata))
             self._forwarder.rejected(record, error)

@@ -1,30 +1,24 @@
-"""The HTTP face: OpenAI's API in front of `Forwarder`, on aiohttp."""
+"""The HTTP face: OpenAI's API in front of `Forwarder`, as an application of our HTTP server."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Any
 
-from aiohttp import web
-
-from gateway.call import make_call, request_id
+from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
-from gateway.errors import (
-    BadRequest,
-    BodyTooLarge,
-    GatewayError,
-    NoSuchRoute,
-    Unavailable,
-    WrongMethod,
-)
-from gateway.forwarding import Forwarder, Reply
-from gateway.metering import Record
+from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
+from gateway.forwarding import Forwarder
+from gateway.head_cache import Head
+from gateway.http_connection import HttpConnection
+from gateway.http_parser import Request
+from gateway.http_response import JSON_TYPE, error_headers, json_body
+from gateway.record import Record
+from gateway.reply import Reply
 from gateway.sse import error_event
 
 _log = logging.getLogger(__name__)
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Passed through to engines, which know what they mean; only `model` is ours.
 FORWARDED_PATHS = (
@@ -36,160 +30,130 @@ FORWARDED_PATHS = (
     "/tokenize",
     "/detokenize",
 )
-_LAST_WORDS_S = 2.0
-_REQUEST_ID = web.RequestKey("request_id", str)
-
-
-def make_app(forwarder: Forwarder, *, is_ready: Callable[[], bool]) -> web.Application:
-    """The application; `is_ready` answers `/ready`."""
-    api = HttpApi(forwarder, is_ready)
-    limit = forwarder.admission.limits.max_body_bytes
-    app = web.Application(middlewares=[_errors_as_bodies], client_max_size=limit)
-    for path in FORWARDED_PATHS:
-        app.router.add_post(path, api.infer)
-    app.router.add_get("/v1/models", api.models)
-    app.router.add_get("/v1/models/{id:.+}", api.model)
-    app.router.add_get("/health", api.health)
-    app.router.add_get("/ready", api.ready)
-    app.router.add_get("/metrics", api.metrics)
-    return app
+_FORWARDED_PATHS = frozenset(FORWARDED_PATHS)
+_MODEL_PATH = "/v1/models/"
+_TEXT_TYPE = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 
 class HttpApi:
-    """Handlers of all routes."""
+    """Answers all routes; `is_ready` answers `/ready`."""
 
-    def __init__(self, forwarder: Forwarder, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, forwarder: Forwarder, *, is_ready: Callable[[], bool]) -> None:
         self._forwarder = forwarder
         self._is_ready = is_ready
+        self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
+            "/v1/models": lambda: _json({"object": "list", "data": self._model_cards()}),
+            "/health": lambda: _json({"status": "ok"}),
+            "/ready": self._ready,
+            "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
+        }
 
-    async def infer(self, request: web.Request) -> web.StreamResponse:
-        """Forward a request and stream the answer back."""
+    async def answer(self, request: Request, to: HttpConnection) -> None:
+        """The edge: every failure becomes OpenAI's error body, and every response has an id."""
+        head = request.head
+        told_id = request_id(head.headers)
         try:
-            call = make_call(
-                api="http",
-                path=request.path,
-                body=await self._body(request),
-                headers=request.headers,
-            )
+            if head.method == b"POST" and head.path in _FORWARDED_PATHS:
+                await self._infer(request, told_id, to)
+            else:
+                self._show(head, told_id, to)
         except GatewayError as error:
-            record = Record(api="http", path=request.path, request_id=request[_REQUEST_ID])
+            _respond_error(to, error, told_id, _allowed(head.path))
+        except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
+            _log.exception("request %s failed", told_id)
+            if to.started:
+                to.abort()
+            else:
+                bug = GatewayError("internal error; the gateway's log has more")
+                _respond_error(to, bug, told_id)
+
+    def refuse(self, error: BadRequest, to: HttpConnection) -> None:
+        """Answer what was no HTTP request, or too large a one."""
+        record = Record(api="http", path="", request_id=request_id({}))
+        self._forwarder.rejected(record, error)
+        _respond_error(to, error, record.request_id)
+
+    async def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
+        """Forward a request and push the answer back."""
+        path, headers = request.head.path, request.head.headers
+        try:
+            call = make_call("http", path, request.body, headers, told_id)
+        except GatewayError as error:
+            record = Record(api="http", path=path, request_id=told_id)
             self._forwarder.rejected(record, error)
             raise
-        call.request_id = request[_REQUEST_ID]
-        response: web.StreamResponse | None = None
+        reply: Reply | None = None
         try:
             async with self._forwarder.forward(call) as reply:
                 if reply.body is not None:
-                    return web.Response(status=reply.status, headers=reply.headers, body=reply.body)
-                response = web.StreamResponse(status=reply.status, headers=reply.headers)
-                await response.prepare(request)
-                await _pour(reply, response)
+                    to.respond(reply.status, reply.header_lines, reply.body)
+                else:
+                    to.start(reply.status, reply.header_lines)
+                    await reply.pour(to)
+                    to.finish()
         except GatewayError as error:
-            if response is None:
+            if reply is None:
                 raise
-            await _break_off(request, response, error)
-        return response
+            _break_off(to, reply, call, error)
 
-    async def models(self, _request: web.Request) -> web.Response:
-        """The models that this gateway serves."""
-        self._require_table()
-        cards = model_cards(self._forwarder.admission)
-        return web.json_response({"object": "list", "data": cards})
+    def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
+        """One of our own documents."""
+        path, admission = head.path, self._forwarder.admission
+        allowed = _allowed(path)
+        if allowed is None:
+            method = head.method.decode()
+            raise NoSuchRoute(f"there is no {method} {path[:200]}")
+        if head.method.decode() not in allowed:
+            raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
+        document = self._documents.get(path)
+        if document is not None:
+            content_type, body = document()
+        else:
+            model = admission.resolve(path.removeprefix(_MODEL_PATH))
+            content_type, body = _json(model_card(admission, model))
+        to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
 
-    async def model(self, request: web.Request) -> web.Response:
-        """One model, by name or alias."""
-        admission = self._forwarder.admission
-        model = admission.resolve(request.match_info["id"])
-        return web.json_response(model_card(admission, model))
-
-    async def health(self, _request: web.Request) -> web.Response:
-        """The process lives."""
-        return web.json_response({"status": "ok"})
-
-    async def ready(self, _request: web.Request) -> web.Response:
-        """It takes requests: it has an endpoint table and is not draining."""
-        if not self._is_ready():
-            raise Unavailable("not ready: no endpoint table, or shutting down", retry_after_s=1)
-        return web.json_response({"status": "ready"})
-
-    async def metrics(self, _request: web.Request) -> web.Response:
-        """Prometheus' text format."""
-        return web.Response(
-            body=self._forwarder.meter.exposition(),
-            headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
-
-    def _require_table(self) -> None:
+    def _model_cards(self) -> list[dict[str, Any]]:
         if self._forwarder.admission.table is None:
             raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
+        return model_cards(self._forwarder.admission)
 
-    async def _body(self, request: web.Request) -> bytes:
-        limit = self._forwarder.admission.limits.max_body_bytes
-        if (request.content_length or 0) > limit:
-            raise _too_large(limit)
-        try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large(limit) from None
-        except web.RequestPayloadError as error:
-            raise BadRequest(f"the body cannot be read: {error}") from None
+    def _ready(self) -> tuple[bytes, bytes]:
+        if not self._is_ready():
+            raise Unavailable("not ready: no endpoint table, or shutting down", retry_after_s=1)
+        return _json({"status": "ready"})
 
 
-async def _pour(reply: Reply, response: web.StreamResponse) -> None:
-    while chunk := await reply.next():
-        await response.write(chunk)
-    await response.write_eof()
+def _json(value: Any) -> tuple[bytes, bytes]:
+    return JSON_TYPE, json_body(value)
 
 
-async def _break_off(
-    request: web.Request, response: web.StreamResponse, error: GatewayError
+def _allowed(path: str) -> tuple[str, ...] | None:
+    """The methods that `path` takes; None: there is no such path."""
+    if path in _FORWARDED_PATHS:
+        return ("POST",)
+    own = path in {"/v1/models", "/health", "/ready", "/metrics"}
+    if own or (path.startswith(_MODEL_PATH) and len(path) > len(_MODEL_PATH)):
+        return ("GET", "HEAD")
+    return None
+
+
+def _break_off(to: HttpConnection, reply: Reply, call: Call, error: GatewayError) -> None:
+    """End a response whose head is gone: with an error event, or else visibly cut short."""
+    if to.started and reply.is_event_stream:
+        to.write(error_event(error, call.path))
+        to.finish()
+    else:
+        to.abort()
+
+
+def _respond_error(
+    to: HttpConnection,
+    error: GatewayError,
+    told_id: str,
+    allowed: tuple[str, ...] | None = None,
 ) -> None:
-    """End a response whose headers are gone: with an error event, or else visibly cut short."""
-    if response.content_type == "text/event-stream":
-        # The client may have stopped reading; it is not waited for long.
-        with contextlib.suppress(ConnectionResetError, TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_S):
-                await response.write(error_event(error, request.path))
-                await response.write_eof()
-                return
-    if request.transport:
-        request.transport.abort()
-
-
-@web.middleware
-async def _errors_as_bodies(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """The edge: every failure becomes OpenAI's error body, and every response has an id."""
-    request[_REQUEST_ID] = request_id(request.headers)
-    try:
-        response = await handler(request)
-    except GatewayError as error:
-        response = _error_response(error)
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        response = _error_response(WrongMethod(f"{request.path} takes {allowed}"))
-        response.headers["allow"] = allowed
-    except web.HTTPNotFound:
-        response = _error_response(
-            NoSuchRoute(f"there is no {request.method} {request.path[:200]}")
-        )
-    except web.HTTPException as error:
-        response = _error_response(BadRequest(error.reason))
-    except ConnectionResetError:
-        response = web.Response()  # the client left: nobody will read it
-    except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
-        _log.exception("request %s failed", request[_REQUEST_ID])
-        response = _error_response(GatewayError("internal error; the gateway's log has more"))
-    if not response.prepared:
-        response.headers["x-request-id"] = request[_REQUEST_ID]
-    return response
-
-
-def _error_response(error: GatewayError) -> web.Response:
-    response = web.json_response(error.body(), status=error.status)
-    if error.retry_after:
-        response.headers["retry-after"] = error.retry_after
-    return response
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit} bytes")
+    headers = error_headers(error, told_id)
+    if isinstance(error, WrongMethod) and allowed:
+        headers += b"allow: %b\r\n" % ", ".join(allowed).encode()
+    to.respond(error.status, headers, json_body(error.body()))

@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from gateway.usage import Usage
+from gateway.access_log import AccessLog
+from gateway.record import Record
 
-_access = logging.getLogger("gateway.access")
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
     *(2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 
 
-@dataclass(slots=True)
-class Record:
-    """What happened to one request. Unknown names stay out of `model`: it is a metric's label."""
+class _Series:
+    """The metrics of one model, variant and API, looked up once."""
 
-    api: str
-    path: str
-    request_id: str
-    model: str = ""
-    variant: str = ""
-    endpoint: str = ""
-    status: int = 500
-    error: str = ""
-    attempts: int = 0
-    queued_s: float = 0.0
-    ttft_s: float | None = None
-    usage: Usage | None = None
-    started: float = field(default_factory=time.monotonic)
+    __slots__ = ("completion_tokens", "duration", "prompt_tokens", "statuses", "ttft")
 
-    @property
-    def age_s(self) -> float:
-        """Seconds since it came in."""
-        return time.monotonic() - self.started
+    def __init__(
+        self,
+        duration: Histogram,
+        ttft: Histogram,
+        prompt_tokens: Counter,
+        completion_tokens: Counter,
+    ) -> None:
+        self.duration = duration
+        self.ttft = ttft
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.statuses: dict[int, Counter] = {}
 
 
 class Meter:
     """The gateway's metrics (`bora_gateway_*`). With several workers they are summed by scraping any."""
 
-    def __init__(self, *, access_log: bool = True) -> None:
+    def __init__(self, access_log: AccessLog | None = None) -> None:
         self._access_log = access_log
+        self._series: dict[tuple[str, str, str], _Series] = {}
+        self._at_engines: dict[tuple[str, str], Gauge] = {}
         self._registry = registry = CollectorRegistry()
         request = ("model", "variant", "api")
         self._requests = Counter(
@@ -126,16 +118,32 @@ class Meter:
 
     def finished(self, record: Record) -> None:
         """Count a request that is over and write its access log line."""
-        labels = (record.model, record.variant, record.api)
-        self._requests.labels(*labels, str(record.status)).inc()
-        self._duration.labels(*labels).observe(record.age_s)
+        series = self._series.get((record.model, record.variant, record.api))
+        if series is None:
+            series = self._new_series(record.model, record.variant, record.api)
+        requests = series.statuses.get(record.status)
+        if requests is None:
+            labels = (record.model, record.variant, record.api, str(record.status))
+            requests = series.statuses[record.status] = self._requests.labels(*labels)
+        requests.inc()
+        record.duration_s = record.age_s
+        series.duration.observe(record.duration_s)
         if record.ttft_s is not None:
-            self._ttft.labels(*labels).observe(record.ttft_s)
-        if record.usage:
-            self._prompt_tokens.labels(*labels[:2]).inc(record.usage.prompt_tokens)
-            self._completion_tokens.labels(*labels[:2]).inc(record.usage.completion_tokens)
-        if self._access_log and _access.isEnabledFor(logging.INFO):
-            _access.info("%s", _access_line(record))
+            series.ttft.observe(record.ttft_s)
+        if record.usage is not None:
+            series.prompt_tokens.inc(record.usage.prompt_tokens)
+            series.completion_tokens.inc(record.usage.completion_tokens)
+        if self._access_log is not None:
+            self._access_log.add(record)
+
+    def _new_series(self, model: str, variant: str, api: str) -> _Series:
+        series = self._series[model, variant, api] = _Series(
+            self._duration.labels(model, variant, api),
+            self._ttft.labels(model, variant, api),
+            self._prompt_tokens.labels(model, variant),
+            self._completion_tokens.labels(model, variant),
+        )
+        return series
 
     def retried(self, model: str, reason: str) -> None:
         """A request goes to another endpoint, because of an error's `code` or a status."""
@@ -143,7 +151,10 @@ class Meter:
 
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""
-        self._in_flight.labels(model, variant).inc(change)
+        gauge = self._at_engines.get((model, variant))
+        if gauge is None:
+            gauge = self._at_engines[model, variant] = self._in_flight.labels(model, variant)
+        gauge.inc(change)
 
     @contextmanager
     def queued(self, model: str) -> Iterator[None]:
@@ -166,25 +177,3 @@ class Meter:
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
             return generate_latest(summed)
         return generate_latest(self._registry)
-
-
-def _access_line(record: Record) -> str:
-    usage = record.usage
-    line = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "request_id": record.request_id,
-        "api": record.api,
-        "path": record.path,
-        "model": record.model,
-        "variant": record.variant,
-        "endpoint": record.endpoint,
-        "status": record.status,
-        "duration_s": round(record.age_s, 4),
-        "queued_s": round(record.queued_s, 4),
-        "ttft_s": None if record.ttft_s is None else round(record.ttft_s, 4),
-        "prompt_tokens": usage.prompt_tokens if usage else None,
-        "completion_tokens": usage.completion_tokens if usage else None,
-        "attempts": record.attempts,
-        "error": record.error or None,
-    }
-    return json.dumps(line)

@@ -48,11 +48,8 @@ class Route:
 
 def untried(states: Iterable[EndpointState], tried: Collection[str]) -> list[EndpointState]:
     """Filter: those that take requests and have not failed this one."""
-    return [
-        state
-        for state in states
-        if state.endpoint.state == "ready" and state.endpoint.key not in tried
-    ]
+    ready = [state for state in states if state.endpoint.state == "ready"]
+    return [state for state in ready if state.endpoint.key not in tried] if tried else ready
 
 
 def pick(
@@ -63,10 +60,17 @@ def pick(
     Suspects are considered only when nothing else is left: while a healthy endpoint is merely busy,
     waiting for it beats trying one that does not answer.
     """
-    ready = untried(states, tried)
-    healthy = [state for state in ready if state.suspect_until <= now]
-    with_room = [s for s in healthy or ready if s.in_flight < s.max_in_flight]
-    return min(with_room, key=lambda s: (s.load, s.requests), default=None)
+    best: EndpointState | None = None
+    only_suspects = True
+    for state in untried(states, tried):
+        is_suspect = state.suspect_until > now
+        if only_suspects and not is_suspect:
+            best, only_suspects = None, False
+        if is_suspect is not only_suspects or state.in_flight >= state.max_in_flight:
+            continue
+        if best is None or (state.load, state.requests) < (best.load, best.requests):
+            best = state
+    return best
 
 
 class Router:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from contextlib import AsyncExitStack
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Self
 
 import uvloop
-from aiohttp import web
 from pydantic import ValidationError
 
+from gateway.access_log import AccessLog
 from gateway.admission import Admission
 from gateway.config import GatewayConfig, Limits
 from gateway.endpoints import EndpointTable
@@ -27,7 +29,8 @@ from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
 from gateway.grpc_api import GrpcServer
-from gateway.http_api import make_app
+from gateway.http_api import HttpApi
+from gateway.http_server import HttpServer
 from gateway.metering import Meter
 from gateway.ports import cannot_listen, require_free_port
 from gateway.table_feed import ControllerFeed, FileFeed
@@ -35,6 +38,8 @@ from gateway.tracing import tracing_from
 from placement.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_GARBAGE_THRESHOLDS = (20_000, 20, 50)
+_LAST_ANSWERS_S = 1.0  # when everything ends, for what is being sent
 
 
 class Gateway:
@@ -47,10 +52,12 @@ class Gateway:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.admission = Admission(config.limits, workers=config.workers)
-        self.meter = Meter(access_log=config.access_log)
+        self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
+        self.meter = Meter(self._access_log)
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._forwarder: Forwarder | None = None
+        self._http: HttpServer | None = None
         self._grpc: GrpcServer | None = None
         self._stack = AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,6 +67,16 @@ class Gateway:
         """It has a table and takes requests."""
         draining = self._forwarder is None or self._forwarder.draining
         return self.admission.table is not None and not draining
+
+    @property
+    def num_connections(self) -> int:
+        """HTTP clients that are connected."""
+        return self._http.num_connections if self._http else 0
+
+    @property
+    def num_unsent_bytes(self) -> int:
+        """What HTTP clients have not taken yet."""
+        return self._http.num_unsent_bytes if self._http else 0
 
     async def __aenter__(self) -> Self:
         try:
@@ -93,6 +110,8 @@ class Gateway:
     async def _start(self) -> None:
         config = self.config
         limits = config.limits
+        if self._access_log:
+            self._stack.callback(self._access_log.flush)
         tracing = tracing_from(os.environ)
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
         engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)
@@ -125,21 +144,16 @@ class Gateway:
         )
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
-        app = make_app(forwarder, is_ready=lambda: self.is_ready)
-        runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
-        await runner.setup()
-        self._stack.push_async_callback(runner.cleanup)
         config = self.config
-        site = web.TCPSite(
-            runner, config.host, config.http_port, reuse_port=config.workers > 1 or None
-        )
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        self._http = HttpServer(api, config.limits)
+        self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:
-            await site.start()
+            self.http_port = await self._http.listen(
+                config.host, config.http_port, reuse_port=config.workers > 1
+            )
         except OSError as error:
             raise cannot_listen(config.host, config.http_port, error) from error
-        self.http_port = runner.addresses[0][1]
 
     async def _listen_grpc(self, forwarder: Forwarder, port: int) -> None:
         config = self.config
@@ -166,6 +180,7 @@ async def serve(config: GatewayConfig, *, stop: asyncio.Event | None = None) -> 
     Raises:
         StartupFailed: a port is taken, or the endpoints file is wrong.
     """
+    _take_resources()
     stop, hurry = stop or asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -240,6 +255,15 @@ def log_to_stderr() -> None:
     access = logging.getLogger("gateway.access")
     access.handlers = [logging.StreamHandler()]
     access.propagate = False
+
+
+def _take_resources() -> None:
+    """Two files a stream; and garbage is collected rarely, as requests' objects form few cycles."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
 
 
 def _token(path: Path | None) -> str | None:

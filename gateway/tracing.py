@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gateway.call import Call
-from gateway.metering import Record
+from gateway.record import Record
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -21,9 +21,14 @@ class Tracing:
         self._provider = provider
         self._tracer = provider.get_tracer("bora.gateway") if provider else None
 
+    @property
+    def enabled(self) -> bool:
+        """Spans are exported. While they are not, the client's headers go on untouched."""
+        return self._tracer is not None
+
     @contextmanager
     def span(self, call: Call, record: Record) -> Iterator[None]:
-        """Covers one request. While tracing is off, the client's headers go on untouched."""
+        """Covers one request."""
         if self._tracer is None:
             yield
             return

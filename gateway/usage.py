@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 _KEY = b'"usage"'
 _LONGEST_USAGE_BYTES = 4096
+# As OpenAI and vLLM write it; all else goes through the decoder.
+_USUAL = re.compile(
+    rb'"usage": ?\{"prompt_tokens": ?(\d{1,9}), ?(?:"total_tokens": ?\d{1,9}, ?)?'
+    rb'"completion_tokens": ?(\d{1,9})[,}]'
+)
 _decoder = json.JSONDecoder()
 
 
@@ -24,6 +30,12 @@ def find_usage(data: bytes) -> Usage | None:
 
     Quotes inside of JSON strings are escaped, so that text of the model is never taken for it.
     """
+    end = data.rfind(_KEY)
+    if end < 0:
+        return None
+    usual = _USUAL.match(data, end)
+    if usual is not None:
+        return Usage(int(usual[1]), int(usual[2]))
     end = len(data)
     while (at := data.rfind(_KEY, 0, end)) >= 0:
         end = at

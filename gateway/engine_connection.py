@@ -1,0 +1,181 @@
+"""One connection to an engine: a request goes out, the answer's bytes come back as they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import httptools
+
+from gateway.answer import Answer
+from gateway.errors import EngineBroke
+
+_MAX_HEAD_BYTES = 256 * 1024
+_COPIED_BODY_BYTES = 64 * 1024
+
+
+class StaleConnection(Exception):
+    """The engine had closed an idle connection: nothing of an answer came, so ask again."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """Asks one thing at a time. `on_free` gets it back when an answer is complete and it may live."""
+
+    __slots__ = (
+        *("_answer", "_body", "_done", "_head", "_head_bytes", "_heard", "_informational"),
+        *("_keep_alive", "_loop", "_name", "_on_free", "_parser", "_paused", "_transport"),
+        *("_until_close", "closed", "idle_since", "reused"),
+    )
+
+    def __init__(
+        self,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        on_free: Callable[[EngineConnection], None],
+    ) -> None:
+        self.closed = self.reused = False
+        self.idle_since = 0.0
+        self._name = name
+        self._loop = loop
+        self._on_free = on_free
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer: Answer | None = None
+        self._head: list[tuple[bytes, bytes]] = []
+        self._body: list[bytes] = []
+        self._head_bytes = 0
+        self._done = self._heard = self._informational = False
+        self._keep_alive = self._until_close = self._paused = False
+
+    async def ask(self, head: bytes, body: bytes) -> Answer:
+        """Send a request and wait until the answer has begun.
+
+        Raises:
+            StaleConnection: it had been idle, and is closed.
+            EngineBroke: it broke before the answer began.
+        """
+        begun = self._loop.create_future()
+        answer = self._answer = Answer(self, begun)
+        self._head, self._head_bytes = [], 0
+        self._done = self._heard = self._until_close = False
+        if len(body) <= _COPIED_BODY_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+        try:
+            await begun
+        except asyncio.CancelledError:
+            if self._answer is answer:  # else it is complete, and another's turn perhaps
+                self.abort()
+            raise
+        if answer.error is not None:
+            if self.reused and not self._heard:
+                raise StaleConnection
+            raise answer.error
+        return answer
+
+    def pause(self) -> None:
+        """Leave what comes with the engine."""
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Hang up."""
+        self._answer = None
+        self.closed = True
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop, as what follows."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of an answer."""
+        self._heard = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._done:
+                self._fail(f"no valid HTTP: {error}")
+                return
+            self._keep_alive = False  # more than was asked for
+        body, answer = self._body, self._answer
+        if body:
+            part = body[0] if len(body) == 1 else b"".join(body)
+            body.clear()
+            if answer is not None:
+                answer.received(part)
+        if self._done:
+            self._complete()
+
+    def eof_received(self) -> None:
+        """The engine sends no more: an answer without a length is complete now."""
+        if self._until_close and self._answer is not None:
+            self._complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is closed, from either side."""
+        self.closed = True
+        self._fail(str(error) if error else "it closed the connection")
+
+    def on_message_begin(self) -> None:
+        """Called by llhttp, as what follows."""
+        if self._answer is None or self._done:
+            raise ValueError("an answer that nobody asked for")
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            raise ValueError("its headers are too large")
+        self._head.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:  # noqa: D102
+        parser, answer = self._parser, self._answer
+        status = parser.get_status_code()
+        self._informational = status < 200
+        if answer is None or self._informational:
+            self._head = []
+            return
+        answer.status, answer.headers = status, self._head
+        self._head = []  # trailers go nowhere
+        self._keep_alive = parser.should_keep_alive()
+        framed = False
+        for name, value in answer.headers:
+            if name == b"content-type":
+                answer.content_type = value
+                answer.is_json = value.startswith(b"application/json")
+            elif name in {b"content-length", b"transfer-encoding"}:
+                framed = True
+        self._until_close = not framed
+
+    def on_body(self, data: bytes) -> None:  # noqa: D102
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:  # noqa: D102
+        self._done = not self._informational
+
+    def _complete(self) -> None:
+        answer, self._answer = self._answer, None
+        self._done = self._until_close = False
+        if self._keep_alive and not self._transport.get_write_buffer_size():
+            self.resume()
+            self._on_free(self)
+        else:
+            self.closed = True
+            self._transport.close()
+        if answer is not None:
+            answer.ended()
+
+    def _fail(self, reason: str) -> None:
+        self.closed = True
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.ended(EngineBroke(f"the engine at {self._name} broke off: {reason}"))
+        self._transport.abort()
