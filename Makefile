@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system format proto docs accuracy bench-gateway lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway format proto docs accuracy lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
