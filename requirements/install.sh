@@ -24,7 +24,7 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     if [ -e "$VENV/pyvenv.cfg" ] || [ -L "$VENV/bin/python" ]; then CLEAR=--clear; fi
     "$PYTHON" -m venv $CLEAR "$VENV"
 fi
-PIP="$VENV/bin/python -m pip --disable-pip-version-check --quiet"
+PIP="$VENV/bin/python -m pip --disable-pip-version-check -qq"
 
 echo "installing torch $TORCH (CPU build)"
 # On PyPI plain `torch` is the CUDA build. The CPU build comes from the package sources as they

@@ -51,8 +51,9 @@ def status_page(status: FleetStatus) -> RenderableType:
         load = f"{variant.in_flight:.1f} in flight, {variant.queued} waiting"
         ready = f"{variant.ready}/{variant.wanted}"
         table.add_row(
-            variant.model, variant.variant, ready, _state(variant), load, "", "", variant.last_event
-        )
+            variant.model, variant.variant, ready, _state(variant), load,
+            "", "", "", variant.last_event,
+        )  # fmt: skip
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
         if variant.failure and variant.ready < variant.wanted:
@@ -86,7 +87,8 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
 
 
 def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[RenderableType, ...]:
-    actual = "" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
+    tokens = "?" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
+    weights = "?" if replica.weights_bytes is None else f"{replica.weights_bytes / GIB:.3f}"
     stage = f" ({replica.stage})" if replica.stage else ""
     return (
         "",
@@ -94,7 +96,8 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
         f"{replica.age_s:.0f} s",
         Text(f"{replica.state}{stage}", style=_STYLES.get(replica.state, "yellow")),
         f"{replica.running} running, {replica.waiting} waiting",
-        f"{variant.planned_kv_cache_tokens:,} / {actual}",
+        f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
+        f"{variant.planned_kv_cache_tokens:,} / {tokens}",
         replica.node,
         "",
     )

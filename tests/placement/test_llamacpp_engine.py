@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import xllamacpp
 
 from placement.candidate import GIB
 from placement.gguf_weights import weights_from_header
@@ -40,12 +43,10 @@ LATENT = {"layers": 3, "hidden": 512, "heads": 8, "ff": 1024, "experts": 8}
 
 def write_model(path: Path, *, latent: bool = False, **sizes: int) -> None:
     """A random model in llama.cpp's own format, by its own package."""
-    gguf = pytest.importorskip("gguf")
-    numpy = pytest.importorskip("numpy")
     writer = gguf.GGUFWriter(str(path), "deepseek2" if latent else "llama")
     _write_metadata(writer, gguf, latent=latent, **sizes)
     for name, shape, full in _tensors(latent=latent, **sizes):
-        writer.add_tensor(name, numpy.zeros(shape, numpy.float32 if full else numpy.float16))
+        writer.add_tensor(name, np.zeros(shape, np.float32 if full else np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -151,7 +152,6 @@ def _latent(**sizes: int) -> dict[str, tuple[int, ...]]:
 
 def logged_mib(path: Path, *, context: int, slots: int) -> dict[str, float]:
     """`model`, `KV` and `compute` buffer sizes that llama.cpp prints while it starts."""
-    pytest.importorskip("xllamacpp")
     command = [sys.executable, "-u", "-c", _SERVE, str(path), str(context), str(slots)]
     found: dict[str, float] = {}
     with subprocess.Popen(
@@ -208,7 +208,6 @@ def test_buffers_are_those_that_llama_cpp_logs(
 
 
 def test_a_header_read_by_the_gguf_package_says_the_same(tmp_path: Path):
-    gguf = pytest.importorskip("gguf")
     path = tmp_path / "tiny.gguf"
     write_model(path, **DENSE)
 
@@ -220,7 +219,6 @@ def test_a_header_read_by_the_gguf_package_says_the_same(tmp_path: Path):
 
 def test_layers_on_the_gpu_agree_with_the_estimate_that_xllamacpp_brings(tmp_path: Path):
     """Theirs is Ollama's old rule, with larger graphs and half a GiB of reserve: not far off."""
-    xllamacpp = pytest.importorskip("xllamacpp")
     path = tmp_path / "tiny.gguf"
     write_model(path, **{**DENSE, "layers": 12, "hidden": 512, "ff": 8192})
     task = a_task(path, context=512, slots=1)
