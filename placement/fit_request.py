@@ -17,6 +17,7 @@ from pydantic import (
 from placement.catalogue import Precision
 from placement.errors import ConfigError, UnknownName
 from placement.spec import Spec
+from placement.vllm_release import DEFAULT_RELEASE
 
 # How other tools call the two kinds of cache that are planned for.
 KV_CACHE_DTYPES: Mapping[str, Literal["auto", "fp8"]] = {
@@ -45,6 +46,7 @@ class FitRequest(Spec):
     max_num_seqs: PositiveInt | None = None
     max_num_batched_tokens: PositiveInt | None = None
     gpu_memory_utilization: PositiveFloat | None = Field(default=None, le=1.0)
+    vllm_release: str = Field(default=DEFAULT_RELEASE, pattern=r"^\d+\.\d+(\.\d+)?$")
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     host_memory_gib: PositiveFloat | None = Field(
         default=None,

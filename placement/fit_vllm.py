@@ -125,6 +125,7 @@ def _candidate(case: Case, device: Device, sizes: Sizes) -> Candidate:
         tensor_parallel_across_nodes=request.tensor_parallel_size is not None,
         max_model_len=request.max_model_len or model.context,
         gpu_memory_utilization=request.gpu_memory_utilization or DEFAULT_UTILIZATION,
+        vllm_release=request.vllm_release,
         dtype=weights.dtype,
         kv_cache_dtype=request.kv_cache_dtype,
         calibration=case.calibration,

@@ -15,6 +15,7 @@ from placement.catalogue import Catalogue
 from placement.errors import ConfigError
 from placement.fit_checkpoints import Subject
 from placement.fit_request import precision_called
+from placement.vllm_release import DEFAULT_RELEASE
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -49,6 +50,9 @@ def fit(  # noqa: PLR0917 - one parameter for each option
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a step.")
     ] = None,
+    vllm_release: Annotated[
+        str, typer.Option(help="Whose memory constants count, e.g. 0.19.")
+    ] = DEFAULT_RELEASE,
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of the GPU memory that the engine takes.")
     ] = None,
@@ -90,6 +94,7 @@ def fit(  # noqa: PLR0917 - one parameter for each option
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
+        "vllm_release": vllm_release,
         "kv_cache_dtype": kv_cache_dtype,
         "host_memory_gib": host_memory_gib,
         "concurrency": concurrency,

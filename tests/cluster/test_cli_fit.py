@@ -168,3 +168,18 @@ def test_part_of_a_name_will_do_when_only_one_model_has_it():
 def test_errors_are_of_the_planner():
     assert isinstance(run(SMALL, "--gpu", "H100:0").exception, ConfigError)
     assert isinstance(run("no-such-model-at-all").exception, UnknownName)
+
+
+def test_an_older_vllm_has_other_memory_constants():
+    options = ("mistral-nemo-12b", "--gpu", "H100-SXM", "--precision", "bf16", "--json")
+    tokens = [
+        json.loads(run(*options, "--vllm-release", release).stdout)["best"]["kv_cache_tokens"]
+        for release in ("0.6", "0.19")
+    ]
+
+    assert tokens[0] < tokens[1]
+
+
+def test_a_release_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="vllm-release"):
+        app(["fit", SMALL, "--gpu", "H100", "--vllm-release", "new"], standalone_mode=False)
