@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.engines import vllm_output
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
 from placement.plan import Shape, Variant
 
@@ -65,20 +65,11 @@ class SimEngine:
 
     def facts(self, log: str) -> EngineFacts:
         """What the log tells about memory."""
-        tokens = re.search(r"KV cache size: ([\d,]+) tokens", log)
-        weights = re.search(r"Model loading took ([\d.]+) GiB", log)
-        return EngineFacts(
-            kv_cache_tokens=int(tokens[1].replace(",", "")) if tokens else None,
-            weights_bytes=round(float(weights[1]) * 2**30) if weights else None,
-        )
+        return vllm_output.facts(log)
 
     def load(self, metrics: str) -> EngineLoad:
         """Parse the text of the engine's `/metrics`."""
-        return EngineLoad(
-            running=int(_gauge(metrics, "vllm:num_requests_running")),
-            waiting=int(_gauge(metrics, "vllm:num_requests_waiting")),
-            kv_cache_usage=_gauge(metrics, "vllm:kv_cache_usage_perc"),
-        )
+        return vllm_output.load(metrics)
 
 
 def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:
@@ -123,9 +114,3 @@ def _own_flags(arguments: Sequence[str]) -> Iterator[str]:
             if takes_value:
                 yield argument
             takes_value = False
-
-
-def _gauge(metrics: str, name: str) -> float:
-    """Sum of a gauge over its labels (one series for each data-parallel rank); 0 if absent."""
-    found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", metrics, flags=re.MULTILINE)
-    return sum(float(value) for value in found)

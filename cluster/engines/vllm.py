@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.engines import vllm_output
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
 from cluster.nano.store import default_cache
 from placement.plan import Shape, Variant
@@ -28,12 +29,6 @@ _STAGES = (
     ("init engine", "starting the HTTP server"),
 )
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
-_KV_CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
-_WEIGHTS_GIB = re.compile(r"Model loading took ([\d.]+) GiB")
-_METRIC = re.compile(
-    r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:{.*})? (\S+)$",
-    re.MULTILINE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +76,11 @@ class VllmEngine:
 
     def facts(self, log: str) -> EngineFacts:
         """KV tokens of the replica; bytes of the heaviest rank's weights."""
-        tokens = _KV_CACHE_TOKENS.findall(log)
-        weights = _WEIGHTS_GIB.findall(log)
-        return EngineFacts(
-            kv_cache_tokens=int(tokens[-1].replace(",", "")) if tokens else None,
-            weights_bytes=round(max(map(float, weights)) * GIB) if weights else None,
-        )
+        return vllm_output.facts(log)
 
     def load(self, metrics: str) -> EngineLoad:
         """Requests summed, and KV usage averaged, over data parallel ranks."""
-        values: dict[str, list[float]] = {}
-        for name, value in _METRIC.findall(metrics):
-            values.setdefault(name, []).append(float(value))
-        usage = values.get("kv_cache_usage_perc", [0.0])
-        return EngineLoad(
-            running=int(sum(values.get("num_requests_running", ()))),
-            waiting=int(sum(values.get("num_requests_waiting", ()))),
-            kv_cache_usage=sum(usage) / len(usage),
-        )
+        return vllm_output.load(metrics)
 
 
 def _runs_eager(shape: Shape) -> bool:

@@ -1,0 +1,38 @@
+"""What vLLM's log and metrics tell; the simulated engine writes the same."""
+
+from __future__ import annotations
+
+import re
+
+from cluster.engines.adapter import EngineFacts, EngineLoad
+
+GIB = 2**30
+_KV_CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+_WEIGHTS_GIB = re.compile(r"Model loading took ([\d.]+) GiB")
+_METRIC = re.compile(
+    r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:{.*})? (\S+)$",
+    re.MULTILINE,
+)
+
+
+def facts(log: str) -> EngineFacts:
+    """KV tokens of the replica; bytes of the heaviest rank's weights."""
+    tokens = _KV_CACHE_TOKENS.findall(log)
+    weights = _WEIGHTS_GIB.findall(log)
+    return EngineFacts(
+        kv_cache_tokens=int(tokens[-1].replace(",", "")) if tokens else None,
+        weights_bytes=round(max(map(float, weights)) * GIB) if weights else None,
+    )
+
+
+def load(metrics: str) -> EngineLoad:
+    """Requests summed, and KV usage averaged, over data parallel ranks."""
+    values: dict[str, list[float]] = {}
+    for name, value in _METRIC.findall(metrics):
+        values.setdefault(name, []).append(float(value))
+    usage = values.get("kv_cache_usage_perc", [0.0])
+    return EngineLoad(
+        running=int(sum(values.get("num_requests_running", ()))),
+        waiting=int(sum(values.get("num_requests_waiting", ()))),
+        kv_cache_usage=sum(usage) / len(usage),
+    )
