@@ -50,10 +50,14 @@ def memory_use(candidate: Candidate) -> MemoryUse:
     """Split the memory of the rank that decides.
 
     All workers are cut to the smallest number of blocks (v1/core/kv_cache_utils.py
-    get_kv_cache_configs), so the stage with the fewest, or the one that misses most, decides.
+    get_kv_cache_configs), so the stage with the fewest, or the one that misses most, decides; among
+    equals (CPUs, where the cache is a fixed budget) the heaviest.
     """
     parts = tuple(_stage_memory(candidate, stage) for stage in stages_of(candidate))
-    worst = min(parts, key=lambda part: (-part.missing_bytes, part.kv.num_blocks))
+    worst = min(
+        parts,
+        key=lambda part: (-part.missing_bytes, part.kv.num_blocks, -part.per_gpu.weights_bytes),
+    )
     return MemoryUse(
         per_gpu=worst.per_gpu,
         kv=worst.kv,

@@ -99,7 +99,8 @@ def rank_parameters(
     once there are more ranks than heads (config/model.py get_num_kv_heads). Routed experts are
     cut over tensor x data parallel ranks, or with `expert_parallel` spread whole over them, the
     remainder on some ranks (fused_moe/config.py). The first stage has the embedding, the last the
-    head and the final norm; tied, both have it (llama.py). The vision tower is on every stage
+    head and the final norm; tied, both have it (llama.py); mixtures with grouped heads have it on
+    every stage (mixtral.py). The vision tower is on every stage
     (pixtral.py does not ask for the rank).
     """
     shards = tensor_parallel_size * data_parallel_size
@@ -124,6 +125,10 @@ def _count(architecture: Architecture, cut: _Cut) -> Parameters:
     if architecture.is_draft:  # vLLM copies embedding and head from the target
         vocabulary, merger = 0, 2 * hidden**2
     tied = architecture.tied_embeddings
+    # vLLM's classes of mixtures with grouped heads (mixtral.py, qwen3_moe.py, gpt_oss.py) make the
+    # embedding on every stage; a CPU log of Mixtral in two stages shows it.
+    everywhere = architecture.moe is not None and architecture.mla is None
+    embeds = stage.is_first or everywhere or (tied and stage.is_last)
     moe, dense_layers = architecture.moe, stage.num_layers
     experts = idle = shared = router = 0
     if moe is not None:
@@ -139,7 +144,7 @@ def _count(architecture: Architecture, cut: _Cut) -> Parameters:
         shared = sparse_layers * shared // ranks
         router = sparse_layers * moe.num_experts * (hidden + moe.router_bias)
     return Parameters(
-        embedding=vocabulary if stage.is_first or (tied and stage.is_last) else 0,
+        embedding=vocabulary if embeds else 0,
         head=vocabulary if stage.is_last and not tied else 0,
         attention=stage.num_layers * _attention(architecture, ranks),
         feed_forward=merger
