@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from cluster.calibration_file import calibrated_catalogue
@@ -96,7 +97,7 @@ def fit(  # noqa: PLR0917 - one parameter for each option
         "gpu_memory_utilization": gpu_memory_utilization,
         "vllm_release": vllm_release,
         "kv_cache_dtype": kv_cache_dtype,
-        "host_memory_gib": host_memory_gib,
+        "host_memory_gib": _host_memory_gib(gpu, host_memory_gib),
         "concurrency": concurrency,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
@@ -159,6 +160,13 @@ def _rank(
         page_console().print(ranking_page(ranking))
     if all(entry.verdict == "does_not_fit" for entry in ranking.ranking):
         sys.exit(EXIT_DOES_NOT_FIT)
+
+
+def _host_memory_gib(gpu: str | None, given: float | None) -> float | None:
+    """On a CPU the memory is the host's: this machine's, if nothing else is said."""
+    if given is None and gpu is not None and gpu.partition(":")[0].lower() == "cpu":
+        return round(psutil.virtual_memory().total / 2**30, 1)
+    return given
 
 
 def _explain(catalogue: Catalogue, *, as_json: bool) -> None:

@@ -57,7 +57,6 @@ def test_what_does_not_fit_is_said_in_full_and_ends_with_3():
         (("mistral-smal-3.2", "--gpu", "4090"), "did you mean"),
         ((SMALL, "--gpu", "4090", "--precision", "q4km"), "q4_k_m"),
         ((SMALL, "--gpu", "4090:2", "--tensor-parallel-size", "4"), "multiply to 4 GPUs"),
-        ((SMALL, "--gpu", "cpu"), "--host-memory-gib"),
         (("--gpu", "4090"), "a MODEL is needed"),
         ((SMALL, "--gpu", "4090", "--json", "--helm"), "give one of them"),
         (("./nowhere.gguf", "--gpu", "4090"), "no such file"),
@@ -183,3 +182,11 @@ def test_an_older_vllm_has_other_memory_constants():
 def test_a_release_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match="vllm-release"):
         app(["fit", SMALL, "--gpu", "H100", "--vllm-release", "new"], standalone_mode=False)
+
+
+def test_on_a_cpu_the_memory_is_this_machines_unless_told():
+    here = json.loads(run("nano-mixtral", "--gpu", "cpu", "--json").stdout)
+    small = run("nano-mixtral", "--gpu", "cpu", "--host-memory-gib", "1", "--json")
+
+    assert here["verdict"] in ("fits", "tight")
+    assert json.loads(small.stdout)["verdict"] != "fits"
