@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.context import state_dir
+from cluster.files import replace_text
 from placement.calibration import Calibration, Observation
 from placement.catalogue import Catalogue, load_catalogue
 from placement.spec import dump_yaml, load_yaml
@@ -41,7 +42,4 @@ def add_observation(path: Path, observation: Observation) -> None:
     Raises:
         ConfigError: the file is there and is not a calibration file; it is left as it is.
     """
-    text = dump_yaml(load_calibration(path).with_observation(observation))
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    replace_text(path, dump_yaml(load_calibration(path).with_observation(observation)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cluster.errors import ClusterUnreachable
+from cluster.files import write_private
 from cluster.processes import is_alive
 from placement.errors import ConfigError
 from placement.spec import Spec
@@ -23,8 +24,6 @@ class Context(Spec):
     ray_tmpdir: str = ""
     controller_url: str = ""  # empty: still starting
     token: str = ""
-    http_url: str = ""
-    grpc_address: str = ""
     supervisor_pid: int = 0  # of `bora up`; 0: made by `bora deploy` on a cluster of others
     supervisor_started_s: float = 0.0
 
@@ -70,9 +69,7 @@ def save(context: Context) -> None:
     made_state_dir()
     path = _path()
     with _told(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(context.model_dump_json(indent=2))
+        write_private(path, context.model_dump_json(indent=2))
 
 
 def find() -> Context | None:

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
+from cluster.files import replace_text
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -92,7 +94,7 @@ class Controller:
         plan = parse_yaml(text, Plan, source=str(plan_file))
         self._autoscaler.restore(await self._deployer.targets())
         self._settled_s = time.monotonic() + SETTLE_S
-        self._adopt(plan)
+        self._adopt(plan, {variant.model for variant in plan.variants})
         await self._reconcile()
         log.info("recovered the fleet %s", plan.fleet)
 
@@ -132,12 +134,10 @@ class Controller:
 
         The plan is kept first: should this be cut short, the next start carries on.
         """
-        before = {variant.model for variant in self._variants()}
-        for variant in plan.variants:
-            self._autoscaler.adopt(variant, running=variant.model in before)
+        running = {variant.model for variant in self._variants()}
         path = self._run_dir / PLAN_FILE
-        await asyncio.to_thread(_replace, path, dump_yaml(plan))
-        self._adopt(plan)
+        await asyncio.to_thread(replace_text, path, dump_yaml(plan))
+        self._adopt(plan, running)
         await self._reconcile()
 
     async def _reconcile(self) -> None:
@@ -275,11 +275,12 @@ class Controller:
     def _settling(self) -> bool:
         return time.monotonic() < self._settled_s
 
-    def _adopt(self, plan: Plan) -> None:
+    def _adopt(self, plan: Plan, running: Collection[str]) -> None:
+        """Take `plan` for what is wanted; models that are `running` keep their replica counts."""
         self._plan = plan
         self._failures.clear()
         for variant in plan.variants:
-            self._autoscaler.adopt(variant, running=True)
+            self._autoscaler.adopt(variant, running=variant.model in running)
         self._publish()
 
     def _publish(self) -> None:
@@ -304,13 +305,6 @@ class Controller:
         if not found:
             raise UnknownName("model", model, {variant.model for variant in self._variants()})
         return found
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write `path` in one step, so that a crash leaves the old or the new text."""
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def _log_to(path: Path) -> None:

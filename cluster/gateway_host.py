@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from cluster.files import write_private
 from cluster.names import CONTROLLER, NAMESPACE
 from cluster.processes import start_guarded, stop_guarded, tail
 
@@ -23,8 +24,7 @@ class GatewayHost:
         self._log_file = Path(log_file)
         token_file = self._log_file.with_suffix(".token")
         token_file.parent.mkdir(parents=True, exist_ok=True)
-        token_file.touch(mode=0o600)
-        token_file.write_text(token, encoding="utf-8")
+        write_private(token_file, token)
         self._command = [sys.executable, "-m", "gateway", *arguments]
         self._command += ["--token-file", str(token_file)]
         self._stop = asyncio.Event()

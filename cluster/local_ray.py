@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ClusterError
+from cluster.files import write_private
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from cluster.signals import signals_ignored
 
@@ -52,8 +53,7 @@ def start_local_ray(
     tmpdir = str(Path(tempfile.mkdtemp(prefix=_TMPDIR_PREFIX)) / "ray")
     run_dir.mkdir(parents=True, exist_ok=True)
     token = run_dir / "ray-token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_urlsafe(32), encoding="utf-8")
+    write_private(token, secrets.token_urlsafe(32))
     env = {
         "RAY_TMPDIR": tmpdir,
         "RAY_AUTH_MODE": "token",

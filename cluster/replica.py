@@ -80,9 +80,8 @@ class Replica:
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
             await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
-        except (
-            Exception
-        ) as error:  # whatever it is: this replica ends, and the controller tells why
+        # Whatever it is, this replica ends, and the controller must be able to tell why.
+        except Exception as error:
             self._state = "failed"
             self._failure = "" if isinstance(error, EngineFailed) else repr(error)
             await self._report()

@@ -14,17 +14,15 @@ from rich.console import Console
 
 from cluster import context
 from cluster.cli.catalogue import Json, solve, solve_on
-from cluster.cli.render import page_console, plan_page, status_page
+from cluster.cli.render import feasible, page_console, status_page
 from cluster.cli.waiting import wait_until_ready
-from cluster.context import Context, state_dir
+from cluster.context import Context
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gateway_ports import checked_ports
 from cluster.local_ray import remove_tmpdir
 from cluster.processes import free_ports
-from placement.errors import DoesNotFit
 from placement.inventory import Inventory
-from placement.plan import Plan
 from placement.spec import load_yaml
 
 DOWN_TIMEOUT_S = 120.0
@@ -51,7 +49,7 @@ def deploy(
         _install_and_deploy(address, fleet, inventory, console)
         return
     client = _client(running or context.require())
-    plan = _feasible(solve(fleet, inventory), console)
+    plan = feasible(solve(fleet, inventory), console)
     before = client.plan()
     if before is not None and before.gateway != plan.gateway:
         console.print("note: the gateway keeps its address until `bora down`", markup=False)
@@ -102,13 +100,6 @@ def down() -> None:
     console.print("stopped", markup=False)
 
 
-def _feasible(plan: Plan, console: Console) -> Plan:
-    if plan.status == "infeasible":
-        console.print(plan_page(plan))
-        raise DoesNotFit("the fleet does not fit; nothing was changed. The reasons are above")
-    return plan
-
-
 def _install_and_deploy(
     address: str, fleet: Path, inventory: Path | None, console: Console
 ) -> None:
@@ -120,11 +111,11 @@ def _install_and_deploy(
 
     bootstrap.connect(address)
     offered = bootstrap.inventory() if inventory is None else load_yaml(inventory, Inventory)
-    plan = _feasible(solve_on(fleet, offered), console)
+    plan = feasible(solve_on(fleet, offered), console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     host = bootstrap.node_address()
     [port] = free_ports(1, host)
-    token = secrets.token_urlsafe(32)
+    url, token = f"http://{host}:{port}", secrets.token_urlsafe(32)
     run_dir = context.made_state_dir() / "run"
     (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     bootstrap.require_none()
@@ -136,28 +127,18 @@ def _install_and_deploy(
             gateway=plan.gateway,
             engine_host=None,
         )
-        client = ControlClient(f"http://{host}:{port}", token)
+        client = ControlClient(url, token)
         client.apply(plan)
         wait_until_ready(client, plan, console, still_up=lambda: True)
     except BaseException:  # Ctrl-C too
         bootstrap.stop()
         console.print("taken back: nothing of bora is left on that cluster", markup=False)
         raise
-    context.save(_context_of(address, plan, host, port, token))
+    context.save(
+        Context(run_dir=str(run_dir), ray_address=address, controller_url=url, token=token)
+    )
     console.print(status_page(client.status()))
     bootstrap.disconnect()
-
-
-def _context_of(address: str, plan: Plan, host: str, port: int, token: str) -> Context:
-    gateway = plan.gateway
-    return Context(
-        run_dir=str(state_dir() / "run"),
-        ray_address=address,
-        controller_url=f"http://{host}:{port}",
-        token=token,
-        http_url=f"http://{gateway.host}:{gateway.http_port}",
-        grpc_address=f"{gateway.host}:{gateway.grpc_port}",
-    )
 
 
 def _uninstall(running: Context, console: Console) -> None:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from placement.errors import DoesNotFit
 from placement.plan import Plan, Variant
 
 GIB = 2**30
@@ -18,6 +19,18 @@ def page_console(*, stderr: bool = False) -> Console:
     """A console whose tables are not cut off where nobody looks at a terminal of 80 columns."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def feasible(plan: Plan, console: Console) -> Plan:
+    """`plan`, if all of it can run.
+
+    Raises:
+        DoesNotFit: it cannot; the page with the reasons was printed on `console`.
+    """
+    if plan.status == "infeasible":
+        console.print(plan_page(plan))
+        raise DoesNotFit("the fleet does not fit; nothing was changed. The reasons are above")
+    return plan
 
 
 def plan_page(plan: Plan) -> RenderableType:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cluster import context
 from cluster.calibration_file import calibrated_catalogue
-from cluster.cli.render import page_console, plan_page
+from cluster.cli.render import feasible, page_console
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
@@ -33,7 +33,7 @@ from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
 from placement.catalogue import CONFIGS
-from placement.errors import ConfigError, DoesNotFit
+from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
 from placement.inventory import Inventory
 from placement.plan import Plan
@@ -100,12 +100,8 @@ def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
     catalogue = catalogue_for(spec, calibrated_catalogue())
     inventory = local_inventory(catalogue)
-    plan = make_plan(spec, inventory, catalogue)
-    if plan.status == "infeasible":
-        console.print(plan_page(plan))
-        raise DoesNotFit("the fleet does not fit this machine; the reasons are above")
-    gateway = checked_ports(plan.gateway)
-    plan = plan.model_copy(update={"gateway": gateway})
+    plan = feasible(make_plan(spec, inventory, catalogue), console)
+    plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     run_dir = _fresh_run_dir(started)
     started_s = time.monotonic()
     console.print(f"starting Ray on this machine (logs: {run_dir / 'logs'})", markup=False)
@@ -145,28 +141,26 @@ def _start_bora(ray: LocalRay, plan: Plan, started: Context) -> ControlClient:
 
     token = secrets.token_urlsafe(32)
     [port] = free_ports(1, HOST)
-    gateway = plan.gateway
     with signals_held():
         bootstrap.connect(ray.address)
     bootstrap.start(
         run_dir=Path(started.run_dir),
         token=token,
         control=(HOST, port),
-        gateway=gateway,
+        gateway=plan.gateway,
         engine_host=HOST,
     )
     with signals_held():
         bootstrap.disconnect()
+    url = f"http://{HOST}:{port}"
     changes = {
         "ray_address": ray.address,
         "ray_tmpdir": ray.tmpdir,
-        "controller_url": f"http://{HOST}:{port}",
+        "controller_url": url,
         "token": token,
-        "http_url": f"http://{gateway.host}:{gateway.http_port}",
-        "grpc_address": f"{gateway.host}:{gateway.grpc_port}",
     }
     context.save(started.model_copy(update=changes))
-    client = ControlClient(f"http://{HOST}:{port}", token)
+    client = ControlClient(url, token)
     client.apply(plan)
     return client
 

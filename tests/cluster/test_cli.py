@@ -171,8 +171,6 @@ def test_a_controller_that_is_gone_is_exit_4(tmp_path: Path):
         ray_tmpdir="",
         controller_url="http://127.0.0.1:1",
         token="t",
-        http_url="",
-        grpc_address="",
         run_dir=str(tmp_path),
         supervisor_pid=2**22 - 1,
     )

@@ -91,8 +91,6 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         ray_tmpdir="",
         controller_url=f"http://127.0.0.1:{port}",
         token=TOKEN,
-        http_url="",
-        grpc_address="",
         run_dir=str(control.run_dir),
     )
     (tmp_path / "context.json").write_text(context.model_dump_json())

@@ -195,8 +195,11 @@ async def test_a_fleet_whose_models_sleep_can_be_deployed_and_wakes(sim: Bora, f
         assert not (await ask(session, sim.url, tokens=4, stream=False)).startswith("!")
 
 
-async def test_a_controller_killed_while_all_models_sleep_still_wakes_them(sim: Bora):
-    await asyncio.to_thread(sim.command, "scale", "chat", "0")
+async def test_a_controller_killed_while_all_models_sleep_still_wakes_them(
+    sim: Bora, fleet_file: Path
+):
+    await asyncio.to_thread(sim.command, "deploy", str(fleet_file))
+    assert (await asyncio.to_thread(sim.command, "scale", "chat", "0")).returncode == 0
     await until_ready(sim, 0, 30)
 
     os.kill(await asyncio.to_thread(_pid_of, sim, "ControllerActor"), signal.SIGKILL)
