@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from gateway.call import Call
 from gateway.config import Limits
 from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
 from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable
@@ -24,6 +25,7 @@ class Waiter:
 
     granted: asyncio.Future[Lease]
     tried: Collection[str]
+    call: Call | None
 
 
 @dataclass(slots=True)
@@ -80,18 +82,22 @@ class Admission:
             raise self._no_such_model(name)
         return model
 
-    def try_acquire(self, model: str, tried: Collection[str] = ()) -> Lease | None:
+    def try_acquire(
+        self, model: str, tried: Collection[str] = (), call: Call | None = None
+    ) -> Lease | None:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
         lane = self._lanes[model]
         # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
         if not tried and any(not waiter.tried for waiter in lane.waiters):
             return None
-        lease = self._reserve(model, tried)
+        lease = self._reserve(model, tried, call)
         if lease and not tried:
             lane.load.requests_total += 1
         return lease
 
-    async def wait(self, model: str, tried: Collection[str] = ()) -> Lease:
+    async def wait(
+        self, model: str, tried: Collection[str] = (), call: Call | None = None
+    ) -> Lease:
         """Queue for a lease. Cancelling leaves the queue.
 
         Raises:
@@ -100,7 +106,7 @@ class Admission:
             NoSuchModel: the model was taken out of the table.
         """
         lane = self._lanes[model]
-        waiter = self._enqueue(model, lane, tried)
+        waiter = self._enqueue(model, lane, tried, call)
         started = self._clock()
         if tried:
             # An endpoint that hung up once may be well: after a while it may be tried again.
@@ -160,9 +166,9 @@ class Admission:
             for name, lane in lanes.items()
         }
 
-    def _reserve(self, model: str, tried: Collection[str]) -> Lease | None:
+    def _reserve(self, model: str, tried: Collection[str], call: Call | None) -> Lease | None:
         now = self._clock()
-        lease = self.router.reserve(model, now=now, tried=tried)
+        lease = self.router.reserve(model, now=now, tried=tried, call=call)
         if lease:
             self._lanes[model].load.began(now)
         return lease
@@ -172,8 +178,8 @@ class Admission:
         waiter.tried = frozenset()
         self._pump(model)
 
-    def _enqueue(self, model: str, lane: Lane, tried: Collection[str]) -> Waiter:
-        waiter = Waiter(asyncio.get_running_loop().create_future(), tried)
+    def _enqueue(self, model: str, lane: Lane, tried: Collection[str], call: Call | None) -> Waiter:
+        waiter = Waiter(asyncio.get_running_loop().create_future(), tried, call)
         if tried:  # it has had its turn once: to the front, and never refused
             lane.waiters[waiter] = None
             lane.waiters.move_to_end(waiter, last=False)
@@ -193,7 +199,7 @@ class Admission:
         for waiter in list(waiters):
             if waiter.granted.done():
                 continue
-            lease = self._reserve(model, waiter.tried)
+            lease = self._reserve(model, waiter.tried, waiter.call)
             if lease:
                 del waiters[waiter]
                 waiter.granted.set_result(lease)

@@ -141,7 +141,7 @@ class Exchange:
         if plant.draining:
             raise shutting_down()
         self.record.model = plant.admission.resolve(self._call.model).name
-        lease = plant.admission.try_acquire(self.record.model)
+        lease = plant.admission.try_acquire(self.record.model, call=self._call)
         if lease is not None:
             self._occupy(lease)
         else:
@@ -171,12 +171,12 @@ class Exchange:
 
     async def _take_place(self) -> None:
         admission, model = self._plant.admission, self.record.model
-        lease = admission.try_acquire(model, self._tried)
+        lease = admission.try_acquire(model, self._tried, self._call)
         if lease is None:
             since = time.monotonic()
             try:
                 with self._plant.meter.queued(model):
-                    lease = await admission.wait(model, self._tried)
+                    lease = await admission.wait(model, self._tried, self._call)
             finally:
                 self.record.queued_s += time.monotonic() - since
         self._occupy(lease)
@@ -222,7 +222,7 @@ class Exchange:
         if self.record.attempts >= admission.limits.max_attempts:
             return False
         tried = self._tried | {self._lease.endpoint.key}
-        other = admission.try_acquire(model, tried)
+        other = admission.try_acquire(model, tried, self._call)
         if other is None:
             return False
         self._plant.meter.retried(model, str(status))

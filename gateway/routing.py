@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from gateway.call import Call
 from gateway.endpoints import Endpoint, EndpointTable, ServedModel
 
 
@@ -141,7 +142,14 @@ class Router:
         route = self._routes.get(model)
         return len(untried(route.states, ())) if route else 0
 
-    def reserve(self, model: str, *, now: float, tried: Collection[str] = ()) -> Lease | None:
+    def reserve(
+        self,
+        model: str,
+        *,
+        now: float,
+        tried: Collection[str] = (),
+        call: Call | None = None,  # noqa: ARG002 - the scorers' input, next
+    ) -> Lease | None:
         """A place at the best endpoint, or None when there is no place."""
         route = self._routes.get(model)
         state = pick(route.states, now=now, tried=tried) if route else None
