@@ -11,10 +11,8 @@ from typing import Any
 
 import msgspec
 
-_IDS = b'"token_ids":['
 _HIDDEN = b'"token_ids":null'
 _ANY_IDS = re.compile(rb'"(prompt_)?token_ids": ?\[([\d, ]*)\]')
-_FINISH = b'"finish_reason":"'
 _BACKSLASH = 0x5C
 _ABORT = "abort"  # vLLM's own reason for an end that nobody asked for
 _CHUNK_NAMES = ("id", "object", "created", "model")
@@ -28,12 +26,13 @@ class Transcript:
     """
 
     __slots__ = (
-        *("_ids", "_mark", "_said", "blocked", "done", "fault", "finished", "head", "hides_ids"),
+        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_said", "blocked", "done", "fault", "finished", "head", "hides_ids"),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
 
     def __init__(self, *, is_chat: bool, hides_ids: bool) -> None:
         self._mark = b'"content":"' if is_chat else b'"text":"'
+        self._ids_mark, self._finish_mark = b'"token_ids":[', b'"finish_reason":"'
         self._ids = bytearray()
         self._said = bytearray()
         self.hides_ids = hides_ids
@@ -74,7 +73,7 @@ class Transcript:
             at < 0
             or self.head is None
             or events.find(b"\n\n") + 2 != len(events)
-            or events.find(_FINISH) >= 0
+            or events.find(self._finish_mark) >= 0
         ):
             return self._read_all(events)
         start = at + len(mark)
@@ -82,11 +81,11 @@ class Transcript:
         if events[end - 1] == _BACKSLASH:
             return self._read_all(events)
         said = events[start:end]
-        at = events.find(_IDS, end)
+        at = events.find(self._ids_mark, end)
         if at < 0:
             self.add(b"", said)
             return events
-        start = at + len(_IDS)
+        start = at + len(self._ids_mark)
         end = events.find(b"]", start)
         self.add(events[start:end], said)
         if self.hides_ids:
@@ -162,8 +161,16 @@ class Transcript:
             self.prompt_ids = prompt_ids
         if self.head is None:
             self.head = {name: chunk[name] for name in _CHUNK_NAMES if name in chunk}
+            if b'": ' in data and b'":"' not in data:
+                self._expect_spaces()
         self.usage_sent = self.usage_sent or bool(chunk.get("usage") and not chunk.get("choices"))
         return all(self._read_choice(choice, ids) for choice in chunk.get("choices") or ())
+
+    def _expect_spaces(self) -> None:
+        """Engines write JSON either way, but always in the same."""
+        marks = (self._mark, self._ids_mark, self._finish_mark)
+        spaced = (mark.replace(b":", b": ") for mark in marks)
+        self._mark, self._ids_mark, self._finish_mark = spaced
 
     def _read_choice(self, choice: Any, ids: bytes) -> bool:
         if not isinstance(choice, dict):
