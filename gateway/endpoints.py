@@ -24,6 +24,9 @@ class Endpoint(Spec):
     served_model_name: str | None = Field(None, description="The engine's name; None: `model`.")
     max_in_flight: PositiveInt = Field(256, description="Requests it runs or queues at once.")
     max_model_len: PositiveInt | None = Field(None, description="Context, tokens.")
+    engine: str = Field(
+        "", description="`vllm` takes ids for its responses; empty: nothing is known of it."
+    )
     api_key: str | None = Field(None, description="Bearer token the engine asks for.", repr=False)
     state: Literal["ready", "draining"] = "ready"
 

@@ -56,7 +56,13 @@ class EngineClient:
         await asyncio.sleep(0)  # so that the event loop closes the sockets
 
     async def post(
-        self, endpoint: Endpoint, path: str, body: bytes, headers: Mapping[str, str]
+        self,
+        endpoint: Endpoint,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        method: str = "POST",
     ) -> Answer:
         """Send, and wait until the answer has begun.
 
@@ -64,7 +70,7 @@ class EngineClient:
             EngineUnreachable: no connection; nothing was sent.
             EngineBroke: the connection broke before the answer began.
         """
-        head = _head(endpoint.url, endpoint.api_key, path) + _lines(headers, len(body))
+        head = _head(endpoint.url, endpoint.api_key, method, path) + _lines(headers, len(body))
         connection = self._pooled(endpoint.url)
         if connection is not None:
             try:
@@ -138,9 +144,9 @@ def _origin(url: str) -> _Origin:
 
 
 @lru_cache(maxsize=4096)
-def _head(url: str, api_key: str | None, path: str) -> bytes:
+def _head(url: str, api_key: str | None, method: str, path: str) -> bytes:
     lines = [
-        f"POST {path} HTTP/1.1",
+        f"{method} {path} HTTP/1.1",
         f"host: {urlsplit(url).netloc.rpartition('@')[2]}",
         "content-type: application/json",
         "accept-encoding: identity",

@@ -162,8 +162,9 @@ class Exchange:
         self._answer = answer = await self._plant.engines.post(
             endpoint,
             call.path,
-            call.body_for(endpoint.served_model_name or endpoint.model),
+            call.body_at(endpoint),
             {**call.headers, "x-request-id": call.request_id},
+            method=call.method,
         )
         if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
             return await self._ask()
@@ -206,7 +207,8 @@ class Exchange:
             admission.suspect(self._lease)
             self._tried.add(self._lease.endpoint.key)
         self._leave_place()
-        if self.record.attempts >= admission.limits.max_attempts:
+        pinned = self._call.endpoint_key is not None
+        if pinned or self.record.attempts >= admission.limits.max_attempts:
             raise error
         managed = admission.resolve(model).managed
         if not managed and not admission.router.can_serve(model, self._tried):

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from gateway.answer import Answer
 from gateway.errors import EngineBroke
+from gateway.missing_path import refuse_if_missing
 from gateway.record import Record
 from gateway.sse import EventAligner
 from gateway.usage import find_usage, has_usage
@@ -42,6 +43,7 @@ class Reply:
 
         Raises:
             EngineBroke: the engine ended a stream before its first byte.
+            NotSupported: the engine has no such path.
         """
         self._answer = answer
         self._record = record
@@ -51,6 +53,7 @@ class Reply:
         self.is_event_stream = answer.content_type.startswith(b"text/event-stream")
         if answer.is_json:
             self.body = answer.read()
+            refuse_if_missing(answer.status, self.body, record)
             record.usage = find_usage(self.body)
         elif self.is_event_stream:
             if answer.is_empty:
