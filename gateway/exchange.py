@@ -24,10 +24,12 @@ from gateway.errors import (
     EngineBroke,
     EngineUnreachable,
     GatewayError,
+    NotSupported,
     Unavailable,
 )
 from gateway.metering import Meter
 from gateway.migration import Migration
+from gateway.missing_path import refuse_if_missing
 from gateway.record import Record
 from gateway.relay import Relay
 from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
@@ -195,6 +197,11 @@ class Exchange:
     def answered(self, answer: Answer, body: bytes) -> None:
         """All of a JSON answer."""
         self._connection = None
+        try:
+            refuse_if_missing(answer.status, body, self.record)
+        except NotSupported as error:
+            self._fail(error)
+            return
         if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         if self._started:
@@ -313,14 +320,14 @@ class Exchange:
         if self._migration is not None:
             path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
         else:
-            path, body = call.path, call.body_for(name)
+            path, body = call.path, call.body_at(endpoint)
             if self._hides_ids(lease):
                 body = body.rstrip()[:-1] + _ASK_FOR_IDS
         headers = {**call.headers, "x-request-id": call.request_id}
         self._connection = connection
         if self._client_is_slow:
             connection.pause()
-        connection.ask(request_head(endpoint, path, headers, len(body)), body, self)
+        connection.ask(request_head(endpoint, call.method, path, headers, len(body)), body, self)
 
     def _new_relay(self) -> Relay:
         call, lease = self._call, self._lease
@@ -395,7 +402,8 @@ class Exchange:
             GatewayError: `error` again, if there is none and will be none, or after enough attempts.
         """
         admission, model = self._plant.admission, self.record.model
-        if self.record.attempts >= admission.limits.max_attempts:
+        pinned = self._call.endpoint_key is not None
+        if pinned or self.record.attempts >= admission.limits.max_attempts:
             raise error
         managed = admission.resolve(model).managed
         if not managed and not admission.router.can_serve(model, self._tried):

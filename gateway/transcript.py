@@ -26,7 +26,19 @@ class Transcript:
     """
 
     __slots__ = (
-        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_said", "blocked", "done", "fault", "finished", "head", "hides_ids"),
+        *(
+            "_finish_mark",
+            "_ids",
+            "_ids_mark",
+            "_mark",
+            "_said",
+            "blocked",
+            "done",
+            "fault",
+            "finished",
+            "head",
+            "hides_ids",
+        ),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
 
@@ -117,7 +129,7 @@ class Transcript:
 
     def _read_all(self, events: bytes) -> bytes:
         """The long way: event by event, line by line."""
-        passed = []
+        passed: list[bytes] = []
         for event in events.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
             if event and not self._read(event):
                 events = b"".join([one + b"\n\n" for one in passed])
