@@ -48,6 +48,7 @@ _RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
 _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\n"
 _ASK_FOR_IDS = b',"return_token_ids":true}'
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0  # between attempts to go on with a stream
 _HEARTBEAT = b": the request waits\n\n"
 
 
@@ -92,9 +93,18 @@ class Exchange:
     """Carries `call` to an engine and its answer to `client`. Hears of both, see `Listener`."""
 
     __slots__ = (
-        *("_answer", "_call", "_client", "_client_is_slow", "_connection", "_heartbeat", "_lease"),
-        *("_migration", "_moved", "_over", "_plant", "_relay", "_span", "_started", "_task"),
-        *("_timer", "_tried", "received", "record"),
+        *(
+            "_answer",
+            "_call",
+            "_client",
+            "_client_is_slow",
+            "_connection",
+            "_heartbeat",
+            "_lease",
+            "_lost",
+        ),
+        *("_migration", "_moved", "_num_misses", "_over", "_plant", "_relay", "_span", "_started"),
+        *("_stranded_at", "_task", "_timer", "_tried", "received", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call, client: Client) -> None:
@@ -105,12 +115,15 @@ class Exchange:
         self._client = client
         self._tried: set[str] = set()
         self._lease: Lease | None = None
+        self._lost = ""  # the endpoint that failed last
         self._connection: EngineConnection | None = None
         self._answer = Answer()
         self._relay: Relay | None = None
         self._migration: Migration | None = None
         self._started = False  # the client has a status
         self._moved = False  # once after an engine's 5xx
+        self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
+        self._num_misses = 0  # engines that did not go on with it since
         self._over = self._client_is_slow = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -223,6 +236,10 @@ class Exchange:
             return
         self._answer = answer
         self.received = self._write_first
+        if self._stranded_at:
+            self._stranded_at, self._num_misses = 0.0, 0
+            self.record.migrations += 1
+            self._plant.meter.migrated(self.record.model)
         if answer.is_event_stream:
             if self._relay is None:
                 self._relay = self._new_relay()
@@ -256,6 +273,7 @@ class Exchange:
         if self._lease is not None:
             self._plant.admission.suspect(self._lease)
             self._tried.add(self._lease.endpoint.key)
+            self._lost = self._lease.endpoint.key
         self._leave_place()
         try:
             if self._relay is not None and self._relay.wrote:
@@ -267,8 +285,10 @@ class Exchange:
 
     # How it goes on
 
-    async def _take_place(self) -> None:
+    async def _take_place(self, pause_s: float = 0.0) -> None:
         admission, model = self._plant.admission, self.record.model
+        if pause_s:
+            await asyncio.sleep(pause_s)
         lease = admission.try_acquire(model, self._tried, self._call)
         if lease is None:
             since = time.monotonic()
@@ -318,7 +338,12 @@ class Exchange:
         endpoint = lease.endpoint
         name = endpoint.served_model_name or endpoint.model
         if self._migration is not None:
-            path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
+            try:
+                path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
+            except CannotContinue as reason:
+                connection.abort()
+                self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
+                return
         else:
             path, body = call.path, call.body_at(endpoint)
             if self._hides_ids(lease):
@@ -436,24 +461,31 @@ class Exchange:
         Raises:
             GatewayError: it cannot be continued faithfully, or there is nowhere to go.
         """
-        plant, record, relay = self._plant, self.record, self._relay
-        admission, model = plant.admission, record.model
-        if relay is None or record.migrations >= admission.limits.max_migrations:
+        record, relay, admission = self.record, self._relay, self._plant.admission
+        limits, now = admission.limits, time.monotonic()
+        if relay is None or record.migrations >= limits.max_migrations:
             raise error
-        try:
-            if self._migration is None:
-                self._migration = Migration(self._call, relay)
-            if self._migration.prepare():
-                self._complete()
-                return
-        except CannotContinue as reason:
-            raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
-        managed = admission.resolve(model).managed
-        if not managed and not admission.router.can_serve(model, self._tried):
+        if not self._stranded_at:
+            self._stranded_at = now
+            try:
+                if self._migration is None:
+                    self._migration = Migration(self._call, relay)
+                if self._migration.prepare():
+                    self._complete()
+                    return
+            except CannotContinue as reason:
+                raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
+        else:
+            self._num_misses += 1
+        # Whoever failed before may be well again: only the last one is passed over.
+        self._tried = {self._lost}
+        elsewhere = admission.router.can_serve(record.model, self._tried)
+        if not elsewhere and not admission.resolve(record.model).managed:
             raise error
-        record.migrations += 1
-        plant.meter.migrated(model)
-        self._run(self._take_place())
+        if now > self._stranded_at + limits.replacement_timeout_s:
+            raise error
+        pause_s = min(_FIRST_PAUSE_S * 2**self._num_misses, _LONGEST_PAUSE_S)
+        self._run(self._take_place(pause_s if self._num_misses else 0.0))
 
     # How it ends
 
