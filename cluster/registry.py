@@ -66,6 +66,8 @@ class Registry:
                     capabilities=variant.capabilities,
                     scalable=variant.bounds.min == 0,
                     managed=True,
+                    routing=variant.routing,
+                    fallback=variant.fallback,
                 ),
             )
         endpoints = tuple(
@@ -88,4 +90,6 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         max_in_flight=2 * variant.shape.max_num_seqs,
         max_model_len=variant.shape.max_model_len,
         api_key=report.api_key or None,
+        engine=variant.shape.engine,
+        tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

@@ -78,6 +78,10 @@ class Exchange:
             self._over, self._ended_by = True, reason
             self._task.cancel()
 
+    def is_at(self, endpoint_key: str) -> bool:
+        """Whether it has a place there."""
+        return self._lease is not None and self._lease.endpoint.key == endpoint_key
+
     async def __aenter__(self) -> Reply:
         plant = self._plant
         plant.running.add(self)
@@ -118,7 +122,7 @@ class Exchange:
         if isinstance(error, GatewayError):
             record.status, record.error = error.status, error.message
             if isinstance(error, EngineBroke) and self._lease:
-                self._plant.admission.suspect(self._lease)
+                self._plant.admission.failed(self._lease, error)
         elif isinstance(error, asyncio.CancelledError):
             record.status = _CLIENT_LEFT
         self._leave(error)
@@ -165,6 +169,8 @@ class Exchange:
             call.body_for(endpoint.served_model_name or endpoint.model),
             {**call.headers, "x-request-id": call.request_id},
         )
+        if answer.status >= 429:
+            self._plant.admission.failed(lease, answer.status)
         if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
             return await self._ask()
         return Reply(answer, record)
@@ -193,7 +199,7 @@ class Exchange:
         lease, self._lease = self._lease, None
         if lease is not None:
             self._plant.meter.at_engine(self.record.model, lease.endpoint.variant, -1)
-            self._plant.admission.release(lease)
+            self._plant.admission.release(lease, self.record)
 
     async def _move_on(self, error: GatewayError) -> None:
         """To an endpoint that has not failed yet, waiting for one if somebody replaces the lost.
@@ -203,7 +209,7 @@ class Exchange:
         """
         admission, model = self._plant.admission, self.record.model
         if self._lease is not None:
-            admission.suspect(self._lease)
+            admission.failed(self._lease, error)
             self._tried.add(self._lease.endpoint.key)
         self._leave_place()
         if self.record.attempts >= admission.limits.max_attempts:

@@ -13,7 +13,7 @@ import logging
 from gateway.admission import Admission
 from gateway.call import Call
 from gateway.engine import EngineClient
-from gateway.errors import GatewayError
+from gateway.errors import EngineBroke, GatewayError
 from gateway.exchange import Exchange, Plant, shutting_down
 from gateway.metering import Meter
 from gateway.record import Record
@@ -56,6 +56,12 @@ class Forwarder:
         if plant.running:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(plant.idle.wait(), _LAST_WORDS_S)
+
+    def endpoint_died(self, key: str) -> None:
+        """The engine there answers no more: nobody should wait for it."""
+        gone = EngineBroke(f"the engine at {key} does not answer any more")
+        for exchange in [each for each in self._plant.running if each.is_at(key)]:
+            exchange.end(gone)
 
     def rejected(self, record: Record, error: GatewayError) -> None:
         """Account for a request that was refused before it became a call."""
