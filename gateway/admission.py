@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from gateway.call import Call
 from gateway.config import Limits
 from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
-from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable
+from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable, WouldBeLate
+from gateway.fair_queue import FairQueue
 from gateway.load import LoadMeter
+from gateway.prediction import USUAL_COMPLETION_TOKENS, max_tokens, prompt_tokens
 from gateway.routing import Lease, Router
+from gateway.shares import Shares
+from gateway.tenants import ANONYMOUS, Tenant
 from placement.errors import nearest
 
 _LONGEST_RETRY_AFTER_S = 60.0
+_RESERVES_LAPSE_S = 1.0  # how often those are looked at whom only a reserve holds back
+_MAX_CHOOSY = 8  # that may find no place for themselves, before the rest is left for later
 
 
 @dataclass(slots=True, eq=False)
@@ -27,17 +33,30 @@ class Waiter:
     tried: Collection[str]
     call: Call | None
 
+    @property
+    def tenant(self) -> Tenant:
+        """Whose it is."""
+        return self.call.tenant if self.call else ANONYMOUS
+
 
 @dataclass(slots=True)
 class Lane:
-    """One model's queue and load."""
+    """One model's queue and load. `again` are those that have failed at an endpoint."""
 
     load: LoadMeter
-    waiters: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
+    queue: FairQueue[Waiter]
+    shares: Shares = field(default_factory=Shares)
+    again: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
+    look_again: asyncio.TimerHandle | None = None
+
+    @property
+    def length(self) -> int:
+        """Requests that wait."""
+        return len(self.queue) + len(self.again)
 
 
 class Admission:
-    """Hands out leases first come, first served, one queue per model.
+    """Hands out leases, one fair queue per model, so that no tenant crowds out another.
 
     A request waits while all replicas are busy (`queue_timeout_s`), while a scalable model starts
     (`hold_timeout_s`) and while a lost replica is replaced (`replacement_timeout_s`).
@@ -60,26 +79,31 @@ class Admission:
         """Take a new table; whoever waits for an endpoint that it brings goes on."""
         self.router.apply(table)
         self.table = table
+        limits, now = self.limits, self._clock()
         for model in self.router.models:
-            self._lanes.setdefault(model.name, Lane(LoadMeter(self._clock())))
+            lane = self._lanes.get(model.name)
+            if lane is None:
+                queue = FairQueue[Waiter](limits.max_queued, limits.max_queued_bytes)
+                lane = self._lanes[model.name] = Lane(LoadMeter(now), queue)
+            lane.shares.resize(self.router.places(model.name)[1], now)
         for name, lane in self._lanes.items():
             if self.router.resolve(name) is None:
                 self._dismiss(lane, name)
             else:
                 self._pump(name)
 
-    def resolve(self, name: str) -> ServedModel:
-        """The model that a client means by `name`.
+    def resolve(self, name: str, tenant: Tenant = ANONYMOUS) -> ServedModel:
+        """The model that a client of `tenant` means by `name`.
 
         Raises:
-            NoSuchModel: nobody serves it; the message has the nearest names.
+            NoSuchModel: nobody serves it; the message has the nearest names that it may use.
             Unavailable: there is no table yet.
         """
         if self.table is None:
             raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
         model = self.router.resolve(name)
         if model is None:
-            raise self._no_such_model(name)
+            raise self._no_such_model(name, tenant)
         return model
 
     def try_acquire(
@@ -88,9 +112,9 @@ class Admission:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
         lane = self._lanes[model]
         # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
-        if not tried and any(not waiter.tried for waiter in lane.waiters):
+        if not tried and not self._may_take(model, lane, call.tenant if call else ANONYMOUS):
             return None
-        lease = self._reserve(model, tried, call)
+        lease = self._lend(model, lane, tried, call)
         if lease and not tried:
             lane.load.requests_total += 1
         return lease
@@ -101,13 +125,17 @@ class Admission:
         """Queue for a lease. Cancelling leaves the queue.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or was filled by others with a better claim.
+            WouldBeLate: its turn would come after the time that the client gives.
             Unavailable: no place came free, or no replica appeared, within the limits.
             NoSuchModel: the model was taken out of the table.
         """
         lane = self._lanes[model]
         waiter = self._enqueue(model, lane, tried, call)
         started = self._clock()
+        lane.shares.waits(waiter.tenant, started)
+        if lane.queue:
+            self._pump(model)  # those before it may be held back by what it is entitled to
         if tried:
             # An endpoint that hung up once may be well: after a while it may be tried again.
             loop = asyncio.get_running_loop()
@@ -125,13 +153,17 @@ class Admission:
                 self.release(waiter.granted.result())
             raise
         finally:
-            lane.waiters.pop(waiter, None)
+            lane.queue.remove(waiter)
+            lane.again.pop(waiter, None)
+            lane.shares.waits_no_more(waiter.tenant, self._clock())
 
     def release(self, lease: Lease) -> None:
         """Give the place to the next in the queue. A second call does nothing."""
         if self.router.release(lease):
             model = lease.endpoint.model
-            self._lanes[model].load.ended(self._clock())
+            lane, now = self._lanes[model], self._clock()
+            lane.load.ended(now)
+            lane.shares.ended(lease.tenant, now)
             self._pump(model)
 
     def suspect(self, lease: Lease) -> None:
@@ -145,7 +177,7 @@ class Admission:
     def queued(self, model: str) -> int:
         """Requests that wait for `model` now."""
         lane = self._lanes.get(model)
-        return len(lane.waiters) if lane else 0
+        return lane.length if lane else 0
 
     def no_replica(self, model: str) -> Unavailable:
         """The error of a request that found no endpoint of `model` to go to."""
@@ -160,7 +192,7 @@ class Admission:
         return {
             name: ModelLoad(
                 in_flight=lane.load.average(now),
-                queued=len(lane.waiters),
+                queued=lane.length,
                 requests_total=lane.load.requests_total,
             )
             for name, lane in lanes.items()
@@ -173,6 +205,24 @@ class Admission:
             self._lanes[model].load.began(now)
         return lease
 
+    def _lend(
+        self, model: str, lane: Lane, tried: Collection[str], call: Call | None
+    ) -> Lease | None:
+        """As `_reserve`, with the lease in the tenant's name."""
+        lease = self._reserve(model, tried, call)
+        if lease:
+            lease.tenant = call.tenant if call else ANONYMOUS
+            lane.shares.began(lease.tenant, self._clock())
+        return lease
+
+    def _may_take(self, model: str, lane: Lane, tenant: Tenant) -> bool:
+        """Whether a newcomer overtakes nobody and takes nothing that is kept for others."""
+        if lane.queue:
+            return False
+        if lane.shares.is_within(tenant, self._clock()):
+            return True
+        return lane.shares.leaves_reserves(tenant, self.router.places(model)[0])
+
     def _forgive(self, model: str, waiter: Waiter) -> None:
         """Let a waiter go back to endpoints that failed it, if they are still in the table."""
         waiter.tried = frozenset()
@@ -181,40 +231,89 @@ class Admission:
     def _enqueue(self, model: str, lane: Lane, tried: Collection[str], call: Call | None) -> Waiter:
         waiter = Waiter(asyncio.get_running_loop().create_future(), tried, call)
         if tried:  # it has had its turn once: to the front, and never refused
-            lane.waiters[waiter] = None
-            lane.waiters.move_to_end(waiter, last=False)
+            lane.again[waiter] = None
+            lane.again.move_to_end(waiter, last=False)
             return waiter
-        if len(lane.waiters) >= self.limits.max_queued:
-            raise Overloaded(
-                f"{len(lane.waiters)} requests wait for the model {model!r}; its queue is full",
-                retry_after_s=self._retry_after_s(lane),
-            )
+        priority, cost, size = _claim(call)
+        wait_s = self._wait_s(model, lane, waiter.tenant, priority)
+        if call is not None and call.timeout_s is not None and wait_s is not None:
+            _refuse_if_late(model, wait_s, call.timeout_s)
         lane.load.requests_total += 1
-        lane.waiters[waiter] = None
+        lost = lane.queue.push(waiter, waiter.tenant, priority=priority, cost=cost, size=size)
+        for loser in lost:
+            if not loser.granted.done():
+                loser.granted.set_exception(self._queue_is_full(model, lane, loser))
+        if waiter in lost:
+            lane.load.requests_total -= 1  # it was not accepted
+            raise waiter.granted.exception() or self._queue_is_full(model, lane, waiter)
         return waiter
 
     def _pump(self, model: str) -> None:
-        """Hand free places to whoever waits longest and has not failed there."""
-        waiters = self._lanes[model].waiters
-        for waiter in list(waiters):
-            if waiter.granted.done():
-                continue
-            lease = self._reserve(model, waiter.tried, waiter.call)
+        """Hand free places to those that failed elsewhere, then to whoever has the best claim."""
+        lane = self._lanes[model]
+        for waiter in list(lane.again):
+            lease = (
+                None
+                if waiter.granted.done()
+                else self._lend(model, lane, waiter.tried, waiter.call)
+            )
             if lease:
-                del waiters[waiter]
+                del lane.again[waiter]
                 waiter.granted.set_result(lease)
-            elif not waiter.tried:
-                return  # nobody behind it is less choosy
+        while lane.queue and self.router.places(model)[0]:
+            if not self._grant_next(model, lane):
+                self._look_again(model, lane)
+                return
+
+    def _grant_next(self, model: str, lane: Lane) -> bool:
+        """Give the next that may have one a place; False: nobody may, or there is none for them."""
+        lease: Lease | None = None
+        choosy = 0
+
+        def accept(waiter: Waiter) -> bool:
+            nonlocal lease, choosy
+            if choosy == _MAX_CHOOSY:
+                return False
+            shares, tenant = lane.shares, waiter.tenant
+            if not shares.is_within(tenant, self._clock()):
+                free = self.router.places(model)[0]
+                if not shares.leaves_reserves(tenant, free):
+                    return False
+            lease = self._lend(model, lane, waiter.tried, waiter.call)
+            choosy += lease is None
+            return lease is not None
+
+        waiter = lane.queue.pop(accept)
+        if waiter is not None and lease is not None:
+            waiter.granted.set_result(lease)
+        return waiter is not None
+
+    def _look_again(self, model: str, lane: Lane) -> None:
+        """Places are free, but kept for others: their claim lapses with time, without an event."""
+        if lane.look_again is not None:
+            lane.look_again.cancel()
+        loop = asyncio.get_running_loop()
+        lane.look_again = loop.call_later(_RESERVES_LAPSE_S, self._pump, model)
 
     def _dismiss(self, lane: Lane, model: str) -> None:
-        while lane.waiters:
-            waiter, _ = lane.waiters.popitem(last=False)
+        for waiter in (*lane.queue.clear(), *lane.again):
             if not waiter.granted.done():
-                waiter.granted.set_exception(self._no_such_model(model))
+                waiter.granted.set_exception(self._no_such_model(model, waiter.tenant))
+        lane.again.clear()
 
-    def _no_such_model(self, name: str) -> NoSuchModel:
-        hint = nearest(name[:200], self.router.names)
+    def _no_such_model(self, name: str, tenant: Tenant) -> NoSuchModel:
+        names = self.router.names
+        if tenant.models is not None:
+            names = [known for known in names if known in tenant.models]
+        hint = nearest(name[:200], names) if names else ""
         return NoSuchModel(f"the model {name[:200]!r} does not exist{hint}", param="model")
+
+    def _queue_is_full(self, model: str, lane: Lane, waiter: Waiter) -> Overloaded:
+        return Overloaded(
+            f"{lane.length} requests wait for the model {model!r}; its queue is full, and"
+            f" {waiter.tenant.name} has its share of it",
+            retry_after_s=self._retry_after_s(model, lane, waiter.tenant),
+        )
 
     def _patience_s(self, model: str, tried: Collection[str]) -> float:
         if self.router.can_serve(model, tried):
@@ -229,9 +328,38 @@ class Admission:
         lane = self._lanes[model]
         return Unavailable(
             f"all {self.router.num_ready(model)} replicas of {model!r} were busy for"
-            f" {self.limits.queue_timeout_s:g} s; {len(lane.waiters)} requests wait",
-            retry_after_s=self._retry_after_s(lane),
+            f" {self.limits.queue_timeout_s:g} s; {lane.length} requests wait",
+            retry_after_s=self._retry_after_s(model, lane, ANONYMOUS),
         )
 
-    def _retry_after_s(self, lane: Lane) -> float:
-        return min(lane.load.wait_s(len(lane.waiters), self._clock()), _LONGEST_RETRY_AFTER_S)
+    def _wait_s(self, model: str, lane: Lane, tenant: Tenant, priority: int) -> float | None:
+        """How long a newcomer would wait; None: nobody knows, as when no endpoint is ready."""
+        free, places = self.router.places(model)
+        if not places:
+            return None
+        ahead = lane.queue.ahead_of(tenant, priority) + len(lane.again)
+        if free and not ahead:
+            return 0.0
+        return lane.load.wait_s(ahead, places, self._clock())
+
+    def _retry_after_s(self, model: str, lane: Lane, tenant: Tenant) -> float:
+        wait_s = self._wait_s(model, lane, tenant, tenant.priority)
+        return min(1.0 if wait_s is None else wait_s, _LONGEST_RETRY_AFTER_S)
+
+
+def _claim(call: Call | None) -> tuple[int, float, int]:
+    """A waiter's priority, predicted tokens and size in bytes."""
+    if call is None:
+        return ANONYMOUS.priority, 1.0, 0
+    most = max_tokens(call.body)
+    tokens = prompt_tokens(call.body) + (USUAL_COMPLETION_TOKENS if most is None else most)
+    return call.priority, float(tokens), len(call.body)
+
+
+def _refuse_if_late(model: str, wait_s: float, timeout_s: float) -> None:
+    if wait_s > timeout_s:
+        raise WouldBeLate(
+            f"a request to {model!r} waits about {wait_s:.1f} s now, and the client gives"
+            f" {timeout_s:g} s",
+            retry_after_s=min(wait_s - timeout_s, _LONGEST_RETRY_AFTER_S),
+        )

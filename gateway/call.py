@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from gateway.errors import BadRequest
+from gateway.tenants import ANONYMOUS, HIGHEST_PRIORITY, Tenant
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = (
@@ -22,6 +23,7 @@ _FORWARDED = (
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 _LONGEST_TIMEOUT_S = 86400.0
 _TIMEOUT = "x-request-timeout-s"
+_PRIORITY = "x-bora-priority"
 
 
 def _ids() -> Iterator[str]:
@@ -55,6 +57,8 @@ class Call:
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    tenant: Tenant = ANONYMOUS
+    priority: int = ANONYMOUS.priority
 
     def body_for(self, served_model_name: str) -> bytes:
         """The body with the engine's name of the model; the client's own bytes if it is the same."""
@@ -64,12 +68,19 @@ class Call:
 
 
 def make_call(
-    api: str, path: str, body: bytes, headers: Mapping[str, str], request_id: str
+    api: str,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    request_id: str,
+    *,
+    tenant: Tenant = ANONYMOUS,
 ) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     Raises:
-        BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
+        BadRequest: no JSON object, no `model` in it, or a time limit or priority that makes no
+            sense.
     """
     forwarded = {}
     for name in _FORWARDED:
@@ -77,7 +88,10 @@ def make_call(
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
     timeout_s = _timeout_s(headers[_TIMEOUT]) if _TIMEOUT in headers else None
-    return Call(api, path, model_of(body), body, request_id, forwarded, timeout_s)
+    priority = tenant.priority
+    if _PRIORITY in headers:
+        priority = min(priority, _priority(headers[_PRIORITY]))
+    return Call(api, path, model_of(body), body, request_id, forwarded, timeout_s, tenant, priority)
 
 
 def model_of(body: bytes) -> str:
@@ -133,3 +147,13 @@ def _timeout_s(given: str) -> float:
             param=_TIMEOUT,
         )
     return seconds
+
+
+def _priority(given: str) -> int:
+    """What a client may ask for: its key's priority, or less."""
+    if not (given.isascii() and given.isdigit() and int(given[:3]) <= HIGHEST_PRIORITY):
+        raise BadRequest(
+            f"{_PRIORITY} must be a whole number from 0 (last) to {HIGHEST_PRIORITY} (first)",
+            param=_PRIORITY,
+        )
+    return int(given)

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from gateway.access import Access
+from gateway.accounts import Visit
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.call import Call
@@ -23,6 +25,7 @@ from gateway.metering import Meter
 from gateway.record import Record
 from gateway.reply import Reply
 from gateway.routing import Lease
+from gateway.tenants import ANONYMOUS
 from gateway.tracing import Tracing
 
 _CLIENT_LEFT = 499
@@ -38,6 +41,7 @@ class Plant:
     engines: EngineClient
     meter: Meter
     tracing: Tracing
+    access: Access
     loop: asyncio.AbstractEventLoop
     draining: bool = False
     running: set[Exchange] = field(default_factory=set)
@@ -54,11 +58,14 @@ class Exchange:
 
     __slots__ = (
         *("_answer", "_call", "_ended_by", "_lease", "_moved", "_over", "_plant", "_reply"),
-        *("_span", "_task", "_timer", "_tried", "record"),
+        *("_span", "_task", "_timer", "_tried", "_visit", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call) -> None:
         self.record = Record(api=call.api, path=call.path, request_id=call.request_id)
+        if call.tenant is not ANONYMOUS:
+            self.record.tenant = call.tenant.name
+        self._visit: Visit | None = None
         self._plant = plant
         self._call = call
         self._tried: set[str] = set()
@@ -117,6 +124,7 @@ class Exchange:
             error = self._out_of_time()
         if isinstance(error, GatewayError):
             record.status, record.error = error.status, error.message
+            record.refusal = error.code or ""
             if isinstance(error, EngineBroke) and self._lease:
                 self._plant.admission.suspect(self._lease)
         elif isinstance(error, asyncio.CancelledError):
@@ -132,6 +140,7 @@ class Exchange:
         if plant.draining and not plant.running:
             plant.idle.set()
         self._leave_place()
+        plant.access.leave(self._visit, self.record)
         plant.meter.finished(self.record)
         if self._span is not None:
             self._span.__exit__(type(error) if error else None, error, None)
@@ -140,7 +149,9 @@ class Exchange:
         plant = self._plant
         if plant.draining:
             raise shutting_down()
-        self.record.model = plant.admission.resolve(self._call.model).name
+        served = plant.admission.resolve(self._call.model, self._call.tenant)
+        self.record.model = served.name
+        self._visit = plant.access.enter(self._call, served)
         lease = plant.admission.try_acquire(self.record.model, call=self._call)
         if lease is not None:
             self._occupy(lease)

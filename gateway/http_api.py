@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from gateway.access import require_use, visible
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
@@ -17,6 +18,7 @@ from gateway.http_response import JSON_TYPE, error_headers, json_body
 from gateway.record import Record
 from gateway.reply import Reply
 from gateway.sse import error_event
+from gateway.tenants import Tenant
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,6 @@ class HttpApi:
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
-            "/v1/models": lambda: _json({"object": "list", "data": self._model_cards()}),
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
@@ -77,7 +78,8 @@ class HttpApi:
         """Forward a request and push the answer back."""
         path, headers = request.head.path, request.head.headers
         try:
-            call = make_call("http", path, request.body, headers, told_id)
+            tenant = self._forwarder.access.identify(headers)
+            call = make_call("http", path, request.body, headers, told_id, tenant=tenant)
         except GatewayError as error:
             record = Record(api="http", path=path, request_id=told_id)
             self._forwarder.rejected(record, error)
@@ -105,18 +107,22 @@ class HttpApi:
             raise NoSuchRoute(f"there is no {method} {path[:200]}")
         if head.method.decode() not in allowed:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
+        tenant = self._forwarder.access.admit_to(path, head.headers)
         document = self._documents.get(path)
-        if document is not None:
+        if path == "/v1/models":
+            content_type, body = _json({"object": "list", "data": self._model_cards(tenant)})
+        elif document is not None:
             content_type, body = document()
         else:
-            model = admission.resolve(path.removeprefix(_MODEL_PATH))
+            model = admission.resolve(path.removeprefix(_MODEL_PATH), tenant)
+            require_use(tenant, model)
             content_type, body = _json(model_card(admission, model))
         to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
 
-    def _model_cards(self) -> list[dict[str, Any]]:
+    def _model_cards(self, tenant: Tenant) -> list[dict[str, Any]]:
         if self._forwarder.admission.table is None:
             raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
-        return model_cards(self._forwarder.admission)
+        return visible(model_cards(self._forwarder.admission), tenant)
 
     def _ready(self) -> tuple[bytes, bytes]:
         if not self._is_ready():

@@ -52,6 +52,8 @@ class Reply:
         if answer.is_json:
             self.body = answer.read()
             record.usage = find_usage(self.body)
+            if record.usage is None and answer.status < 400:
+                record.answer_chunks = len(self.body) // 4
         elif self.is_event_stream:
             if answer.is_empty:
                 raise EngineBroke(f"the engine at {record.endpoint} ended an empty stream")
@@ -95,6 +97,7 @@ class Reply:
             if not self.is_event_stream:
                 return chunk
             if events := self._aligner.feed(chunk):
+                self._record.answer_chunks += events.count(b"data:")
                 if has_usage(events):
                     self._note_usage(events)
                 return events
@@ -116,6 +119,7 @@ class Reply:
         """One read of a stream: whole events go on, and cost little when they came whole."""
         events = self._aligner.feed(chunk)
         if events and self._client is not None:
+            self._record.answer_chunks += events.count(b"data:")
             if has_usage(events):
                 self._note_usage(events)
             self._client.write(events)

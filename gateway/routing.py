@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from gateway.call import Call
 from gateway.endpoints import Endpoint, EndpointTable, ServedModel
+from gateway.tenants import ANONYMOUS, Tenant
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +38,7 @@ class Lease:
     state: EndpointState
     endpoint: Endpoint
     released: bool = False
+    tenant: Tenant = ANONYMOUS
 
 
 @dataclass(slots=True)
@@ -141,6 +143,13 @@ class Router:
         """Endpoints of `model` that take requests."""
         route = self._routes.get(model)
         return len(untried(route.states, ())) if route else 0
+
+    def places(self, model: str) -> tuple[int, int]:
+        """Free places at ready endpoints of `model`, and all of theirs."""
+        route = self._routes.get(model)
+        ready = untried(route.states, ()) if route else []
+        free = sum(max(0, state.max_in_flight - state.in_flight) for state in ready)
+        return free, sum(state.max_in_flight for state in ready)
 
     def reserve(
         self,
