@@ -24,6 +24,7 @@ from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.files import replace_text
+from cluster.key_keeper import KeyKeeper
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -66,6 +67,7 @@ class Controller:
         )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
+        self.keys = KeyKeeper(self._run_dir.parent, self._wake)
         self._loop: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
@@ -112,17 +114,21 @@ class Controller:
             self._publish()
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
-        """Take a gateway's load in; answer when the table is not the one it has."""
+        """Take a gateway's load and usage in; answer when it lacks a table or keys."""
         self._autoscaler.observe(request.gateway, request.loads, time.monotonic())
         self._gateway_failure = ""
         deadline = time.monotonic() + request.wait_s
-        while request.version == self._table.version or self._settling():
+        counted = await self.keys.take(request)
+        while True:
             changed, remaining = self._changed, deadline - time.monotonic()
-            if remaining <= 0:
-                return SyncResponse()
+            same = request.version == self._table.version or self._settling()
+            table = None if same else self._table
+            keys = await self.keys.newer(request)
+            if table or keys or remaining <= 0:
+                spent = await self.keys.spent(request)
+                return SyncResponse(table=table, keys=keys, usage_sequence=counted, spent=spent)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), remaining)
-        return SyncResponse(table=self._table)
 
     async def gateway_ended(self, log_tail: str) -> None:
         """A gateway process of ours ended by itself."""
@@ -290,8 +296,12 @@ class Controller:
         table = self._registry.table(self._variants(), version)
         if table.model_copy(update={"version": self._table.version}) != self._table:
             self._table = table
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Something that gateways wait for has changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _note(self, model: str, text: str) -> None:
         self._events.append(Event(at_s=time.time(), model=model, text=text))

@@ -51,14 +51,16 @@ class Tenant(Spec):
     models: tuple[str, ...] | None = Field(
         None, description="Names or aliases that it may use; None: all."
     )
-    requests_per_minute: PositiveInt | None = None
+    requests_per_minute: PositiveInt | None = Field(
+        None, description="Up to a minute's worth at once; None: no limit, as of what follows."
+    )
     tokens_per_minute: PositiveInt | None = Field(None, description="Tokens in and out.")
     max_in_flight: PositiveInt | None = Field(None, description="Requests at a time.")
     budget_tokens: PositiveInt | None = Field(None, description="Tokens in and out per period.")
     budget_period: Literal["day", "month"] = Field("month", description="By the calendar, UTC.")
     expires: AwareDatetime | None = Field(None, description="From then on its keys are refused.")
     admin: bool = Field(False, description="May read `/metrics` and `/console`.")
-    keys: tuple[StoredKey, ...] = ()
+    keys: tuple[StoredKey, ...] = Field((), description="Several while one is replaced.")
 
     @property
     def has_limits(self) -> bool:
@@ -77,7 +79,7 @@ ANONYMOUS = Tenant(name="anonymous")
 class KeyFile(Spec):
     """The form of `bora gateway --keys FILE`, which `bora keys` writes."""
 
-    tenants: tuple[Tenant, ...] = ()
+    tenants: tuple[Tenant, ...] = Field((), description="Who may ask.")
 
     @model_validator(mode="after")
     def _nothing_stands_twice(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -95,7 +95,9 @@ class UsageStore:
                 for tenant in limited
             }
 
-    def totals(self, *, since: str = "", by: Sequence[Grouping] = ("tenant",)) -> list[UsageRow]:
+    def totals(
+        self, *, since: str = "", by: Sequence[Grouping] = ("tenant",)
+    ) -> list[dict[str, str | int]]:
         """Sums from the day `since` on, for every value of the columns `by`; others read `*`."""
         names = ("tenant", "model", "day")
         chosen = [name if name in by else "'*'" for name in names]
@@ -106,7 +108,10 @@ class UsageStore:
             f" GROUP BY {grouped} ORDER BY {grouped}"
         )
         with closing(self._open()) as database:
-            return [_row(values) for values in database.execute(query, (since,))]
+            return [
+                dict(zip(UsageRow.model_fields, values, strict=True))
+                for values in database.execute(query, (since,))
+            ]
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=_BUSY_S)
@@ -117,11 +122,6 @@ def _values(row: UsageRow) -> tuple[str | int, ...]:
         *(row.tenant, row.model, row.day, row.requests),
         *(row.prompt_tokens, row.completion_tokens, row.estimated_tokens),
     )
-
-
-def _row(values: Sequence[str | int]) -> UsageRow:
-    fields: Mapping[str, str | int] = dict(zip(UsageRow.model_fields, values, strict=True))
-    return UsageRow.model_construct(**fields)  # type: ignore[arg-type]
 
 
 def _spent(
