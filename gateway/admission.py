@@ -327,8 +327,8 @@ class Admission:
             return self.no_replica(model)
         lane = self._lanes[model]
         return Unavailable(
-            f"all {self.router.num_ready(model)} replicas of {model!r} were busy for"
-            f" {self.limits.queue_timeout_s:g} s; {lane.length} requests wait",
+            f"all {self.router.num_ready(model)} replicas of {model!r} were busy, or kept for"
+            f" others, for {self.limits.queue_timeout_s:g} s; {lane.length} requests wait",
             retry_after_s=self._retry_after_s(model, lane, ANONYMOUS),
         )
 

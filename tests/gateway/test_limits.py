@@ -195,6 +195,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
     )
     accounts = some_accounts(now)
     inside: list[Visit] = []
+    refusals: list[Overloaded] = []
     entered: list[float] = []
     used = 0
     for event, number, seconds in events:
@@ -204,7 +205,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
                 inside.append(accounts.enter(tenant, "chat", a_call(tenant, body)))
                 entered.append(now[0])
             except Overloaded as error:
-                assert error.retry_after_s > 0
+                refusals.append(error)
         elif event == "wait":
             now[0] += seconds
         elif event == "change" and shared:
@@ -220,6 +221,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
             [account] = accounts._accounts.values()
             assert account.in_flight == len(inside)
             assert account.reserved == sum(visit.reserved for visit in inside)
+    assert all(error.retry_after_s > 0 for error in refusals)
     for at in entered:  # a bucket lets through what it holds and what fills it meanwhile
         assert sum(at <= other < at + 60 for other in entered) <= 40
     assert sum(row.prompt_tokens for row in accounts.ledger.take()) == used
@@ -317,7 +319,7 @@ def test_a_ledger_adds_up_by_tenant_model_and_day() -> None:
 
 def stored(folder: Path, *columns: str) -> list[tuple[int, ...]]:
     with sqlite3.connect(folder / "keys.usage.sqlite") as database:
-        rows = database.execute(f"SELECT {', '.join(columns)} FROM usage").fetchall()
+        rows = database.execute(f"SELECT {', '.join(columns)} FROM usage").fetchall()  # noqa: S608
     database.close()
     return rows
 
