@@ -188,6 +188,8 @@ class Accounts:
         for name, tenant in current.items():
             if name in self._accounts:
                 self._accounts[name].adopt(tenant)
+            elif tenant.budget_tokens is not None:  # so that it can be told what was spent before
+                self._accounts[name] = self._new_account(tenant)
 
     def enter(self, tenant: Tenant, model: str, call: Call) -> Visit:
         """Let a request in. `leave` must follow, once.
@@ -240,13 +242,6 @@ class Accounts:
                 account.flushed(tokens, period)
         for name in self._accounts.keys() - spent.keys():
             self._accounts[name].flushed(0, "")
-
-    def seed(self, spent: Mapping[str, tuple[str, int]], tenants: Iterable[Tenant]) -> None:
-        """What was spent before this gateway saw a request of theirs."""
-        for tenant in tenants:
-            if tenant.name in spent and tenant.name not in self._accounts:
-                self._accounts[tenant.name] = self._new_account(tenant)
-        self.flushed(spent)
 
     def _used(self, call: Call, record: Record) -> tuple[Usage, bool]:
         """What the engine says it used; else what went in and the chunks that came out."""

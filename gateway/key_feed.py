@@ -64,7 +64,7 @@ class KeyFeed:
                 " be writable, and the file one of ours"
             ) from error
         self._access.apply(tenants.tenants)
-        self._access.accounts.seed(spent, tenants.tenants)
+        self._access.accounts.flushed(spent)
 
     async def follow(self) -> None:
         """Take the file whenever it changes, and write usage twice a second, for ever."""
