@@ -93,7 +93,7 @@ class Access:
         if tenant is ANONYMOUS:
             return None
         require_use(tenant, model)
-        return self.accounts.enter(tenant, model.name, call)
+        return self.accounts.enter(tenant, model.name, call, model.max_model_len)
 
     def leave(self, visit: Visit | None, record: Record) -> None:
         """The call is over."""

@@ -191,8 +191,8 @@ class Accounts:
             elif tenant.budget_tokens is not None:  # so that it can be told what was spent before
                 self._accounts[name] = self._new_account(tenant)
 
-    def enter(self, tenant: Tenant, model: str, call: Call) -> Visit:
-        """Let a request in. `leave` must follow, once.
+    def enter(self, tenant: Tenant, model: str, call: Call, context: int | None = None) -> Visit:
+        """Let a request in. `leave` must follow, once. `context` are the model's tokens, if known.
 
         Raises:
             RateLimited: a limit is reached.
@@ -204,6 +204,8 @@ class Accounts:
         visit = Visit(account, tenant, model, call)
         if tenant.has_limits:
             visit.reserved = self.predicted(call, model)
+            if context is not None:
+                visit.reserved = min(visit.reserved, context)
         account.enter(visit.reserved, self._clock(), self._wall_clock())
         return visit
 

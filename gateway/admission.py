@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 
 from gateway.call import Call
 from gateway.config import Limits
 from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
 from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable, WouldBeLate
-from gateway.fair_queue import FairQueue
-from gateway.load import LoadMeter
-from gateway.prediction import USUAL_COMPLETION_TOKENS, max_tokens, prompt_tokens
+from gateway.lane import Lane, Waiter
 from gateway.routing import Lease, Router
-from gateway.shares import Shares
 from gateway.tenants import ANONYMOUS, Tenant
 from placement.errors import nearest
 
 _LONGEST_RETRY_AFTER_S = 60.0
 _RESERVES_LAPSE_S = 1.0  # how often those are looked at whom only a reserve holds back
-_MAX_CHOOSY = 8  # that may find no place for themselves, before the rest is left for later
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A request in a queue. Its future becomes a lease, or the reason why there is none."""
-
-    granted: asyncio.Future[Lease]
-    tried: Collection[str]
-    call: Call | None
-
-    @property
-    def tenant(self) -> Tenant:
-        """Whose it is."""
-        return self.call.tenant if self.call else ANONYMOUS
-
-
-@dataclass(slots=True)
-class Lane:
-    """One model's queue and load. `again` are those that have failed at an endpoint."""
-
-    load: LoadMeter
-    queue: FairQueue[Waiter]
-    shares: Shares = field(default_factory=Shares)
-    again: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
-    look_again: asyncio.TimerHandle | None = None
-
-    @property
-    def length(self) -> int:
-        """Requests that wait."""
-        return len(self.queue) + len(self.again)
 
 
 class Admission:
@@ -79,12 +43,11 @@ class Admission:
         """Take a new table; whoever waits for an endpoint that it brings goes on."""
         self.router.apply(table)
         self.table = table
-        limits, now = self.limits, self._clock()
+        now = self._clock()
         for model in self.router.models:
             lane = self._lanes.get(model.name)
             if lane is None:
-                queue = FairQueue[Waiter](limits.max_queued, limits.max_queued_bytes)
-                lane = self._lanes[model.name] = Lane(LoadMeter(now), queue)
+                lane = self._lanes[model.name] = Lane(self.limits, now)
             lane.shares.resize(self.router.places(model.name)[1], now)
         for name, lane in self._lanes.items():
             if self.router.resolve(name) is None:
@@ -112,8 +75,10 @@ class Admission:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
         lane = self._lanes[model]
         # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
-        if not tried and not self._may_take(model, lane, call.tenant if call else ANONYMOUS):
-            return None
+        if not tried:
+            tenant = call.tenant if call else ANONYMOUS
+            if lane.queue or not lane.may_take(tenant, self._clock(), lambda: self._free(model)):
+                return None
         lease = self._lend(model, lane, tried, call)
         if lease and not tried:
             lane.load.requests_total += 1
@@ -144,7 +109,7 @@ class Admission:
             while not waiter.granted.done():
                 left = started + self._patience_s(model, waiter.tried) - self._clock()
                 if left <= 0:
-                    raise self._waited_in_vain(model, waiter.tried)
+                    raise self._waited_in_vain(model, waiter)
                 await asyncio.wait((waiter.granted,), timeout=left)
             return waiter.granted.result()
         except asyncio.CancelledError:
@@ -153,8 +118,7 @@ class Admission:
                 self.release(waiter.granted.result())
             raise
         finally:
-            lane.queue.remove(waiter)
-            lane.again.pop(waiter, None)
+            lane.drop(waiter)
             lane.shares.waits_no_more(waiter.tenant, self._clock())
 
     def release(self, lease: Lease) -> None:
@@ -215,13 +179,8 @@ class Admission:
             lane.shares.began(lease.tenant, self._clock())
         return lease
 
-    def _may_take(self, model: str, lane: Lane, tenant: Tenant) -> bool:
-        """Whether a newcomer overtakes nobody and takes nothing that is kept for others."""
-        if lane.queue:
-            return False
-        if lane.shares.is_within(tenant, self._clock()):
-            return True
-        return lane.shares.leaves_reserves(tenant, self.router.places(model)[0])
+    def _free(self, model: str) -> int:
+        return self.router.places(model)[0]
 
     def _forgive(self, model: str, waiter: Waiter) -> None:
         """Let a waiter go back to endpoints that failed it, if they are still in the table."""
@@ -230,16 +189,11 @@ class Admission:
 
     def _enqueue(self, model: str, lane: Lane, tried: Collection[str], call: Call | None) -> Waiter:
         waiter = Waiter(asyncio.get_running_loop().create_future(), tried, call)
-        if tried:  # it has had its turn once: to the front, and never refused
-            lane.again[waiter] = None
-            lane.again.move_to_end(waiter, last=False)
-            return waiter
-        priority, cost, size = _claim(call)
-        wait_s = self._wait_s(model, lane, waiter.tenant, priority)
-        if call is not None and call.timeout_s is not None and wait_s is not None:
-            _refuse_if_late(model, wait_s, call.timeout_s)
-        lane.load.requests_total += 1
-        lost = lane.queue.push(waiter, waiter.tenant, priority=priority, cost=cost, size=size)
+        if not tried:
+            if call is not None and call.timeout_s is not None:
+                self._refuse_if_late(model, lane, waiter, call.timeout_s)
+            lane.load.requests_total += 1
+        lost = lane.push(waiter)
         for loser in lost:
             if not loser.granted.done():
                 loser.granted.set_exception(self._queue_is_full(model, lane, loser))
@@ -252,41 +206,19 @@ class Admission:
         """Hand free places to those that failed elsewhere, then to whoever has the best claim."""
         lane = self._lanes[model]
         for waiter in list(lane.again):
-            lease = (
-                None
-                if waiter.granted.done()
-                else self._lend(model, lane, waiter.tried, waiter.call)
-            )
+            lease = self._lend(model, lane, waiter.tried, waiter.call)
             if lease:
                 del lane.again[waiter]
                 waiter.granted.set_result(lease)
-        while lane.queue and self.router.places(model)[0]:
-            if not self._grant_next(model, lane):
+        while lane.queue and self._free(model):
+            granted = lane.grant_next(
+                self._clock(),
+                lambda: self._free(model),
+                lambda waiter: self._lend(model, lane, waiter.tried, waiter.call),
+            )
+            if not granted:
                 self._look_again(model, lane)
                 return
-
-    def _grant_next(self, model: str, lane: Lane) -> bool:
-        """Give the next that may have one a place; False: nobody may, or there is none for them."""
-        lease: Lease | None = None
-        choosy = 0
-
-        def accept(waiter: Waiter) -> bool:
-            nonlocal lease, choosy
-            if choosy == _MAX_CHOOSY:
-                return False
-            shares, tenant = lane.shares, waiter.tenant
-            if not shares.is_within(tenant, self._clock()):
-                free = self.router.places(model)[0]
-                if not shares.leaves_reserves(tenant, free):
-                    return False
-            lease = self._lend(model, lane, waiter.tried, waiter.call)
-            choosy += lease is None
-            return lease is not None
-
-        waiter = lane.queue.pop(accept)
-        if waiter is not None and lease is not None:
-            waiter.granted.set_result(lease)
-        return waiter is not None
 
     def _look_again(self, model: str, lane: Lane) -> None:
         """Places are free, but kept for others: their claim lapses with time, without an event."""
@@ -312,7 +244,7 @@ class Admission:
         return Overloaded(
             f"{lane.length} requests wait for the model {model!r}; its queue is full, and"
             f" {waiter.tenant.name} has its share of it",
-            retry_after_s=self._retry_after_s(model, lane, waiter.tenant),
+            retry_after_s=self._retry_after_s(model, lane, waiter),
         )
 
     def _patience_s(self, model: str, tried: Collection[str]) -> float:
@@ -322,44 +254,29 @@ class Admission:
         scalable = served is not None and served.scalable
         return self.limits.hold_timeout_s if scalable else self.limits.replacement_timeout_s
 
-    def _waited_in_vain(self, model: str, tried: Collection[str]) -> GatewayError:
-        if not self.router.can_serve(model, tried):
+    def _waited_in_vain(self, model: str, waiter: Waiter) -> GatewayError:
+        if not self.router.can_serve(model, waiter.tried):
             return self.no_replica(model)
         lane = self._lanes[model]
         return Unavailable(
             f"all {self.router.num_ready(model)} replicas of {model!r} were busy, or kept for"
             f" others, for {self.limits.queue_timeout_s:g} s; {lane.length} requests wait",
-            retry_after_s=self._retry_after_s(model, lane, ANONYMOUS),
+            retry_after_s=self._retry_after_s(model, lane, waiter),
         )
 
-    def _wait_s(self, model: str, lane: Lane, tenant: Tenant, priority: int) -> float | None:
-        """How long a newcomer would wait; None: nobody knows, as when no endpoint is ready."""
+    def _refuse_if_late(self, model: str, lane: Lane, waiter: Waiter, timeout_s: float) -> None:
         free, places = self.router.places(model)
-        if not places:
-            return None
-        ahead = lane.queue.ahead_of(tenant, priority) + len(lane.again)
-        if free and not ahead:
-            return 0.0
-        return lane.load.wait_s(ahead, places, self._clock())
+        if free and not lane.length:
+            return
+        wait_s = lane.wait_s(waiter.tenant, waiter.priority, places, self._clock())
+        if wait_s is not None and wait_s > timeout_s:
+            raise WouldBeLate(
+                f"a request to {model!r} waits about {wait_s:.1f} s now, and the client gives"
+                f" {timeout_s:g} s",
+                retry_after_s=min(wait_s - timeout_s, _LONGEST_RETRY_AFTER_S),
+            )
 
-    def _retry_after_s(self, model: str, lane: Lane, tenant: Tenant) -> float:
-        wait_s = self._wait_s(model, lane, tenant, tenant.priority)
+    def _retry_after_s(self, model: str, lane: Lane, waiter: Waiter) -> float:
+        places = self.router.places(model)[1]
+        wait_s = lane.wait_s(waiter.tenant, waiter.priority, places, self._clock())
         return min(1.0 if wait_s is None else wait_s, _LONGEST_RETRY_AFTER_S)
-
-
-def _claim(call: Call | None) -> tuple[int, float, int]:
-    """A waiter's priority, predicted tokens and size in bytes."""
-    if call is None:
-        return ANONYMOUS.priority, 1.0, 0
-    most = max_tokens(call.body)
-    tokens = prompt_tokens(call.body) + (USUAL_COMPLETION_TOKENS if most is None else most)
-    return call.priority, float(tokens), len(call.body)
-
-
-def _refuse_if_late(model: str, wait_s: float, timeout_s: float) -> None:
-    if wait_s > timeout_s:
-        raise WouldBeLate(
-            f"a request to {model!r} waits about {wait_s:.1f} s now, and the client gives"
-            f" {timeout_s:g} s",
-            retry_after_s=min(wait_s - timeout_s, _LONGEST_RETRY_AFTER_S),
-        )
