@@ -14,6 +14,7 @@ import msgspec
 
 from gateway.endpoints import Endpoint
 from gateway.errors import BadRequest
+from gateway.tenants import ANONYMOUS, HIGHEST_PRIORITY, Tenant
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = (
@@ -23,6 +24,7 @@ _FORWARDED = (
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 LONGEST_TIMEOUT_S = 86400.0
 TIMEOUT = "x-request-timeout-s"
+_PRIORITY = "x-bora-priority"
 
 
 def _ids() -> Iterator[str]:
@@ -57,6 +59,8 @@ class Call:
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    tenant: Tenant = ANONYMOUS
+    priority: int = ANONYMOUS.priority
     is_stream: bool = False
     method: str = "POST"
     endpoint_key: str | None = None  # the one endpoint that can answer; None: any of the model's
@@ -85,13 +89,15 @@ def make_call(
     request_id: str,
     *,
     model: str | None = None,
+    tenant: Tenant = ANONYMOUS,
 ) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     `model` is told where the body does not name it.
 
     Raises:
-        BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
+        BadRequest: no JSON object, no `model` in it, or a time limit or priority that makes no
+            sense.
     """
     forwarded = {}
     for name in _FORWARDED:
@@ -99,10 +105,15 @@ def make_call(
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
     timeout_s = _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None
+    priority = tenant.priority
+    if _PRIORITY in headers:
+        priority = min(priority, _priority(headers[_PRIORITY]))
     is_stream = False
     if model is None:
         model, is_stream = _routed_of(body)
-    return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
+    return Call(
+        api, path, model, body, request_id, forwarded, timeout_s, tenant, priority, is_stream
+    )
 
 
 def _routed_of(body: bytes) -> tuple[str, bool]:
@@ -160,3 +171,13 @@ def _timeout_s(given: str) -> float:
             param=TIMEOUT,
         )
     return seconds
+
+
+def _priority(given: str) -> int:
+    """What a client may ask for: its key's priority, or less."""
+    if not (given.isascii() and given.isdigit() and int(given[:3]) <= HIGHEST_PRIORITY):
+        raise BadRequest(
+            f"{_PRIORITY} must be a whole number from 0 (last) to {HIGHEST_PRIORITY} (first)",
+            param=_PRIORITY,
+        )
+    return int(given)

@@ -147,7 +147,7 @@ class Splice:
         self._max_tokens = _max_tokens(request)
         options = request.get("stream_options")
         self._wants_usage = bool(isinstance(options, dict) and options.get("include_usage"))
-        self._prompt_tokens = len(told.prompt_token_ids()) or None
+        self._prompt_tokens = told.num_prompt_tokens or None
 
     @property
     def is_exhausted(self) -> bool:

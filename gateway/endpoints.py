@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from gateway.ledger import Spent, UsageReport
+from gateway.tenants import KeyTable
 from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
@@ -99,9 +101,17 @@ class SyncRequest(Spec):
     version: int = Field(-1, description="Of the table it has; -1: none yet.")
     wait_s: NonNegativeFloat = Field(0.5, le=30.0)
     loads: Mapping[str, ModelLoad] = Field(default_factory=dict)
+    keys_version: int = Field(-1, description="Of the key table it has; -1: none yet.")
+    wants_keys: bool = Field(False, description="It lets nobody in without a key.")
+    usage: UsageReport | None = None
 
 
 class SyncResponse(Spec):
-    """The newest table, or None when nothing changed within `wait_s`."""
+    """The newest tables, or None for what did not change within `wait_s`."""
 
     table: EndpointTable | None = None
+    keys: KeyTable | None = None
+    usage_sequence: int | None = Field(None, description="Of the usage report that was taken.")
+    spent: Mapping[str, Spent] = Field(
+        default_factory=dict, description="By tenants with a budget, that report included."
+    )

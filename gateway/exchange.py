@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gateway.access import Access
+from gateway.accounts import Visit
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.call import Call
@@ -35,6 +37,7 @@ from gateway.record import Record
 from gateway.relay import Relay
 from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
 from gateway.routing import Lease
+from gateway.tenants import ANONYMOUS
 from gateway.tracing import Tracing
 from gateway.transcript import Transcript
 from gateway.usage import find_usage
@@ -85,6 +88,7 @@ class Plant:
     engines: EngineClient
     meter: Meter
     tracing: Tracing
+    access: Access
     loop: asyncio.AbstractEventLoop
     draining: bool = False
     running: set[Exchange] = field(default_factory=set)
@@ -106,11 +110,14 @@ class Exchange:
             "_lost",
         ),
         *("_migration", "_moved", "_num_misses", "_over", "_plant", "_relay", "_span", "_started"),
-        *("_stranded_at", "_task", "_timer", "_tried", "received", "record"),
+        *("_stranded_at", "_task", "_timer", "_tried", "_visit", "received", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call, client: Client) -> None:
         self.record = Record(api=call.api, path=call.path, request_id=call.request_id)
+        if call.tenant is not ANONYMOUS:
+            self.record.tenant = call.tenant.name
+        self._visit: Visit | None = None
         self.received: Callable[[bytes], None] = client.write
         self._plant = plant
         self._call = call
@@ -145,7 +152,9 @@ class Exchange:
         try:
             if plant.draining:
                 raise shutting_down()
-            self.record.model = plant.admission.resolve(call.model).name
+            served = plant.admission.resolve(call.model, call.tenant)
+            self.record.model = served.name
+            self._visit = plant.access.enter(call, served)
             lease = plant.admission.try_acquire(self.record.model, call=call)
         except GatewayError as error:
             self._fail(error)
@@ -235,6 +244,8 @@ class Exchange:
             return
         record, rename = self.record, self._renamer()
         record.status, record.usage = answer.status, find_usage(body)
+        if record.usage is None and answer.status < 400:
+            record.answer_chunks = len(body) // 4
         headers = header_lines(answer, record)
         self._leave()  # first, so that this client's next request finds the place free
         self._client.whole(answer.status, headers, rename(body) if rename else body)
@@ -539,7 +550,8 @@ class Exchange:
     def _fail(self, error: GatewayError) -> None:
         if self._fell_back(error):
             return
-        self.record.status, self.record.error = error.status, error.message
+        record = self.record
+        record.status, record.error, record.refusal = error.status, error.message, error.code or ""
         self._leave()
         self._client.fail(error)
 
@@ -553,6 +565,9 @@ class Exchange:
             self._task = None
         self._hang_up()
         self._leave_place()
+        if self._relay is not None:
+            self._relay.count()
+        plant.access.leave(self._visit, self.record)
         plant.running.discard(self)
         if plant.draining and not plant.running:
             plant.idle.set()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 
+from gateway.access import Access
 from gateway.admission import Admission
 from gateway.call import Call
 from gateway.engine import EngineClient
@@ -30,11 +31,18 @@ class Forwarder:
     """Carries calls to engines. Its state is who is under way."""
 
     def __init__(
-        self, admission: Admission, engines: EngineClient, meter: Meter, tracing: Tracing
+        self,
+        admission: Admission,
+        engines: EngineClient,
+        meter: Meter,
+        tracing: Tracing,
+        access: Access,
     ) -> None:
         self.admission = admission
         self.meter = meter
-        self._plant = Plant(admission, engines, meter, tracing, asyncio.get_running_loop())
+        self.access = access
+        loop = asyncio.get_running_loop()
+        self._plant = Plant(admission, engines, meter, tracing, access, loop)
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -86,4 +94,5 @@ class Forwarder:
     def rejected(self, record: Record, error: GatewayError) -> None:
         """Account for a request that was refused before it became a call."""
         record.status, record.error = error.status, error.message
+        record.refusal = error.code or ""
         self.meter.finished(record)

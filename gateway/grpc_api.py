@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gateway.access import visible
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_cards
 from gateway.errors import EngineBroke, GatewayError, Unavailable
@@ -30,6 +31,8 @@ SERVICE = "bora.v1.Inference"
 
 _STATUS_OF_HTTP = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -103,7 +106,9 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
         async with _errors_as_statuses(context):
             if admission.table is None:
                 raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
-        return _filled(pb.ListModelsResponse(), {"data": model_cards(admission)})
+            tenant = self._forwarder.access.identify(_metadata(context))
+        cards = visible(model_cards(admission), tenant)
+        return _filled(pb.ListModelsResponse(), {"data": cards})
 
     async def _unary(self, request: Message, context: Any, path: str, answer: _Answer) -> _Answer:
         async with self._reply(request, context, path, stream=False) as reply:
@@ -138,15 +143,14 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
                 yield reply
 
     def _call(self, request: Message, context: Any, path: str, *, stream: bool) -> Call:
-        metadata = {
-            key: value for key, value in context.invocation_metadata() if isinstance(value, str)
-        }
+        metadata = _metadata(context)
         try:
+            tenant = self._forwarder.access.identify(metadata)
             payload = to_json(request)
             if path not in {"/tokenize", "/v1/embeddings"}:
                 payload["stream"] = stream
             body = json.dumps(payload).encode()
-            call = make_call("grpc", path, body, metadata, request_id(metadata))
+            call = make_call("grpc", path, body, metadata, request_id(metadata), tenant=tenant)
         except GatewayError as error:
             record = Record(api="grpc", path=path, request_id=request_id(metadata))
             self._forwarder.rejected(record, error)
@@ -166,7 +170,9 @@ async def _errors_as_statuses(context: Any) -> AsyncIterator[None]:
     try:
         yield
     except GatewayError as error:
-        trailing = (("retry-after", error.retry_after),) if error.retry_after else ()
+        trailing = tuple(error.more_headers.items())
+        if error.retry_after:
+            trailing += (("retry-after", error.retry_after),)
         status = grpc.StatusCode[error.grpc_status]
         await context.abort(status, error.message, trailing_metadata=trailing)
     except grpc.aio.AbortError:
@@ -174,6 +180,11 @@ async def _errors_as_statuses(context: Any) -> AsyncIterator[None]:
     except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
         _log.exception("gRPC request failed")
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; the gateway's log has more")
+
+
+def _metadata(context: Any) -> dict[str, str]:
+    pairs = context.invocation_metadata()
+    return {key: value for key, value in pairs if isinstance(value, str)}
 
 
 def _parsed_events(events: bytes) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from gateway.access import require_use, visible
 from gateway.bodies import ModelCard
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
@@ -26,6 +27,7 @@ from gateway.routes import (
     stored_methods,
 )
 from gateway.sse import error_event
+from gateway.tenants import Tenant
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,6 @@ class HttpApi:
         self._is_ready = is_ready
         self._responses = StoredResponses(forwarder.admission)
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
-            "/v1/models": lambda: _json({"object": "list", "data": self._model_cards()}),
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/openapi.json": lambda: (JSON_TYPE, document()),
@@ -112,7 +113,8 @@ class HttpApi:
     def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
         """Forward a request; the answer is pushed back."""
         try:
-            call = self._call(request, told_id)
+            tenant = self._forwarder.access.identify(request.head.headers)
+            call = self._call(request, told_id, tenant)
         except GatewayError as error:
             record = Record(api="http", path=request.head.path, request_id=told_id)
             self._forwarder.rejected(record, error)
@@ -127,11 +129,11 @@ class HttpApi:
         to.follow(exchange)
         exchange.begin()
 
-    def _call(self, request: Request, told_id: str) -> Call:
+    def _call(self, request: Request, told_id: str, tenant: Tenant) -> Call:
         head = request.head
         if head.path == RESPONSES_PATH or stored_methods(head.path):
-            return self._responses.make_call(request, told_id)
-        return make_call("http", head.path, request.body, head.headers, told_id)
+            return self._responses.make_call(request, told_id, tenant)
+        return make_call("http", head.path, request.body, head.headers, told_id, tenant=tenant)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""
@@ -142,18 +144,22 @@ class HttpApi:
             raise NoSuchRoute(f"there is no {method} {path[:200]}")
         if head.method.decode() not in allowed:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
+        tenant = self._forwarder.access.admit_to(path, head.headers)
         document = self._documents.get(path)
-        if document is not None:
+        if path == "/v1/models":
+            content_type, body = _json({"object": "list", "data": self._model_cards(tenant)})
+        elif document is not None:
             content_type, body = document()
         else:
-            model = admission.resolve(path.removeprefix(MODEL_PATH))
+            model = admission.resolve(path.removeprefix(MODEL_PATH), tenant)
+            require_use(tenant, model)
             content_type, body = _json(model_card(admission, model))
         to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
 
-    def _model_cards(self) -> list[ModelCard]:
+    def _model_cards(self, tenant: Tenant) -> list[ModelCard]:
         if self._forwarder.admission.table is None:
             raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
-        return model_cards(self._forwarder.admission)
+        return visible(model_cards(self._forwarder.admission), tenant)
 
     def _ready(self) -> tuple[bytes, bytes]:
         if not self._is_ready():

@@ -12,6 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from gateway.access_log import AccessLog
 from gateway.record import GAP_BUCKETS_S, Gaps, Record
 from gateway.routing import EndpointState
+from gateway.tenant_metrics import TenantMetrics
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -100,6 +101,7 @@ class Meter:
             ("model",),
             registry=registry,
         )
+        self._of_tenants = TenantMetrics(registry)
         self._add_gauges(registry)
 
     def _add_gauges(self, registry: CollectorRegistry) -> None:
@@ -172,6 +174,7 @@ class Meter:
         if record.usage is not None:
             series.prompt_tokens.inc(record.usage.prompt_tokens)
             series.completion_tokens.inc(record.usage.completion_tokens)
+        self._of_tenants.finished(record)
         if self._access_log is not None:
             self._access_log.add(record)
 

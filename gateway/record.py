@@ -31,6 +31,7 @@ class Record:
     api: str
     path: str
     request_id: str
+    tenant: str = ""
     model: str = ""
     variant: str = ""
     endpoint: str = ""
@@ -44,6 +45,8 @@ class Record:
     duration_s: float = 0.0
     usage: Usage | None = None
     gaps: Gaps | None = None
+    answer_chunks: int = 0  # events, or tokens guessed from a body, where no usage is told
+    refusal: str = ""  # an error's code
     started: float = field(default_factory=time.monotonic)
 
     @property

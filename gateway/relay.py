@@ -10,7 +10,7 @@ from gateway.record import GAP_BUCKETS_S, Gaps, Record
 from gateway.reply import Renamer
 from gateway.sse import EventAligner
 from gateway.transcript import Transcript
-from gateway.usage import find_usage, has_usage
+from gateway.usage import Usage, find_usage, has_usage
 
 
 class Relay:
@@ -56,6 +56,15 @@ class Relay:
         if tail:
             self._pass_on(tail)
 
+    def count(self) -> None:
+        """Where the engine told no usage, note what the events tell of it."""
+        record, transcript = self._record, self.transcript
+        if transcript is None or record.usage is not None:
+            return
+        record.answer_chunks = transcript.num_tokens
+        if transcript.prompt_ids is not None:
+            record.usage = Usage(transcript.num_prompt_tokens, transcript.num_tokens)
+
     def drop_tail(self) -> None:
         """Forget half an event of an engine that broke off."""
         self._aligner = EventAligner()
@@ -71,6 +80,8 @@ class Relay:
         transcript = self.transcript
         if transcript is not None:
             events = (self.splice or transcript.feed)(events)
+        else:
+            self._record.answer_chunks += events.count(b"data:")
         if self._rename is not None:
             events = self._rename(events)
         if events:

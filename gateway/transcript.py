@@ -72,6 +72,11 @@ class Transcript:
         """The engine told every token, those of the prompt too."""
         return self.prompt_ids is not None and self._ids.count(b",") == self.num_tokens
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """0 if the engine did not tell."""
+        return self.prompt_ids.count(b",") + 1 if self.prompt_ids else 0
+
     def prompt_token_ids(self) -> list[int]:
         """The prompt as the engine read it."""
         return [int(item) for item in (self.prompt_ids or b"").split(b",") if item.strip()]

@@ -183,9 +183,12 @@ class GatewaySpec(Spec):
     grpc_port: NonNegativeInt = Field(default=8001, le=65535, description="0: any free port.")
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Beyond loopback, put authentication in front.",
+        description="Address to listen on. Beyond loopback, set `auth: keys`.",
     )
-    auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
+    auth: Literal["none", "keys"] = Field(
+        default="none",
+        description="Who may ask. `none`: anybody; `keys`: who has a key, see `bora keys`.",
+    )
 
     @model_validator(mode="after")
     def _a_port_for_each(self) -> Self:

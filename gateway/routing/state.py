@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from gateway.endpoints import Endpoint, EngineKind
 from gateway.routing.breaker import Breaker, BreakerRules, BreakerState
 from gateway.routing.pace import Pace
+from gateway.tenants import ANONYMOUS, Tenant
 
 OUTPUT_TOKEN_WORK = 8
 
@@ -98,6 +99,7 @@ class Lease:
     prompt_tokens: int | None = None  # estimated, without what was cached; None: not looked at
     is_probe: bool = False  # a half-open breaker waits for its result
     failed: bool = False
+    tenant: Tenant = ANONYMOUS
     released: bool = False
 
 
