@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from gateway.accounts import Accounts, Visit
+from gateway.bodies import ModelCard
 from gateway.call import Call
 from gateway.endpoints import ServedModel
 from gateway.errors import InvalidKey, NotAllowed, Unavailable
@@ -101,14 +101,19 @@ class Access:
             self.accounts.leave(visit, record)
 
 
+def may_use(tenant: Tenant, model: ServedModel) -> bool:
+    """Whether `tenant` may use `model`, under whatever name."""
+    return tenant.models is None or tenant.may_use((model.name, *model.aliases))
+
+
 def require_use(tenant: Tenant, model: ServedModel) -> None:
     """Raise `NotAllowed` unless `tenant` may use `model`."""
-    if not tenant.may_use((model.name, *model.aliases)):
+    if not may_use(tenant, model):
         raise NotAllowed(
             f"the key of {tenant.name} is not for the model {model.name!r}", param="model"
         )
 
 
-def visible(cards: Iterable[dict[str, Any]], tenant: Tenant) -> list[dict[str, Any]]:
+def visible(cards: Iterable[ModelCard], tenant: Tenant) -> list[ModelCard]:
     """Those of `/v1/models` that `tenant` may use."""
     return [card for card in cards if tenant.may_use((card["id"], *card["aliases"]))]

@@ -11,11 +11,13 @@ from gateway.config import Limits
 from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
 from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable, WouldBeLate
 from gateway.lane import Lane, Waiter
-from gateway.routing import Lease, Router
+from gateway.record import Record
+from gateway.routing import BreakerRules, Lease, Router, fault_of
 from gateway.tenants import ANONYMOUS, Tenant
 from placement.errors import nearest
 
 _LONGEST_RETRY_AFTER_S = 60.0
+_TIMER_SLACK_S = 0.002  # event loops round to milliseconds
 _RESERVES_LAPSE_S = 1.0  # how often those are looked at whom only a reserve holds back
 
 
@@ -34,7 +36,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or Limits()
-        self.router = Router(workers=workers)
+        self.router = Router(workers=workers, rules=_breaker_rules(self.limits))
         self.table: EndpointTable | None = None
         self._clock = clock
         self._lanes: dict[str, Lane] = {}
@@ -121,22 +123,37 @@ class Admission:
             lane.drop(waiter)
             lane.shares.waits_no_more(waiter.tenant, self._clock())
 
-    def release(self, lease: Lease) -> None:
-        """Give the place to the next in the queue. A second call does nothing."""
-        if self.router.release(lease):
+    def release(self, lease: Lease, record: Record | None = None) -> None:
+        """Give the place to the next in the queue. A second call does nothing.
+
+        Routing learns from `record`: the endpoint's speed and health, the lengths of answers.
+        """
+        now = self._clock()
+        if self.router.release(lease, now=now, record=record):
             model = lease.endpoint.model
-            lane, now = self._lanes[model], self._clock()
+            lane = self._lanes[model]
             lane.load.ended(now)
             lane.shares.ended(lease.tenant, now)
             self._pump(model)
 
-    def suspect(self, lease: Lease) -> None:
-        """The lease's endpoint failed: prefer others for `suspect_s`."""
-        self.router.suspect(lease, until=self._clock() + self.limits.suspect_s)
+    def failed(self, lease: Lease, reason: GatewayError | int) -> None:
+        """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.
+
+        4xx means nothing, but for 429, which like 503 is back-pressure. Before `release`.
+        """
+        fault = fault_of(reason)
+        if fault is None:
+            return
+        distrusted_s = self.router.failed(lease, fault, now=self._clock())
         # Waiters may have been passed over because of it; look again when it is trusted again.
         asyncio.get_running_loop().call_later(
-            self.limits.suspect_s, self._pump, lease.endpoint.model
+            distrusted_s + _TIMER_SLACK_S, self.recheck, lease.endpoint.model
         )
+
+    def recheck(self, model: str) -> None:
+        """An endpoint of `model` may take requests again: let those who wait go on."""
+        if model in self._lanes:
+            self._pump(model)
 
     def queued(self, model: str) -> int:
         """Requests that wait for `model` now."""
@@ -205,11 +222,14 @@ class Admission:
     def _pump(self, model: str) -> None:
         """Hand free places to those that failed elsewhere, then to whoever has the best claim."""
         lane = self._lanes[model]
-        for waiter in list(lane.again):
+        for waiter in list(lane.aside):
             lease = self._lend(model, lane, waiter.tried, waiter.call)
             if lease:
-                del lane.again[waiter]
+                del lane.aside[waiter]
                 waiter.granted.set_result(lease)
+        if not lane.queue:
+            return
+        lane.shares.resize(self.router.places(model)[1], self._clock())
         while lane.queue and self._free(model):
             granted = lane.grant_next(
                 self._clock(),
@@ -228,10 +248,10 @@ class Admission:
         lane.look_again = loop.call_later(_RESERVES_LAPSE_S, self._pump, model)
 
     def _dismiss(self, lane: Lane, model: str) -> None:
-        for waiter in (*lane.queue.clear(), *lane.again):
+        for waiter in (*lane.queue.clear(), *lane.aside):
             if not waiter.granted.done():
                 waiter.granted.set_exception(self._no_such_model(model, waiter.tenant))
-        lane.again.clear()
+        lane.aside.clear()
 
     def _no_such_model(self, name: str, tenant: Tenant) -> NoSuchModel:
         names = self.router.names
@@ -280,3 +300,7 @@ class Admission:
         places = self.router.places(model)[1]
         wait_s = lane.wait_s(waiter.tenant, waiter.priority, places, self._clock())
         return min(1.0 if wait_s is None else wait_s, _LONGEST_RETRY_AFTER_S)
+
+
+def _breaker_rules(limits: Limits) -> BreakerRules:
+    return BreakerRules(limits.breaker_failures, limits.suspect_s, limits.suspect_max_s)

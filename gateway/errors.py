@@ -12,11 +12,14 @@ GatewayError
 ├── InvalidKey          401 UNAUTHENTICATED      no API key, or none that is valid
 ├── NotAllowed          403 PERMISSION_DENIED    the key may not use this model, or see this page
 ├── NoSuchModel         404 NOT_FOUND            with the nearest names
+├── NoSuchResponse      404 NOT_FOUND            nobody holds the stored response
 ├── NoSuchRoute         404 UNIMPLEMENTED
+│   ├── NotSupported    404                      the model's engine has no such path
 │   └── WrongMethod     405
 ├── Overloaded          429 RESOURCE_EXHAUSTED   the model's queue is full
-│   ├── RateLimited                              the tenant's requests or tokens per minute, or at a time
-│   └── QuotaSpent                               the tenant's tokens for the day or month
+├── LimitReached        429 RESOURCE_EXHAUSTED   by the tenant
+│   ├── RateLimited                              its requests or tokens per minute, or at a time
+│   └── QuotaSpent                               its tokens for the day or month
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
 │   ├── EngineUnreachable                        nobody listens at the endpoint
 │   └── WouldBeLate                              the queue is longer than the client waits
@@ -32,7 +35,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+
+from gateway.bodies import Error, ErrorBody
 
 
 class GatewayError(Exception):
@@ -62,9 +66,9 @@ class GatewayError(Exception):
         """The `retry-after` header: whole seconds, at least one."""
         return None if self.retry_after_s is None else str(max(1, math.ceil(self.retry_after_s)))
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         """OpenAI's error body."""
-        error = {
+        error: Error = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
@@ -161,6 +165,15 @@ class NoSuchModel(GatewayError):
     code = "model_not_found"
 
 
+class NoSuchResponse(GatewayError):
+    """No endpoint is known to hold the stored response."""
+
+    status = 404
+    grpc_status = "NOT_FOUND"
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+
 class NoSuchRoute(GatewayError):
     """No such path in the API."""
 
@@ -168,6 +181,15 @@ class NoSuchRoute(GatewayError):
     grpc_status = "UNIMPLEMENTED"
     type = "invalid_request_error"
     code = "unknown_url"
+
+
+class NotSupported(NoSuchRoute):
+    """The gateway passes this on, but the model's engine does not have it.
+
+    Not 501: OpenAI's clients would try that again.
+    """
+
+    code = "endpoint_not_supported"
 
 
 class WrongMethod(NoSuchRoute):
@@ -186,7 +208,15 @@ class Overloaded(GatewayError):
     code = "queue_full"
 
 
-class RateLimited(Overloaded):
+class LimitReached(GatewayError):
+    """The tenant has had what it may have, wherever there are free places. After `retry_after_s`, more."""
+
+    status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+
+
+class RateLimited(LimitReached):
     """The tenant asks faster than it may. `headers` tell its limits and what is left."""
 
     code = "rate_limit_exceeded"
@@ -203,7 +233,7 @@ class RateLimited(Overloaded):
         return self._headers
 
 
-class QuotaSpent(Overloaded):
+class QuotaSpent(LimitReached):
     """The tenant has used up its tokens of this day or month."""
 
     type = "insufficient_quota"

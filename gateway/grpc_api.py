@@ -21,8 +21,8 @@ from gateway.forwarding import Forwarder
 from gateway.grpc_messages import fill, to_json
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
+from gateway.pull import Pull
 from gateway.record import Record
-from gateway.reply import Reply
 from gateway.sse import event_data
 
 _log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
     @asynccontextmanager
     async def _reply(
         self, request: Message, context: Any, path: str, *, stream: bool
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncIterator[Pull]:
         """The engine's reply to `request`, if it is none of failure."""
         async with _errors_as_statuses(context):
             call = self._call(request, context, path, stream=stream)
@@ -150,7 +150,8 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
             if path not in {"/tokenize", "/v1/embeddings"}:
                 payload["stream"] = stream
             body = json.dumps(payload).encode()
-            call = make_call("grpc", path, body, metadata, request_id(metadata), tenant=tenant)
+            call = make_call("grpc", path, body, metadata, request_id(metadata))
+            call.belongs_to(tenant, metadata)
         except GatewayError as error:
             record = Record(api="grpc", path=path, request_id=request_id(metadata))
             self._forwarder.rejected(record, error)

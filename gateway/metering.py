@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.access_log import AccessLog
-from gateway.record import Record
+from gateway.record import GAP_BUCKETS_S, Gaps, Record
+from gateway.routing import EndpointState
 from gateway.tenant_metrics import TenantMetrics
 
 _LATENCY_BUCKETS_S = (
@@ -22,17 +23,19 @@ _LATENCY_BUCKETS_S = (
 class _Series:
     """The metrics of one model, variant and API, looked up once."""
 
-    __slots__ = ("completion_tokens", "duration", "prompt_tokens", "statuses", "ttft")
+    __slots__ = ("completion_tokens", "duration", "gaps", "prompt_tokens", "statuses", "ttft")
 
     def __init__(
         self,
         duration: Histogram,
         ttft: Histogram,
+        gaps: Histogram,
         prompt_tokens: Counter,
         completion_tokens: Counter,
     ) -> None:
         self.duration = duration
         self.ttft = ttft
+        self.gaps = gaps
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
         self.statuses: dict[int, Counter] = {}
@@ -67,6 +70,13 @@ class Meter:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self._gaps = Histogram(
+            "bora_gateway_inter_token_latency_seconds",
+            "Between the events of a stream, counted when it ends.",
+            ("model", "variant"),
+            buckets=GAP_BUCKETS_S,
+            registry=registry,
+        )
         self._prompt_tokens = Counter(
             "bora_gateway_prompt_tokens",
             "Tokens in, where the engine's answer tells.",
@@ -83,6 +93,12 @@ class Meter:
             "bora_gateway_retries",
             "Further attempts at another endpoint.",
             ("model", "reason"),
+            registry=registry,
+        )
+        self._migrations = Counter(
+            "bora_gateway_migrations",
+            "Streams that another endpoint went on with.",
+            ("model",),
             registry=registry,
         )
         self._of_tenants = TenantMetrics(registry)
@@ -117,6 +133,27 @@ class Meter:
             multiprocess_mode="livemin",
         )
         self._counted_models: set[str] = set()
+        endpoint = ("model", "variant", "endpoint")
+        self._alive = Gauge(
+            "bora_gateway_endpoint_alive",
+            "1: takes requests; 0: dead, its health checks fail.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._breaker_open = Gauge(
+            "bora_gateway_endpoint_breaker_open",
+            "1: the endpoint failed, or is far slower than its peers, and is left alone.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._ejections = Counter(
+            "bora_gateway_endpoint_ejections",
+            "Times that it was left alone for being slow.",
+            endpoint,
+            registry=registry,
+        )
 
     def finished(self, record: Record) -> None:
         """Count a request that is over and write its access log line."""
@@ -132,6 +169,8 @@ class Meter:
         series.duration.observe(record.duration_s)
         if record.ttft_s is not None:
             series.ttft.observe(record.ttft_s)
+        if record.gaps is not None:
+            _add_counts(series.gaps, record.gaps)
         if record.usage is not None:
             series.prompt_tokens.inc(record.usage.prompt_tokens)
             series.completion_tokens.inc(record.usage.completion_tokens)
@@ -143,6 +182,7 @@ class Meter:
         series = self._series[model, variant, api] = _Series(
             self._duration.labels(model, variant, api),
             self._ttft.labels(model, variant, api),
+            self._gaps.labels(model, variant),
             self._prompt_tokens.labels(model, variant),
             self._completion_tokens.labels(model, variant),
         )
@@ -151,6 +191,10 @@ class Meter:
     def retried(self, model: str, reason: str) -> None:
         """A request goes to another endpoint, because of an error's `code` or a status."""
         self._retries.labels(model, reason).inc()
+
+    def migrated(self, model: str) -> None:
+        """A stream goes on at another endpoint."""
+        self._migrations.labels(model).inc()
 
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""
@@ -164,6 +208,15 @@ class Meter:
         """Counts a request that waits."""
         with self._queued.labels(model).track_inprogress():
             yield
+
+    def endpoint_changed(self, state: EndpointState, now: float) -> None:
+        """An endpoint's breaker or health is not what it was."""
+        endpoint, breaker = state.endpoint, state.breaker
+        labels = (endpoint.model, endpoint.variant, endpoint.key)
+        self._alive.labels(*labels).set(not state.dead)
+        self._breaker_open.labels(*labels).set(not breaker.closed)
+        if breaker.is_slow and breaker.state(now) == "open":
+            self._ejections.labels(*labels).inc()
 
     def table_applied(self, version: int, ready: Iterable[tuple[str, int]]) -> None:
         """A new endpoint table: its version, and how many endpoints each model has."""
@@ -180,3 +233,11 @@ class Meter:
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
             return generate_latest(summed)
         return generate_latest(self._registry)
+
+
+def _add_counts(histogram: Histogram, gaps: Gaps) -> None:
+    """Add what was counted already. prometheus-client has no public way to (its buckets are counters)."""
+    for bucket, count in zip(histogram._buckets, gaps.counts, strict=True):  # noqa: SLF001
+        if count:
+            bucket.inc(count)
+    histogram._sum.inc(gaps.sum_s)  # noqa: SLF001

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.accounts import Account, Accounts, Visit
 from gateway.call import Call
-from gateway.errors import Overloaded, QuotaSpent, RateLimited
+from gateway.errors import LimitReached, QuotaSpent, RateLimited
 from gateway.ledger import Ledger, UsageReport, UsageRow, period_end_s, period_of
 from gateway.prediction import max_tokens, prompt_tokens
 from gateway.proto import inference_pb2 as pb
@@ -47,7 +47,16 @@ def a_call(tenant: Tenant, body: bytes = b'{"model": "chat", "max_tokens": 100}'
 
 
 def a_record(**changes: Any) -> Record:
-    return Record(**{"api": "http", "path": CHAT, "request_id": "id", "status": 200, **changes})
+    return Record(
+        **{
+            "api": "http",
+            "path": CHAT,
+            "request_id": "id",
+            "model": "chat",
+            "status": 200,
+            **changes,
+        }
+    )
 
 
 def some_accounts(now: list[float], wall: list[float] | None = None, **changes: Any) -> Accounts:
@@ -195,7 +204,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
     )
     accounts = some_accounts(now)
     inside: list[Visit] = []
-    refusals: list[Overloaded] = []
+    refusals: list[LimitReached] = []
     entered: list[float] = []
     used = 0
     for event, number, seconds in events:
@@ -204,7 +213,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
             try:
                 inside.append(accounts.enter(tenant, "chat", a_call(tenant, body)))
                 entered.append(now[0])
-            except Overloaded as error:
+            except LimitReached as error:
                 refusals.append(error)
         elif event == "wait":
             now[0] += seconds
