@@ -101,9 +101,14 @@ class Access:
             self.accounts.leave(visit, record)
 
 
+def may_use(tenant: Tenant, model: ServedModel) -> bool:
+    """Whether `tenant` may use `model`, under whatever name."""
+    return tenant.models is None or tenant.may_use((model.name, *model.aliases))
+
+
 def require_use(tenant: Tenant, model: ServedModel) -> None:
     """Raise `NotAllowed` unless `tenant` may use `model`."""
-    if not tenant.may_use((model.name, *model.aliases)):
+    if not may_use(tenant, model):
         raise NotAllowed(
             f"the key of {tenant.name} is not for the model {model.name!r}", param="model"
         )

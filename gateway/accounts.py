@@ -218,9 +218,9 @@ class Accounts:
         used = usage.prompt_tokens + usage.completion_tokens
         visit.account.leave(visit.reserved, used, self._clock(), self._wall_clock())
         if record.usage and generates(visit.call.path):
-            self._mean(visit.model).add(usage.completion_tokens)
+            self._mean(record.model).add(usage.completion_tokens)
         if record.status < 400 or used:
-            self.ledger.add(visit.tenant.name, visit.model, usage, estimated=estimated)
+            self.ledger.add(visit.tenant.name, record.model, usage, estimated=estimated)
 
     def predicted(self, call: Call, model: str) -> int:
         """Tokens in and out that a request will take."""

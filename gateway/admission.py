@@ -222,11 +222,14 @@ class Admission:
     def _pump(self, model: str) -> None:
         """Hand free places to those that failed elsewhere, then to whoever has the best claim."""
         lane = self._lanes[model]
-        for waiter in list(lane.again):
+        for waiter in list(lane.aside):
             lease = self._lend(model, lane, waiter.tried, waiter.call)
             if lease:
-                del lane.again[waiter]
+                del lane.aside[waiter]
                 waiter.granted.set_result(lease)
+        if not lane.queue:
+            return
+        lane.shares.resize(self.router.places(model)[1], self._clock())
         while lane.queue and self._free(model):
             granted = lane.grant_next(
                 self._clock(),
@@ -245,10 +248,10 @@ class Admission:
         lane.look_again = loop.call_later(_RESERVES_LAPSE_S, self._pump, model)
 
     def _dismiss(self, lane: Lane, model: str) -> None:
-        for waiter in (*lane.queue.clear(), *lane.again):
+        for waiter in (*lane.queue.clear(), *lane.aside):
             if not waiter.granted.done():
                 waiter.granted.set_exception(self._no_such_model(model, waiter.tenant))
-        lane.again.clear()
+        lane.aside.clear()
 
     def _no_such_model(self, name: str, tenant: Tenant) -> NoSuchModel:
         names = self.router.names

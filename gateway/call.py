@@ -24,7 +24,7 @@ _FORWARDED = (
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 LONGEST_TIMEOUT_S = 86400.0
 TIMEOUT = "x-request-timeout-s"
-_PRIORITY = "x-bora-priority"
+PRIORITY = "x-bora-priority"
 
 
 def _ids() -> Iterator[str]:
@@ -59,11 +59,21 @@ class Call:
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
-    tenant: Tenant = ANONYMOUS
-    priority: int = ANONYMOUS.priority
     is_stream: bool = False
     method: str = "POST"
     endpoint_key: str | None = None  # the one endpoint that can answer; None: any of the model's
+    tenant: Tenant = ANONYMOUS
+    priority: int = ANONYMOUS.priority
+
+    def belongs_to(self, tenant: Tenant, headers: Mapping[str, str]) -> None:
+        """`tenant` asks, with its priority or, if `x-bora-priority` says so, a lower one.
+
+        Raises:
+            BadRequest: the header makes no sense.
+        """
+        self.tenant, self.priority = tenant, tenant.priority
+        if PRIORITY in headers:
+            self.priority = min(tenant.priority, _priority(headers[PRIORITY]))
 
     def body_at(self, endpoint: Endpoint) -> bytes:
         """The body for the engine at `endpoint`."""
@@ -89,15 +99,13 @@ def make_call(
     request_id: str,
     *,
     model: str | None = None,
-    tenant: Tenant = ANONYMOUS,
 ) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
 
     `model` is told where the body does not name it.
 
     Raises:
-        BadRequest: no JSON object, no `model` in it, or a time limit or priority that makes no
-            sense.
+        BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
     """
     forwarded = {}
     for name in _FORWARDED:
@@ -105,15 +113,10 @@ def make_call(
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
     timeout_s = _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None
-    priority = tenant.priority
-    if _PRIORITY in headers:
-        priority = min(priority, _priority(headers[_PRIORITY]))
     is_stream = False
     if model is None:
         model, is_stream = _routed_of(body)
-    return Call(
-        api, path, model, body, request_id, forwarded, timeout_s, tenant, priority, is_stream
-    )
+    return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
 
 
 def _routed_of(body: bytes) -> tuple[str, bool]:
@@ -174,10 +177,9 @@ def _timeout_s(given: str) -> float:
 
 
 def _priority(given: str) -> int:
-    """What a client may ask for: its key's priority, or less."""
     if not (given.isascii() and given.isdigit() and int(given[:3]) <= HIGHEST_PRIORITY):
         raise BadRequest(
-            f"{_PRIORITY} must be a whole number from 0 (last) to {HIGHEST_PRIORITY} (first)",
-            param=_PRIORITY,
+            f"{PRIORITY} must be a whole number from 0 (last) to {HIGHEST_PRIORITY} (first)",
+            param=PRIORITY,
         )
     return int(given)

@@ -17,8 +17,9 @@ GatewayError
 │   ├── NotSupported    404                      the model's engine has no such path
 │   └── WrongMethod     405
 ├── Overloaded          429 RESOURCE_EXHAUSTED   the model's queue is full
-│   ├── RateLimited                              the tenant's requests or tokens per minute, or at a time
-│   └── QuotaSpent                               the tenant's tokens for the day or month
+├── LimitReached        429 RESOURCE_EXHAUSTED   by the tenant
+│   ├── RateLimited                              its requests or tokens per minute, or at a time
+│   └── QuotaSpent                               its tokens for the day or month
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
 │   ├── EngineUnreachable                        nobody listens at the endpoint
 │   └── WouldBeLate                              the queue is longer than the client waits
@@ -207,7 +208,15 @@ class Overloaded(GatewayError):
     code = "queue_full"
 
 
-class RateLimited(Overloaded):
+class LimitReached(GatewayError):
+    """The tenant has had what it may have, wherever there are free places. After `retry_after_s`, more."""
+
+    status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+
+
+class RateLimited(LimitReached):
     """The tenant asks faster than it may. `headers` tell its limits and what is left."""
 
     code = "rate_limit_exceeded"
@@ -224,7 +233,7 @@ class RateLimited(Overloaded):
         return self._headers
 
 
-class QuotaSpent(Overloaded):
+class QuotaSpent(LimitReached):
     """The tenant has used up its tokens of this day or month."""
 
     type = "insufficient_quota"

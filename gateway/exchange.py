@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gateway.access import Access
+from gateway.access import Access, may_use
 from gateway.accounts import Visit
 from gateway.admission import Admission
 from gateway.answer import Answer
@@ -245,7 +245,7 @@ class Exchange:
         record, rename = self.record, self._renamer()
         record.status, record.usage = answer.status, find_usage(body)
         if record.usage is None and answer.status < 400:
-            record.answer_chunks = len(body) // 4
+            record.answer_chunks = len(body) // 4  # bytes per token, about
         headers = header_lines(answer, record)
         self._leave()  # first, so that this client's next request finds the place free
         self._client.whole(answer.status, headers, rename(body) if rename else body)
@@ -520,9 +520,9 @@ class Exchange:
         if self._started or plant.draining or not isinstance(error, _NO_ENGINE):
             return False
         for name in plant.admission.router.fallbacks(self._call.model):
-            lease = (
-                None if name == record.model else plant.admission.try_acquire(name, (), self._call)
-            )
+            lease = None
+            if name != record.model and may_use(self._call.tenant, plant.admission.resolve(name)):
+                lease = plant.admission.try_acquire(name, (), self._call)
             if lease is not None:
                 self._hang_up()
                 self._leave_place()
@@ -550,8 +550,8 @@ class Exchange:
     def _fail(self, error: GatewayError) -> None:
         if self._fell_back(error):
             return
-        record = self.record
-        record.status, record.error, record.refusal = error.status, error.message, error.code or ""
+        self.record.status, self.record.error = error.status, error.message
+        self.record.refusal = error.code or ""
         self._leave()
         self._client.fail(error)
 

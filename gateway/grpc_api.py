@@ -150,7 +150,8 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
             if path not in {"/tokenize", "/v1/embeddings"}:
                 payload["stream"] = stream
             body = json.dumps(payload).encode()
-            call = make_call("grpc", path, body, metadata, request_id(metadata), tenant=tenant)
+            call = make_call("grpc", path, body, metadata, request_id(metadata))
+            call.belongs_to(tenant, metadata)
         except GatewayError as error:
             record = Record(api="grpc", path=path, request_id=request_id(metadata))
             self._forwarder.rejected(record, error)

@@ -112,9 +112,11 @@ class HttpApi:
 
     def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
         """Forward a request; the answer is pushed back."""
+        headers = request.head.headers
         try:
-            tenant = self._forwarder.access.identify(request.head.headers)
-            call = self._call(request, told_id, tenant)
+            tenant = self._forwarder.access.identify(headers)
+            call = self._call(request, told_id)
+            call.belongs_to(tenant, headers)
         except GatewayError as error:
             record = Record(api="http", path=request.head.path, request_id=told_id)
             self._forwarder.rejected(record, error)
@@ -129,11 +131,11 @@ class HttpApi:
         to.follow(exchange)
         exchange.begin()
 
-    def _call(self, request: Request, told_id: str, tenant: Tenant) -> Call:
+    def _call(self, request: Request, told_id: str) -> Call:
         head = request.head
         if head.path == RESPONSES_PATH or stored_methods(head.path):
-            return self._responses.make_call(request, told_id, tenant)
-        return make_call("http", head.path, request.body, head.headers, told_id, tenant=tenant)
+            return self._responses.make_call(request, told_id)
+        return make_call("http", head.path, request.body, head.headers, told_id)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""

@@ -73,7 +73,7 @@ class KeyFeed:
         while True:
             await asyncio.sleep(step_s)
             if self._stamp() != self._seen:
-                self._take_new()
+                await self._take_new()
             if time.monotonic() >= due:
                 due = time.monotonic() + _FLUSH_S
                 await asyncio.to_thread(self.flush_taken, self._take())
@@ -114,9 +114,9 @@ class KeyFeed:
             return
         self._access.accounts.flushed(spent)
 
-    def _take_new(self) -> None:
+    async def _take_new(self) -> None:
         try:
-            tenants = self._load().tenants
+            tenants = (await asyncio.to_thread(self._load)).tenants
         except ConfigError as error:
             _log.error("key file not taken, the old keys stay: %s", error)
             return

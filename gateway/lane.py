@@ -34,7 +34,7 @@ class Waiter:
 
     @property
     def is_pinned(self) -> bool:
-        """Only one endpoint can answer it."""
+        """Only one endpoint can answer."""
         return self.call is not None and self.call.endpoint_key is not None
 
     @property
@@ -44,36 +44,33 @@ class Waiter:
 
 
 class Lane:
-    """`again` are those that need a certain endpoint, or another one than where they failed.
+    """`aside` wait those that may need what others do not: after a failure elsewhere, or pinned."""
 
-    They wait beside the queue, so that they hold nobody up; of those that failed the last goes first.
-    """
-
-    __slots__ = ("_max_queued", "again", "load", "look_again", "queue", "shares")
+    __slots__ = ("_max_aside", "aside", "load", "look_again", "queue", "shares")
 
     def __init__(self, limits: Limits, now: float) -> None:
-        self._max_queued = limits.max_queued
         self.load = LoadMeter(now)
         self.shares = Shares()
         self.queue = FairQueue[Waiter](limits.max_queued, limits.max_queued_bytes)
-        self.again: OrderedDict[Waiter, None] = OrderedDict()
+        self.aside: OrderedDict[Waiter, None] = OrderedDict()
+        self._max_aside = limits.max_queued
         self.look_again: asyncio.TimerHandle | None = None
 
     @property
     def length(self) -> int:
         """Requests that wait."""
-        return len(self.queue) + len(self.again)
+        return len(self.queue) + len(self.aside)
 
     def push(self, waiter: Waiter) -> list[Waiter]:
         """Let it wait; returns those for whom there is no room any more."""
         if waiter.tried:  # it has had its turn once: to the front, and never refused
-            self.again[waiter] = None
-            self.again.move_to_end(waiter, last=False)
+            self.aside[waiter] = None
+            self.aside.move_to_end(waiter, last=False)
             return []
         if waiter.is_pinned:
-            if len(self.again) >= self._max_queued:
+            if len(self.aside) >= self._max_aside:
                 return [waiter]
-            self.again[waiter] = None
+            self.aside[waiter] = None
             return []
         cost, size = 1.0, 0
         if waiter.call is not None:
@@ -88,7 +85,7 @@ class Lane:
     def drop(self, waiter: Waiter) -> None:
         """It waits no more, if it still did."""
         self.queue.remove(waiter)
-        self.again.pop(waiter, None)
+        self.aside.pop(waiter, None)
 
     def may_take(self, tenant: Tenant, now: float, num_free: Callable[[], int]) -> bool:
         """Whether `tenant` may have a place, or what is free is kept for others."""
@@ -119,5 +116,5 @@ class Lane:
 
     def wait_s(self, tenant: Tenant, priority: int, places: int, now: float) -> float | None:
         """How long a newcomer would wait for one of `places`, all busy; None: nobody knows."""
-        ahead = self.queue.ahead_of(tenant, priority) + len(self.again)
+        ahead = self.queue.ahead_of(tenant, priority) + len(self.aside)
         return self.load.wait_s(ahead, places, now) if places else None

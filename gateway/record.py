@@ -44,9 +44,9 @@ class Record:
     ttft_s: float | None = None
     duration_s: float = 0.0
     usage: Usage | None = None
-    gaps: Gaps | None = None
     answer_chunks: int = 0  # events, or tokens guessed from a body, where no usage is told
     refusal: str = ""  # an error's code
+    gaps: Gaps | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property

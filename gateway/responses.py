@@ -26,7 +26,6 @@ from gateway.exchange import Client
 from gateway.http_parser import Request
 from gateway.record import Record
 from gateway.routes import RESPONSES_PATH, response_id_in
-from gateway.tenants import Tenant
 
 _OURS = re.compile(r"resp_([0-9a-f]{8})_[0-9a-f]{24}")
 _ID_IN_BODY = re.compile(rb'"id" ?: ?"(resp_[A-Za-z0-9_-]{1,123})"')
@@ -69,7 +68,7 @@ class StoredResponses:
         self._table = table
         self._seen: OrderedDict[str, str] = OrderedDict()  # id -> endpoint's key
 
-    def make_call(self, request: Request, request_id: str, tenant: Tenant) -> Call:
+    def make_call(self, request: Request, request_id: str) -> Call:
         """The call for any request at or under `/v1/responses`.
 
         Raises:
@@ -79,13 +78,11 @@ class StoredResponses:
         """
         head = request.head
         if head.path == RESPONSES_PATH:
-            call = make_call(
-                "http", head.path, request.body, head.headers, request_id, tenant=tenant
-            )
+            call = make_call("http", head.path, request.body, head.headers, request_id)
             pinned = self._followed(call)
             return ResponsesCall(
                 call.api, call.path, call.model, call.body, call.request_id, call.headers,
-                call.timeout_s, call.tenant, call.priority, call.is_stream, endpoint_key=pinned.key if pinned else None,
+                call.timeout_s, call.is_stream, endpoint_key=pinned.key if pinned else None,
             )  # fmt: skip
         response_id = response_id_in(head.path)
         if response_id is None:
@@ -94,15 +91,7 @@ class StoredResponses:
             raise BadRequest("the query holds characters that no parameter of this path has")
         holder = self._holder(response_id)
         target = f"{head.path}?{head.query}" if head.query else head.path
-        call = make_call(
-            "http",
-            target,
-            request.body,
-            head.headers,
-            request_id,
-            model=holder.model,
-            tenant=tenant,
-        )
+        call = make_call("http", target, request.body, head.headers, request_id, model=holder.model)
         call.method, call.endpoint_key = head.method.decode(), holder.key
         return call
 

@@ -52,8 +52,9 @@ class Shares:
 
     def resize(self, places: int, now: float) -> None:
         """The model has so many places now."""
-        self._places = places
-        self._refresh(now)
+        if places != self._places:
+            self._places = places
+            self._refresh(now)
 
     def waits(self, tenant: Tenant, now: float) -> None:
         """A request of `tenant` waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import Literal, Self
@@ -86,8 +87,8 @@ class KeyFile(Spec):
         names = [tenant.name for tenant in self.tenants]
         keys = [key.id for tenant in self.tenants for key in tenant.keys]
         for what, values in (("tenant", names), ("key", keys)):
-            for value in values:
-                if values.count(value) > 1:
+            for value, count in Counter(values).most_common(1):
+                if count > 1:
                     raise ValueError(f"the {what} {value} stands twice")
         return self
 

@@ -138,11 +138,11 @@ class Router:
         return len(route.ready) if route else 0
 
     def places(self, model: str) -> tuple[int, int]:
-        """Free places at ready endpoints of `model`, and all of theirs."""
+        """Free places at endpoints of `model` that take requests, and all of theirs."""
         route = self._routes.get(model)
         ready = route.ready if route else ()
-        free = sum([max(0, state.max_in_flight - state.in_flight) for state in ready])
-        return free, sum([state.max_in_flight for state in ready])
+        free = sum(max(0, state.max_in_flight - state.in_flight) for state in ready)
+        return free, sum(state.max_in_flight for state in ready)
 
     def snapshot(self, now: float) -> list[EndpointSnapshot]:
         """Every endpoint of the table as it is now."""

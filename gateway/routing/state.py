@@ -99,8 +99,8 @@ class Lease:
     prompt_tokens: int | None = None  # estimated, without what was cached; None: not looked at
     is_probe: bool = False  # a half-open breaker waits for its result
     failed: bool = False
-    tenant: Tenant = ANONYMOUS
     released: bool = False
+    tenant: Tenant = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)

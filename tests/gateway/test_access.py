@@ -19,7 +19,9 @@ from gateway.errors import InvalidKey, StartupFailed
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
 from gateway.server import run
-from gateway.tenants import KeyRing, digest_of, new_key
+from gateway.tenants import KeyFile, KeyRing, digest_of, new_key
+from placement.errors import ConfigError
+from placement.spec import load_yaml
 from tests.gateway.engines import (
     CHAT,
     a_chat,
@@ -315,3 +317,21 @@ def test_nobody_gets_in_before_the_controller_has_told_the_keys() -> None:
 
     with pytest.raises(InvalidKey):
         access.identify(bearer())
+
+
+@pytest.mark.parametrize(
+    ("tenants", "told"),
+    [
+        ("[{name: a}, {name: b}, {name: a}]", "the tenant a stands twice"),
+        (
+            "[{name: a, keys: [{sha256: " + "a" * 64 + "}, {sha256: " + "a" * 64 + "}]}]",
+            "the key aaaaaaaaaaaa stands twice",
+        ),
+        ("[{name: a, budget_period: week}]", "budget_period"),
+    ],
+)
+def test_a_key_files_mistakes_are_named(tmp_path: Path, tenants: str, told: str) -> None:
+    (path := tmp_path / "keys.yaml").write_text(f"tenants: {tenants}")
+
+    with pytest.raises(ConfigError, match=told):
+        load_yaml(path, KeyFile)

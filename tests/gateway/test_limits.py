@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from gateway.accounts import Account, Accounts, Visit
 from gateway.call import Call
-from gateway.errors import Overloaded, QuotaSpent, RateLimited
+from gateway.endpoints import ServedModel
+from gateway.errors import LimitReached, QuotaSpent, RateLimited
 from gateway.ledger import Ledger, UsageReport, UsageRow, period_end_s, period_of
 from gateway.prediction import max_tokens, prompt_tokens
 from gateway.proto import inference_pb2 as pb
@@ -38,6 +40,7 @@ from tests.gateway.engines import (
     until,
 )
 from tests.gateway.tenants import a_locked_gateway, a_tenant, bearer, write_keys
+from tests.gateway.test_server import a_process, ports
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 
@@ -47,7 +50,16 @@ def a_call(tenant: Tenant, body: bytes = b'{"model": "chat", "max_tokens": 100}'
 
 
 def a_record(**changes: Any) -> Record:
-    return Record(**{"api": "http", "path": CHAT, "request_id": "id", "status": 200, **changes})
+    return Record(
+        **{
+            "api": "http",
+            "path": CHAT,
+            "request_id": "id",
+            "model": "chat",
+            "status": 200,
+            **changes,
+        }
+    )
 
 
 def some_accounts(now: list[float], wall: list[float] | None = None, **changes: Any) -> Accounts:
@@ -195,7 +207,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
     )
     accounts = some_accounts(now)
     inside: list[Visit] = []
-    refusals: list[Overloaded] = []
+    refusals: list[LimitReached] = []
     entered: list[float] = []
     used = 0
     for event, number, seconds in events:
@@ -204,7 +216,7 @@ def test_whatever_happens_no_limit_is_passed_and_no_reservation_is_left(
             try:
                 inside.append(accounts.enter(tenant, "chat", a_call(tenant, body)))
                 entered.append(now[0])
-            except Overloaded as error:
+            except LimitReached as error:
                 refusals.append(error)
         elif event == "wait":
             now[0] += seconds
@@ -450,3 +462,81 @@ async def test_gateways_with_one_key_file_hold_a_budget_together(tmp_path: Path)
 
             for client in (to_one, to_two):
                 assert (await refusal(client))[1] == "insufficient_quota"
+
+
+async def test_workers_of_one_gateway_hold_limits_and_write_usage_together(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", a_tenant(requests_per_minute=4))
+    async with (
+        an_engine() as engine,
+        a_process(tmp_path, engine.url, "--workers", "2", "--keys", str(keys)) as (process, log),
+    ):
+        await until(lambda: len(ports(log)) == 2, 30)
+        base = f"http://127.0.0.1:{ports(log)[0][0]}"
+        connector = aiohttp.TCPConnector(force_close=True)  # so that both workers are asked
+        async with aiohttp.ClientSession(base, connector=connector) as client:
+            statuses = []
+            for _ in range(16):
+                async with client.post(CHAT, json=a_chat(), headers=bearer()) as response:
+                    statuses.append(response.status)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+    assert sorted(statuses) == [200] * 4 + [429] * 12
+    assert stored(tmp_path, "requests", "prompt_tokens") == [(4, 4 * USAGE["prompt_tokens"])]
+    assert "Traceback" not in "".join(log)
+
+
+async def test_a_limit_is_not_evaded_and_a_ban_not_lifted_by_another_models_help(
+    tmp_path: Path,
+) -> None:
+    async with an_engine() as small, an_engine() as large:
+        table = a_table(
+            an_endpoint("http://127.0.0.1:9", model="gone"),
+            an_endpoint(small, model="small"),
+            an_endpoint(large, model="large"),
+            models=(
+                ServedModel(name="gone", fallback=("large", "small")),
+                ServedModel(name="small", fallback=("large",)),
+                ServedModel(name="large"),
+            ),
+        )
+        tenant = a_tenant(models=("gone", "small"), requests_per_minute=2)
+        async with (
+            a_locked_gateway(tmp_path, table, tenant) as gateway,
+            a_client(gateway) as client,
+        ):
+            for model, status in (("gone", 200), ("small", 200), ("small", 429), ("gone", 429)):
+                body = a_chat(model=model)
+                response = await client.post(CHAT, json=body, headers=bearer())
+                assert response.status == status
+    assert large.seen == []
+    assert stored(tmp_path, "model", "requests") == [("small", 2)]
+
+
+async def test_who_cannot_be_served_in_its_time_is_told_at_once(tmp_path: Path) -> None:
+    async with (
+        an_engine(gate=asyncio.Event()) as engine,
+        a_locked_gateway(
+            tmp_path, a_table(an_endpoint(engine, max_in_flight=1)), a_tenant()
+        ) as gateway,
+        a_client(gateway) as client,
+    ):
+        first = asyncio.ensure_future(client.post(CHAT, json=a_chat(), headers=bearer()))
+        await until(lambda: engine.running == 1)
+        await asyncio.sleep(0.3)
+        second = asyncio.ensure_future(client.post(CHAT, json=a_chat(), headers=bearer()))
+        await until(lambda: gateway.admission.queued("chat") == 1)
+        engine.gate.set()
+        await first
+        await second
+        engine.gate.clear()
+        held = asyncio.ensure_future(client.post(CHAT, json=a_chat(), headers=bearer()))
+        await until(lambda: engine.running == 1)
+
+        hurried = {**bearer(), "x-request-timeout-s": "0.05"}
+        async with client.post(CHAT, json=a_chat(), headers=hurried) as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "deadline_out_of_reach"
+            assert response.headers["retry-after"] == "1"
+        engine.gate.set()
+        assert (await held).status == 200
