@@ -17,7 +17,8 @@ from gateway.routing.breaker import Breaker, BreakerRules, Fault
 from gateway.routing.choice import choose, take
 from gateway.routing.filters import untried
 from gateway.routing.learning import learn, proves_health
-from gateway.routing.pickers import Picker, Request, picker
+from gateway.routing.pickers import Picker, picker
+from gateway.routing.request import Request
 from gateway.routing.route import Route
 from gateway.routing.state import Discovery, EndpointSnapshot, EndpointState, Lease, snapshot
 
@@ -164,7 +165,7 @@ class Router:
             state = ready[0]  # nothing to decide, so that nothing need be known
             if state.in_flight >= state.max_in_flight:
                 return None
-            return take(route, state, Request(route.usual_work, None), now)
+            return take(route, state, Request(route.usual_work, route.usual_work), now)
         pick = self._pickers[model]
         return choose(route, pick, call=call, tried=tried, now=now, random=self._random)
 
