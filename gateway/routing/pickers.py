@@ -42,7 +42,7 @@ def auto(
     hashes = features.hashes
     if not hashes:
         return cheapest(candidates, request.work, now)
-    if not holders:
+    if not holders or holders[-1] == route.all_bits:  # nobody has more of it than another
         best = cheapest(candidates, request.work, now)
     else:
         best = cheapest_with_cache(candidates, request, now)

@@ -37,6 +37,7 @@ class Route:
     usual_work: int = int(_FIRST_GUESS_TOKENS) * (OUTPUT_TOKEN_WORK + 1)
     reviewed_at: float = 0.0
     by_bit: dict[int, EndpointState] = field(default_factory=dict)
+    all_bits: int = 0
     _ring: HashRing | None = None
     _by_key: dict[str, EndpointState] = field(default_factory=dict)
 
@@ -48,6 +49,7 @@ class Route:
         self.states = states
         self._by_key = {state.endpoint.key: state for state in states}
         self.by_bit = {state.bit: state for state in states}
+        self.all_bits = sum(self.by_bit)
         self._ring = None
         self.is_clear = False  # to be found out
         self.split.weigh(self.model.routing.weights)

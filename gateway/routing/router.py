@@ -237,16 +237,19 @@ class Router:
         revived = []
         for state in self._by_url.get(url, ()):
             state.failed_checks = 0
-            if discovery is not None:
-                self._discovered(state, discovery)
             came_back = state.dead
             state.dead = False
             if not state.breaker.is_slow:
                 came_back |= state.breaker.close()
                 state.suspect_until = min(state.suspect_until, now)
+            route = self._routes[state.endpoint.model]
+            if discovery is not None:
+                state.discovery = discovery
+                route.note_kinds()
             if came_back:
-                self._routes[state.endpoint.model].refresh()
+                route.refresh()
                 revived.append(state)
+            if came_back or discovery is not None:
                 self.on_change(state, now)
         return revived
 
@@ -268,7 +271,3 @@ class Router:
             died.append(state)
             self.on_change(state, now)
         return died
-
-    def _discovered(self, state: EndpointState, discovery: Discovery) -> None:
-        state.discovery = discovery
-        self._routes[state.endpoint.model].note_kinds()

@@ -165,7 +165,11 @@ async def test_requests_at_an_engine_that_hangs_are_given_up_and_others_go_elsew
             gateway.apply(a_table(an_endpoint(hole.url, id="hole"), an_endpoint(well), version=2))
             assert [await ask(client) for _ in range(4)] == [200] * 4
             assert hole.posts == 1
-            assert await metric(client, "bora_gateway_endpoint_alive", endpoint="hole") == 0
+            dead = {"endpoint": "hole"}
+            assert await metric(client, "bora_gateway_endpoint_alive", **dead) == 0
+            gateway.apply(a_table(an_endpoint(well), version=3))
+            text = await (await client.get("/metrics")).text()
+            assert 'bora_gateway_endpoint_alive{endpoint="hole"' not in text
             assert in_flight(gateway) == 0
 
 
