@@ -52,7 +52,7 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.admission = Admission(config.limits, workers=config.workers)
+        self.admission = Admission(config.limits, workers=config.workers, seed=os.getpid())
         self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
         self.meter = Meter(self._access_log)
         self.admission.router.on_change = self.meter.endpoint_changed

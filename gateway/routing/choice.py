@@ -42,7 +42,8 @@ def choose(
         session = call.headers.get("x-session-id") if call is not None else None
         candidates = route.split.of(candidates, session)
     request = request_of(route, call, features)
-    if are_many(candidates) and route.policy in _BY_LOAD:
+    is_tied = request.features is not None and request.features.session is not None
+    if are_many(candidates) and route.policy in _BY_LOAD and not is_tied:
         candidates = shortlist(route, candidates, request, random)
     return take(route, pick(route, candidates, request, now), request, now)
 

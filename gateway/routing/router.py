@@ -136,7 +136,7 @@ class Router:
     def num_ready(self, model: str) -> int:
         """Endpoints of `model` that take requests."""
         route = self._routes.get(model)
-        return len(route.ready) if route else 0
+        return sum(state.takes_requests for state in route.ready) if route else 0
 
     def snapshot(self, now: float) -> list[EndpointSnapshot]:
         """Every endpoint of the table as it is now."""
@@ -233,15 +233,18 @@ class Router:
     def check_passed(
         self, url: str, *, now: float, discovery: Discovery | None = None
     ) -> list[EndpointState]:
-        """The engine at `url` is well. Returns those that take requests again because of it."""
+        """The engine at `url` is well. Returns those that take requests again because of it.
+
+        That somebody listens does not tell whether requests succeed: a breaker that opened for
+        another cause waits for one to try.
+        """
         revived = []
         for state in self._by_url.get(url, ()):
             state.failed_checks = 0
             came_back = state.dead
             state.dead = False
-            if not state.breaker.is_slow:
+            if state.breaker.cause is Fault.UNREACHABLE:
                 came_back |= state.breaker.close()
-                state.suspect_until = min(state.suspect_until, now)
             route = self._routes[state.endpoint.model]
             if discovery is not None:
                 state.discovery = discovery
@@ -254,20 +257,23 @@ class Router:
         return revived
 
     def check_failed(self, url: str, *, now: float, enough: int) -> list[EndpointState]:
-        """The engine at `url` did not answer. Returns those that are dead from now on.
+        """The engine at `url` did not answer. Returns those whose requests should be given up.
 
         An endpoint is dead after `enough` of these without a success between, of a check or of a
         request.
         """
-        died = []
+        hopeless = []
         for state in self._by_url.get(url, ()):
             state.failed_checks += 1
-            if state.failed_checks < enough or state.dead:
+            if state.failed_checks < enough:
                 continue
-            state.dead = True
-            route = self._routes[state.endpoint.model]
-            route.index.forget(state.bit)
-            route.refresh()
-            died.append(state)
-            self.on_change(state, now)
-        return died
+            if not state.dead:
+                state.dead = True
+                route = self._routes[state.endpoint.model]
+                route.index.forget(state.bit)
+                route.refresh()
+                self.on_change(state, now)
+            elif not state.in_flight:
+                continue
+            hopeless.append(state)
+        return hopeless
