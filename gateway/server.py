@@ -28,7 +28,7 @@ from gateway.endpoints import EndpointTable
 from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
-from gateway.grpc_api import GrpcServer
+from gateway.grpc_server import GrpcServer
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
 from gateway.metering import Meter

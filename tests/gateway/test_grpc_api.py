@@ -77,7 +77,7 @@ async def test_a_chat_completion_carries_every_field_both_ways() -> None:
             metadata=[("x-request-id", "grpc-1")],
         )
         answer = await call
-        headers = dict(await call.initial_metadata())
+        headers = dict(await call.trailing_metadata())
 
     assert engine.seen[0].json == {
         "model": "chat",
