@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -97,6 +98,13 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def _listed(value: Any) -> Any:
     """A list, or one text; a text may be a list in JSON."""
     if isinstance(value, str) and value.startswith("["):
@@ -115,7 +123,7 @@ def _parsed(value: Any) -> Any:
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     BOOL: lambda value: _BOOLS[str(value).lower()],
     _WHOLE: _whole,
-    _NUMBER: float,
+    _NUMBER: _number,
     _TEXT: str,
     _LIST: _listed,
     _JSON: _parsed,
