@@ -68,7 +68,7 @@ def understood(request: oip.ModelInferRequest) -> Wanted:
     payload = {
         "model": request.model_name,
         **body,
-        **sampling(request, tensors, _NO_SAMPLING),
+        **sampling(given, tensors, _NO_SAMPLING),
         "stream": stream,
     }
     exclude = flags["exclude_input_in_output"]

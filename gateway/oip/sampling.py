@@ -34,16 +34,16 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def sampling(
-    request: oip.ModelInferRequest, tensors: Mapping[str, list[Any]], others: Collection[str]
+    given: Mapping[str, Any], tensors: Mapping[str, list[Any]], others: Collection[str]
 ) -> dict[str, Any]:
-    """From the request's parameters, then `sampling_parameters`, then tensors: the last one counts.
+    """From `given`, the request's parameters, then `sampling_parameters`, then tensors: the last one counts.
 
     `others` are the names that stand there for something else.
 
     Raises:
         BadRequest: a name is unknown, or a value has another type.
     """
-    result = _of_parameters(request, others)
+    result = _of_parameters(given, others)
     if BUNDLE in tensors:
         values = parsed_json(BUNDLE, one(BUNDLE, tensors[BUNDLE]))
         if not isinstance(values, dict):
@@ -67,9 +67,9 @@ def parameters_of(request: oip.ModelInferRequest) -> dict[str, Any]:
     return {name: getattr(value, kind) if kind else None for name, value, kind in kinds}
 
 
-def _of_parameters(request: oip.ModelInferRequest, others: Collection[str]) -> dict[str, Any]:
+def _of_parameters(given: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
     result = {}
-    for name, value in parameters_of(request).items():
+    for name, value in given.items():
         if name in SAMPLING:
             result[name] = typed(name, value)
         elif name in {"sequence_id", "sequence_start", "sequence_end"}:

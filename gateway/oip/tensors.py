@@ -53,9 +53,8 @@ def inputs_of(request: oip.ModelInferRequest) -> dict[str, list[Any]]:
                 param=tensor.name,
             )
         values = _values(tensor, raw[number] if raw else None)
-        size = math.prod(tensor.shape)
-        if len(values) != size or any(length < 0 for length in tensor.shape):
-            shape = list(tensor.shape)
+        shape = list(tensor.shape)
+        if len(values) != math.prod(shape) or min(shape, default=0) < 0:
             raise _misfit(tensor, f"{len(values)} elements do not fit the shape {shape}")
         result[tensor.name] = values
     return result
