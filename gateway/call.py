@@ -39,6 +39,7 @@ class _Routed(msgspec.Struct):
     """All that routing needs of a body; msgspec checks the rest without keeping it."""
 
     model: str
+    stream: Any = False
 
 
 _routed = msgspec.json.Decoder(_Routed)
@@ -55,12 +56,18 @@ class Call:
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    is_stream: bool = False
 
     def body_for(self, served_model_name: str) -> bytes:
         """The body with the engine's name of the model; the client's own bytes if it is the same."""
         if served_model_name == self.model:
             return self.body
         return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
+
+    @property
+    def wants_ids(self) -> bool:
+        """Whether the client itself asked for token ids, or refused them."""
+        return b'"return_token_ids"' in self.body
 
 
 def make_call(
@@ -77,25 +84,29 @@ def make_call(
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
     timeout_s = _timeout_s(headers[_TIMEOUT]) if _TIMEOUT in headers else None
-    return Call(api, path, model_of(body), body, request_id, forwarded, timeout_s)
+    model, is_stream = _routed_of(body)
+    return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
 
 
-def model_of(body: bytes) -> str:
-    """What a body's top-level `model` says; the last one, if there are several.
+def _routed_of(body: bytes) -> tuple[str, bool]:
+    """What a body's top-level `model` and `stream` say; the last ones, if there are several.
 
-    msgspec reads it without building the rest. What msgspec refuses (a lone surrogate, NaN, or
+    msgspec reads them without building the rest. What msgspec refuses (a lone surrogate, NaN, or
     a mistake) is for `json` to judge, which also says what is wrong.
 
     Raises:
         BadRequest: no JSON object, or no `model` in it.
     """
+    model: Any
     try:
-        model: Any = _routed.decode(body).model
+        routed = _routed.decode(body)
+        model, stream = routed.model, routed.stream
     except (msgspec.MsgspecError, RecursionError, ValueError):
-        model = parse_object(body).get("model")
+        value = parse_object(body)
+        model, stream = value.get("model"), value.get("stream")
     if not isinstance(model, str) or not model:
         raise BadRequest("`model` is required and must be a non-empty string", param="model")
-    return model
+    return model, stream is True
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError, Message
 from gateway.call import Call, make_call, request_id
 from gateway.errors import BadRequest, EngineBroke, GatewayError
 from gateway.forwarding import Forwarder
+from gateway.pull import Pull
 from gateway.record import Record
-from gateway.reply import Reply
 from gateway.sse import event_data
 
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ async def send(context: Any, message: bytes) -> None:
         raise asyncio.CancelledError from None
 
 
-def headers_for_client(reply: Reply) -> list[tuple[str, str]]:
+def headers_for_client(reply: Pull) -> list[tuple[str, str]]:
     """What a client is told beside a good reply: before a stream, and after a single answer.
 
     In front of a single answer it would cost a write of its own, a fifth of the whole RPC.
@@ -151,7 +151,7 @@ def headers_for_client(reply: Reply) -> list[tuple[str, str]]:
     return [(name, headers[name]) for name in _TOLD]
 
 
-def whole_body(reply: Reply) -> dict[str, Any]:
+def whole_body(reply: Pull) -> dict[str, Any]:
     """The JSON object that an engine answered with.
 
     Raises:

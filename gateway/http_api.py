@@ -15,7 +15,6 @@ from gateway.http_connection import HttpConnection
 from gateway.http_parser import Request
 from gateway.http_response import JSON_TYPE, error_headers, json_body
 from gateway.record import Record
-from gateway.reply import Reply
 from gateway.sse import error_event
 
 _log = logging.getLogger(__name__)
@@ -35,6 +34,40 @@ _MODEL_PATH = "/v1/models/"
 _TEXT_TYPE = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 
+class HttpClient:
+    """The client of one exchange, at the other end of a connection."""
+
+    __slots__ = ("_call", "_is_event_stream", "_to", "write")
+
+    def __init__(self, to: HttpConnection, call: Call) -> None:
+        self.write: Callable[[bytes], None] = to.write
+        self._to = to
+        self._call = call
+        self._is_event_stream = False
+
+    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+        """See `gateway.exchange.Client`, as for what follows."""
+        self._to.respond(status, headers, body)
+
+    def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102
+        self._is_event_stream = is_event_stream
+        self._to.start(status, headers)
+
+    def finish(self) -> None:  # noqa: D102
+        self._to.finish()
+
+    def fail(self, error: GatewayError) -> None:
+        """As an error body; once a response has begun as an error event, or else cut short."""
+        to, call = self._to, self._call
+        if not to.started:
+            _respond_error(to, error, call.request_id)
+        elif self._is_event_stream:
+            to.write(error_event(error, call.path))
+            to.finish()
+        else:
+            to.abort()
+
+
 class HttpApi:
     """Answers all routes; `is_ready` answers `/ready`."""
 
@@ -48,13 +81,15 @@ class HttpApi:
             "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
         }
 
-    async def answer(self, request: Request, to: HttpConnection) -> None:
+    def answer(self, request: Request, to: HttpConnection) -> None:
         """The edge: every failure becomes OpenAI's error body, and every response has an id."""
         head = request.head
         told_id = request_id(head.headers)
+        if self._forwarder.draining:
+            to.close_after()
         try:
             if head.method == b"POST" and head.path in _FORWARDED_PATHS:
-                await self._infer(request, told_id, to)
+                self._infer(request, told_id, to)
             else:
                 self._show(head, told_id, to)
         except GatewayError as error:
@@ -73,8 +108,8 @@ class HttpApi:
         self._forwarder.rejected(record, error)
         _respond_error(to, error, record.request_id)
 
-    async def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
-        """Forward a request and push the answer back."""
+    def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
+        """Forward a request; the answer is pushed back."""
         path, headers = request.head.path, request.head.headers
         try:
             call = make_call("http", path, request.body, headers, told_id)
@@ -82,19 +117,9 @@ class HttpApi:
             record = Record(api="http", path=path, request_id=told_id)
             self._forwarder.rejected(record, error)
             raise
-        reply: Reply | None = None
-        try:
-            async with self._forwarder.forward(call) as reply:
-                if reply.body is not None:
-                    to.respond(reply.status, reply.header_lines, reply.body)
-                else:
-                    to.start(reply.status, reply.header_lines)
-                    await reply.pour(to)
-                    to.finish()
-        except GatewayError as error:
-            if reply is None:
-                raise
-            _break_off(to, reply, call, error)
+        exchange = self._forwarder.exchange(call, HttpClient(to, call))
+        to.follow(exchange)
+        exchange.begin()
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""
@@ -136,15 +161,6 @@ def _allowed(path: str) -> tuple[str, ...] | None:
     if own or (path.startswith(_MODEL_PATH) and len(path) > len(_MODEL_PATH)):
         return ("GET", "HEAD")
     return None
-
-
-def _break_off(to: HttpConnection, reply: Reply, call: Call, error: GatewayError) -> None:
-    """End a response whose head is gone: with an error event, or else visibly cut short."""
-    if to.started and reply.is_event_stream:
-        to.write(error_event(error, call.path))
-        to.finish()
-    else:
-        to.abort()
 
 
 def _respond_error(

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from gateway.chunk_messages import ChunkMessages
 from gateway.proto import inference_pb2 as pb
 
-TEXTS = st.text() | st.sampled_from(['"', "\\", '\\"content":"', '", "content": "', "}]}"])
+TEXTS = st.text() | st.sampled_from(
+    ['"', "\\", '\\"content":"', '", "content": "', "}]}", "\ud800"]
+)
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
@@ -33,7 +35,7 @@ def chunks(draw: st.DrawFn) -> dict[str, Any]:
 
 def written(chunk: dict[str, Any], *, spaced: bool, is_ascii: bool) -> bytes:
     separators = None if spaced else (",", ":")
-    return json.dumps(chunk, separators=separators, ensure_ascii=is_ascii).encode()
+    return json.dumps(chunk, separators=separators, ensure_ascii=is_ascii).encode(errors="replace")
 
 
 def plain(text: str) -> dict[str, Any]:
