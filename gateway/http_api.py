@@ -8,6 +8,7 @@ from typing import Any
 
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
+from gateway.console import Console
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
 from gateway.forwarding import Forwarder
 from gateway.head_cache import Head
@@ -71,7 +72,10 @@ class HttpClient:
 class HttpApi:
     """Answers all routes; `is_ready` answers `/ready`."""
 
-    def __init__(self, forwarder: Forwarder, *, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, forwarder: Forwarder, *, is_ready: Callable[[], bool], workers: int = 1
+    ) -> None:
+        console = Console(forwarder.admission, forwarder.meter, is_ready, workers=workers)
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
@@ -79,6 +83,8 @@ class HttpApi:
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
+            "/console": console.page,
+            "/console/data": lambda: (JSON_TYPE, console.data()),
         }
 
     def answer(self, request: Request, to: HttpConnection) -> None:
@@ -157,7 +163,7 @@ def _allowed(path: str) -> tuple[str, ...] | None:
     """The methods that `path` takes; None: there is no such path."""
     if path in _FORWARDED_PATHS:
         return ("POST",)
-    own = path in {"/v1/models", "/health", "/ready", "/metrics"}
+    own = path in {"/v1/models", "/health", "/ready", "/metrics", "/console", "/console/data"}
     if own or (path.startswith(_MODEL_PATH) and len(path) > len(_MODEL_PATH)):
         return ("GET", "HEAD")
     return None

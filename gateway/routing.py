@@ -39,6 +39,21 @@ class Lease:
     released: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class EndpointSnapshot:
+    """One endpoint at a moment, for people to look at."""
+
+    model: str
+    variant: str
+    key: str
+    url: str
+    state: str
+    breaker: str  # "open" while the endpoint is the last choice
+    in_flight: int
+    max_in_flight: int
+    requests: int
+
+
 @dataclass(slots=True)
 class Route:
     """A model and the endpoints that serve it."""
@@ -141,6 +156,24 @@ class Router:
         """Endpoints of `model` that take requests."""
         route = self._routes.get(model)
         return len(untried(route.states, ())) if route else 0
+
+    def snapshot(self, now: float) -> list[EndpointSnapshot]:
+        """Every endpoint of the table as it is now."""
+        return [
+            EndpointSnapshot(
+                model=state.endpoint.model,
+                variant=state.endpoint.variant,
+                key=state.endpoint.key,
+                url=state.endpoint.url,
+                state=state.endpoint.state,
+                breaker="open" if state.suspect_until > now else "closed",
+                in_flight=state.in_flight,
+                max_in_flight=state.max_in_flight,
+                requests=state.requests,
+            )
+            for route in self._routes.values()
+            for state in route.states
+        ]
 
     def reserve(
         self,

@@ -147,7 +147,7 @@ class Gateway:
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
         config = self.config
-        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready, workers=config.workers)
         self._http = HttpServer(api, config.limits)
         self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:
