@@ -1,7 +1,7 @@
 """`/console`: one page without a dependency, and the numbers that it draws.
 
 The page looks every other second and keeps what it saw; the gateway only tells its totals. They are
-read from the exposition of its metrics, which sums all workers; only endpoints are this worker's.
+read from its metrics, which sum all workers; only endpoints are this worker's.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,11 +22,7 @@ from gateway.admission import Admission
 from gateway.metering import Meter
 
 _PAGE = Path(__file__).with_name("console.html")
-_PREFIX = "bora_gateway_"
-_SAMPLE = re.compile(r"bora_gateway_(\w+?)(?:\{(.*)\})? (\S+)(?: \S+)?")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_ESCAPED = re.compile(r"\\(.)")
-_REMEMBERED_S = 0.5  # so that many open pages cost no more than two
+_REMEMBERED_S = 1.0  # so that many open pages cost no more than two
 
 
 @dataclass(slots=True)
@@ -41,19 +36,21 @@ class _Totals:
     )
 
 
-# Metric -> the name in our document.
+_REQUESTS = "bora_gateway_requests_total"
+# Series -> the name in our document.
 _VALUES = {
-    "prompt_tokens_total": "prompt_tokens",
-    "completion_tokens_total": "completion_tokens",
-    "retries_total": "retries",
-    "migrations_total": "migrations",
-    "in_flight": "in_flight",
-    "queued": "queued",
+    "bora_gateway_prompt_tokens_total": "prompt_tokens",
+    "bora_gateway_completion_tokens_total": "completion_tokens",
+    "bora_gateway_retries_total": "retries",
+    "bora_gateway_migrations_total": "migrations",
+    "bora_gateway_in_flight": "in_flight",
+    "bora_gateway_queued": "queued",
 }
 _HISTOGRAMS = {
-    "time_to_first_token_seconds_bucket": "ttft",
-    "inter_token_latency_seconds_bucket": "itl",
+    "bora_gateway_time_to_first_token_seconds_bucket": "ttft",
+    "bora_gateway_inter_token_latency_seconds_bucket": "itl",
 }
+_NAMES = (_REQUESTS, *_VALUES, *_HISTOGRAMS)
 
 
 class Console:
@@ -87,7 +84,7 @@ class Console:
 
     def _document(self, now: float) -> dict[str, Any]:
         table, router = self._admission.table, self._admission.router
-        totals = _totals(self._meter.exposition().decode())
+        totals = _totals(self._meter)
         endpoints = endpoints_of(self._admission, now)
         numbers: dict[str, int] = defaultdict(int)
         for endpoint in endpoints:
@@ -148,37 +145,20 @@ def _told(totals: _Totals) -> dict[str, Any]:
     return {"statuses": dict(totals.statuses), **values, **histograms}
 
 
-def _totals(exposition: str) -> dict[str, _Totals]:
+def _totals(meter: Meter) -> dict[str, _Totals]:
     """By model; under the empty name what was refused before it had one."""
     result: dict[str, _Totals] = defaultdict(_Totals)
-    for name, labels, value in _samples(exposition):
-        totals = result[labels.get("model", "")]
-        if name == "requests_total":
-            totals.statuses[labels["status"]] += int(value)
-        elif name in _VALUES:
-            totals.values[_VALUES[name]] += value
-        elif name in _HISTOGRAMS:
-            totals.histograms[_HISTOGRAMS[name]][float(labels["le"])] += value
+    for metric in meter.totals(_NAMES):
+        for sample in metric.samples:
+            name, labels, value = sample.name, sample.labels, sample.value
+            totals = result[labels.get("model", "")]
+            if name == _REQUESTS:
+                totals.statuses[labels["status"]] += int(value)
+            elif name in _VALUES:
+                totals.values[_VALUES[name]] += value
+            elif name in _HISTOGRAMS:
+                totals.histograms[_HISTOGRAMS[name]][float(labels["le"])] += value
     return result
-
-
-def _samples(exposition: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    """Name, labels and value of those series that the console shows."""
-    for line in exposition.splitlines():
-        if not line.startswith(_PREFIX):
-            continue
-        sample = _SAMPLE.fullmatch(line)
-        if sample is None or not (
-            sample[1] in _VALUES or sample[1] in _HISTOGRAMS or sample[1] == "requests_total"
-        ):
-            continue
-        labels = {
-            key: _ESCAPED.sub(lambda it: "\n" if it[1] == "n" else it[1], text)
-            if "\\" in text
-            else text
-            for key, text in _LABEL.findall(sample[2] or "")
-        }
-        yield sample[1], labels, float(sample[3])
 
 
 @cache
