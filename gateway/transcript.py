@@ -26,19 +26,7 @@ class Transcript:
     """
 
     __slots__ = (
-        *(
-            "_finish_mark",
-            "_ids",
-            "_ids_mark",
-            "_mark",
-            "_said",
-            "blocked",
-            "done",
-            "fault",
-            "finished",
-            "head",
-            "hides_ids",
-        ),
+        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_said", "blocked", "done", "fault", "finished", "head", "hides_ids"),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
 
