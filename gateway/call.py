@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.endpoints import Endpoint
 from gateway.errors import BadRequest
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -20,8 +21,8 @@ _FORWARDED = (
     *("traceparent", "tracestate"),
 )
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
-_LONGEST_TIMEOUT_S = 86400.0
-_TIMEOUT = "x-request-timeout-s"
+LONGEST_TIMEOUT_S = 86400.0
+TIMEOUT = "x-request-timeout-s"
 
 
 def _ids() -> Iterator[str]:
@@ -57,10 +58,16 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     is_stream: bool = False
+    method: str = "POST"
+    endpoint_key: str | None = None  # the one endpoint that can answer; None: any of the model's
+
+    def body_at(self, endpoint: Endpoint) -> bytes:
+        """The body for the engine at `endpoint`."""
+        return self.body_for(endpoint.served_model_name or endpoint.model)
 
     def body_for(self, served_model_name: str) -> bytes:
         """The body with the engine's name of the model; the client's own bytes if it is the same."""
-        if served_model_name == self.model:
+        if served_model_name == self.model or not self.body:
             return self.body
         return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
 
@@ -71,9 +78,17 @@ class Call:
 
 
 def make_call(
-    api: str, path: str, body: bytes, headers: Mapping[str, str], request_id: str
+    api: str,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    request_id: str,
+    *,
+    model: str | None = None,
 ) -> Call:
     """A call from what a face received. `headers` are looked up by their lower-case names.
+
+    `model` is told where the body does not name it.
 
     Raises:
         BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
@@ -83,8 +98,10 @@ def make_call(
         value = headers.get(name)
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
-    timeout_s = _timeout_s(headers[_TIMEOUT]) if _TIMEOUT in headers else None
-    model, is_stream = _routed_of(body)
+    timeout_s = _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None
+    is_stream = False
+    if model is None:
+        model, is_stream = _routed_of(body)
     return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
 
 
@@ -137,10 +154,9 @@ def _timeout_s(given: str) -> float:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= _LONGEST_TIMEOUT_S:
+    if not 0 < seconds <= LONGEST_TIMEOUT_S:
         raise BadRequest(
-            f"{_TIMEOUT} must be a number of seconds, more than 0 and at most"
-            f" {_LONGEST_TIMEOUT_S:g}",
-            param=_TIMEOUT,
+            f"{TIMEOUT} must be a number of seconds, more than 0 and at most {LONGEST_TIMEOUT_S:g}",
+            param=TIMEOUT,
         )
     return seconds

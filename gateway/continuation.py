@@ -33,6 +33,9 @@ _STATEFUL = (
 )
 
 
+_FINAL_NAMES = ("system_fingerprint", "service_tier")  # of a stream's last chunks
+
+
 class CannotContinue(Exception):
     """A continuation would not be what the first engine would have said; the message says why."""
 
@@ -129,9 +132,15 @@ def _has_media(request: Mapping[str, Any]) -> bool:
 
 
 class Splice:
-    """Puts the chunks of a continuation into the stream: same ids, form and counts as before."""
+    """Puts the chunks of a continuation into the stream: same ids, form and counts as before.
 
-    def __init__(self, told: Transcript, request: Mapping[str, Any], path: str) -> None:
+    The first `num_again` tokens were sent before, in chunks without text, and are not sent again.
+    """
+
+    def __init__(
+        self, told: Transcript, request: Mapping[str, Any], path: str, *, num_again: int
+    ) -> None:
+        self.num_again = num_again
         self._told = told
         self._is_chat = path == CHAT_PATH
         self._carried = told.num_tokens
@@ -192,11 +201,14 @@ class Splice:
                 return b""
             text = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids") or []
-            told.add(",".join(map(str, ids)).encode(), msgspec.json.encode(text)[1:-1])
+            if ids or text or not (delta.get("role") or reason):
+                told.add(",".join(map(str, ids)).encode(), msgspec.json.encode(text)[1:-1])
             told.finished = told.finished or reason is not None
             if delta.get("tool_calls"):
                 told.blocked = "it is in the middle of tool calls"
                 choices.append({**choice, "delta": _without_role(delta)})
+            elif ids and not text and not reason and self.num_again > 0:
+                self.num_again -= len(ids)
             elif text or ids or reason:
                 choices.append(self._choice(text, reason, choice.get("stop_reason"), ids))
         usage = chunk.get("usage")
@@ -205,7 +217,8 @@ class Splice:
         if not choices and (chunk.get("choices") or usage is None):
             return b""
         told.usage_sent = told.usage_sent or not choices
-        return self._event(choices, usage)
+        more = {name: chunk[name] for name in _FINAL_NAMES if name in chunk}
+        return self._event(choices, usage, **more)
 
     def _choice(
         self, text: str, reason: str | None, stop_reason: Any, ids: list[int]
@@ -214,7 +227,9 @@ class Splice:
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
         if reason or not self._is_chat:
             choice["stop_reason"] = stop_reason
-        choice["token_ids"] = None if self._told.hides_ids else ids
+        if not self._is_chat:
+            choice["prompt_token_ids"] = None
+        choice["token_ids"] = None if self._told.hides_ids else ids or None
         return choice
 
     def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -232,8 +247,10 @@ class Splice:
             "completion_tokens": completion,
         }
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        chunk = {**(self._told.head or {}), "choices": choices}
+    def _event(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, **more: Any
+    ) -> bytes:
+        chunk = {**(self._told.head or {}), "choices": choices, **more}
         if usage is not None:
             chunk["usage"] = usage
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"

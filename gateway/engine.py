@@ -124,18 +124,18 @@ def _origin(url: str) -> _Origin:
 
 
 def request_head(
-    endpoint: Endpoint, path: str, headers: Mapping[str, str], num_body_bytes: int
+    endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str], num_body_bytes: int
 ) -> bytes:
-    """A POST to `endpoint`. `headers` hold no line breaks: `make_call` and tracing see to that."""
+    """A request to `endpoint`. `headers` hold no line breaks: `make_call` and tracing see to that."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    start = _head(endpoint.url, endpoint.api_key, path)
+    start = _head(endpoint.url, endpoint.api_key, method, path)
     return start + f"{lines}content-length: {num_body_bytes}\r\n\r\n".encode()
 
 
 @lru_cache(maxsize=4096)
-def _head(url: str, api_key: str | None, path: str) -> bytes:
+def _head(url: str, api_key: str | None, method: str, path: str) -> bytes:
     lines = [
-        f"POST {path} HTTP/1.1",
+        f"{method} {path} HTTP/1.1",
         f"host: {urlsplit(url).netloc.rpartition('@')[2]}",
         "content-type: application/json",
         "accept-encoding: identity",

@@ -24,10 +24,13 @@ from gateway.errors import (
     EngineBroke,
     EngineUnreachable,
     GatewayError,
+    NotSupported,
+    Overloaded,
     Unavailable,
 )
 from gateway.metering import Meter
 from gateway.migration import Migration
+from gateway.missing_path import refuse_if_missing
 from gateway.record import Record
 from gateway.relay import Relay
 from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
@@ -43,9 +46,11 @@ _log = logging.getLogger(__name__)
 _CLIENT_LEFT = 499
 # Answers that another replica may well not give.
 _RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
+_NO_ENGINE = (Unavailable, Overloaded, EngineBroke)
 _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\n"
 _ASK_FOR_IDS = b',"return_token_ids":true}'
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0  # between attempts to go on with a stream
 _HEARTBEAT = b": the request waits\n\n"
 
 
@@ -90,9 +95,18 @@ class Exchange:
     """Carries `call` to an engine and its answer to `client`. Hears of both, see `Listener`."""
 
     __slots__ = (
-        *("_answer", "_call", "_client", "_client_is_slow", "_connection", "_heartbeat", "_lease"),
-        *("_migration", "_moved", "_over", "_plant", "_relay", "_span", "_started", "_task"),
-        *("_timer", "_tried", "received", "record"),
+        *(
+            "_answer",
+            "_call",
+            "_client",
+            "_client_is_slow",
+            "_connection",
+            "_heartbeat",
+            "_lease",
+            "_lost",
+        ),
+        *("_migration", "_moved", "_num_misses", "_over", "_plant", "_relay", "_span", "_started"),
+        *("_stranded_at", "_task", "_timer", "_tried", "received", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call, client: Client) -> None:
@@ -103,12 +117,15 @@ class Exchange:
         self._client = client
         self._tried: set[str] = set()
         self._lease: Lease | None = None
+        self._lost = ""  # the endpoint that failed last
         self._connection: EngineConnection | None = None
         self._answer = Answer()
         self._relay: Relay | None = None
         self._migration: Migration | None = None
         self._started = False  # the client has a status
         self._moved = False  # once after an engine's 5xx
+        self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
+        self._num_misses = 0  # engines that did not go on with it since
         self._over = self._client_is_slow = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -139,8 +156,19 @@ class Exchange:
         if lease is not None:
             self._occupy(lease)
             self._ask()
+        elif self._is_hopeless():
+            self._fail(plant.admission.no_replica(self.record.model))
         else:
             self._run(self._take_place())
+
+    def _is_hopeless(self) -> bool:
+        """Nobody serves the model, waiting does not start it, and another may stand in for it."""
+        admission, model = self._plant.admission, self.record.model
+        return (
+            bool(admission.router.fallbacks(model))
+            and not admission.router.can_serve(model)
+            and not admission.resolve(model).scalable
+        )
 
     def end(self, reason: GatewayError) -> None:
         """Stop it now, with `reason` as the client's error."""
@@ -195,6 +223,11 @@ class Exchange:
     def answered(self, answer: Answer, body: bytes) -> None:
         """All of a JSON answer."""
         self._connection = None
+        try:
+            refuse_if_missing(answer.status, body, self.record)
+        except NotSupported as error:
+            self._fail(error)
+            return
         if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         if self._started:
@@ -216,6 +249,10 @@ class Exchange:
             return
         self._answer = answer
         self.received = self._write_first
+        if self._stranded_at:
+            self._stranded_at, self._num_misses = 0.0, 0
+            self.record.migrations += 1
+            self._plant.meter.migrated(self.record.model)
         if answer.is_event_stream:
             if self._relay is None:
                 self._relay = self._new_relay()
@@ -247,8 +284,9 @@ class Exchange:
         if self._over:
             return
         if self._lease is not None:
-            self._plant.admission.suspect(self._lease)
+            self._plant.admission.failed(self._lease, error)
             self._tried.add(self._lease.endpoint.key)
+            self._lost = self._lease.endpoint.key
         self._leave_place()
         try:
             if self._relay is not None and self._relay.wrote:
@@ -260,8 +298,10 @@ class Exchange:
 
     # How it goes on
 
-    async def _take_place(self) -> None:
+    async def _take_place(self, pause_s: float = 0.0) -> None:
         admission, model = self._plant.admission, self.record.model
+        if pause_s:
+            await asyncio.sleep(pause_s)
         lease = admission.try_acquire(model, self._tried, self._call)
         if lease is None:
             since = time.monotonic()
@@ -311,16 +351,21 @@ class Exchange:
         endpoint = lease.endpoint
         name = endpoint.served_model_name or endpoint.model
         if self._migration is not None:
-            path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
+            try:
+                path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
+            except CannotContinue as reason:
+                connection.abort()
+                self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
+                return
         else:
-            path, body = call.path, call.body_for(name)
+            path, body = call.path, call.body_at(endpoint)
             if self._hides_ids(lease):
                 body = body.rstrip()[:-1] + _ASK_FOR_IDS
         headers = {**call.headers, "x-request-id": call.request_id}
         self._connection = connection
         if self._client_is_slow:
             connection.pause()
-        connection.ask(request_head(endpoint, path, headers, len(body)), body, self)
+        connection.ask(request_head(endpoint, call.method, path, headers, len(body)), body, self)
 
     def _new_relay(self) -> Relay:
         call, lease = self._call, self._lease
@@ -395,7 +440,8 @@ class Exchange:
             GatewayError: `error` again, if there is none and will be none, or after enough attempts.
         """
         admission, model = self._plant.admission, self.record.model
-        if self.record.attempts >= admission.limits.max_attempts:
+        pinned = self._call.endpoint_key is not None
+        if pinned or self.record.attempts >= admission.limits.max_attempts:
             raise error
         managed = admission.resolve(model).managed
         if not managed and not admission.router.can_serve(model, self._tried):
@@ -406,7 +452,10 @@ class Exchange:
     def _moved_after_status(self, status: int) -> bool:
         """Whether the call has now, for the first time, a place at another endpoint that was free."""
         admission, model = self._plant.admission, self.record.model
-        if self._moved or self._started or self._lease is None:
+        if self._lease is None:
+            return False
+        admission.failed(self._lease, status)
+        if self._moved or self._started:
             return False
         if self.record.attempts >= admission.limits.max_attempts:
             return False
@@ -428,24 +477,51 @@ class Exchange:
         Raises:
             GatewayError: it cannot be continued faithfully, or there is nowhere to go.
         """
-        plant, record, relay = self._plant, self.record, self._relay
-        admission, model = plant.admission, record.model
-        if relay is None or record.migrations >= admission.limits.max_migrations:
+        record, relay, admission = self.record, self._relay, self._plant.admission
+        limits, now = admission.limits, time.monotonic()
+        if relay is None or record.migrations >= limits.max_migrations:
             raise error
-        try:
-            if self._migration is None:
-                self._migration = Migration(self._call, relay)
-            if self._migration.prepare():
-                self._complete()
-                return
-        except CannotContinue as reason:
-            raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
-        managed = admission.resolve(model).managed
-        if not managed and not admission.router.can_serve(model, self._tried):
+        if not self._stranded_at:
+            self._stranded_at = now
+            try:
+                if self._migration is None:
+                    self._migration = Migration(self._call, relay)
+                if self._migration.prepare():
+                    self._complete()
+                    return
+            except CannotContinue as reason:
+                raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
+        else:
+            self._num_misses += 1
+        # Whoever failed before may be well again: only the last one is passed over.
+        self._tried = {self._lost}
+        elsewhere = admission.router.can_serve(record.model, self._tried)
+        if not elsewhere and not admission.resolve(record.model).managed:
             raise error
-        record.migrations += 1
-        plant.meter.migrated(model)
-        self._run(self._take_place())
+        if now > self._stranded_at + limits.replacement_timeout_s:
+            raise error
+        pause_s = min(_FIRST_PAUSE_S * 2**self._num_misses, _LONGEST_PAUSE_S)
+        self._run(self._take_place(pause_s if self._num_misses else 0.0))
+
+    def _fell_back(self, error: GatewayError) -> bool:
+        """Whether another model, of those that may stand in for this one, takes the call instead."""
+        plant, record = self._plant, self.record
+        if self._started or plant.draining or not isinstance(error, _NO_ENGINE):
+            return False
+        for name in plant.admission.router.fallbacks(self._call.model):
+            lease = (
+                None if name == record.model else plant.admission.try_acquire(name, (), self._call)
+            )
+            if lease is not None:
+                self._hang_up()
+                self._leave_place()
+                plant.meter.retried(record.model, "fallback")
+                record.model = record.fallback = name
+                self._tried = set()
+                self._occupy(lease)
+                self._ask()
+                return True
+        return False
 
     # How it ends
 
@@ -461,6 +537,8 @@ class Exchange:
         self._client.finish()
 
     def _fail(self, error: GatewayError) -> None:
+        if self._fell_back(error):
+            return
         self.record.status, self.record.error = error.status, error.message
         self._leave()
         self._client.fail(error)
@@ -491,7 +569,7 @@ class Exchange:
         lease, self._lease = self._lease, None
         if lease is not None:
             self._plant.meter.at_engine(self.record.model, lease.endpoint.variant, -1)
-            self._plant.admission.release(lease)
+            self._plant.admission.release(lease, None if self.record.migrations else self.record)
 
     def _renamer(self) -> Renamer | None:
         if self._lease is None:
@@ -517,7 +595,7 @@ class Exchange:
 
 def tells_token_ids(lease: Lease) -> bool:
     """Whether the engine there tells token ids when asked, and takes them as a prompt."""
-    return lease.endpoint.engine in {"vllm", "sim"}
+    return lease.state.engine in {"vllm", "sim"}
 
 
 def shutting_down() -> Unavailable:

@@ -20,6 +20,7 @@ class Migration:
         self._relay = relay
         self._told = relay.transcript
         self._asked = parse_object(call.body)
+        self._splice: Splice | None = None
 
     def prepare(self) -> bool:
         """After a failure, forget what the client did not get. Returns whether it had all.
@@ -28,8 +29,9 @@ class Migration:
             CannotContinue: what is missing cannot be had faithfully.
         """
         self._relay.drop_tail()
-        self._told.roll_back()
-        splice = Splice(self._told, self._asked, self._path)
+        num_again = self._told.roll_back() + self._num_unsent_again()
+        splice = Splice(self._told, self._asked, self._path, num_again=num_again)
+        self._splice = splice
         self._relay.splice = splice.feed
         if not self._told.finished:
             check(self._asked, self._told)
@@ -46,3 +48,7 @@ class Migration:
         """
         path, body = continuation(self._path, self._asked, self._told, by_ids=by_ids)
         return path, msgspec.json.encode({**body, "model": served_model_name})
+
+    def _num_unsent_again(self) -> int:
+        """Tokens without text that the engine before last sent, and the last did not get to."""
+        return self._splice.num_again if self._splice is not None else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from gateway.errors import GatewayError
 
@@ -43,7 +44,7 @@ def event_data(events: bytes, *, with_done: bool = False) -> Iterator[bytes]:
 
 def error_event(error: GatewayError, path: str) -> bytes:
     """The event that ends a stream that went wrong, in the form that clients of `path` expect."""
-    body = error.body()
+    body: dict[str, Any] = {**error.body()}
     if path == "/v1/messages":  # Anthropic
         body = {"type": "error", **body}
     elif path == "/v1/responses":

@@ -26,7 +26,19 @@ class Transcript:
     """
 
     __slots__ = (
-        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_said", "blocked", "done", "fault", "finished", "head", "hides_ids"),
+        *(
+            "_finish_mark",
+            "_ids",
+            "_ids_mark",
+            "_mark",
+            "_said",
+            "blocked",
+            "done",
+            "fault",
+            "finished",
+            "head",
+            "hides_ids",
+        ),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
 
@@ -72,6 +84,7 @@ class Transcript:
         if (
             at < 0
             or self.head is None
+            or self.blocked is not None
             or events.find(b"\n\n") + 2 != len(events)
             or events.find(self._finish_mark) >= 0
         ):
@@ -94,11 +107,10 @@ class Transcript:
 
     def add(self, ids: bytes, said: bytes) -> None:
         """Tokens (comma-separated, if told) and their text (as inside of a JSON string)."""
-        num = ids.count(b",") + 1 if ids else 0
-        if num:
+        num = 1  # an engine that tells no ids sends an event a token
+        if ids:
+            num += ids.count(b",")
             self._ids += ids + b","
-        elif said:
-            num = 1
         self.num_tokens += num
         if said:
             self._said += said
@@ -106,18 +118,20 @@ class Transcript:
         else:
             self.num_pending += num
 
-    def roll_back(self) -> None:
-        """Forget the tokens whose text is not out: the next engine makes them anew."""
+    def roll_back(self) -> int:
+        """Forget the tokens whose text is not out: the next engine makes them anew. Returns how many."""
+        num_pending = self.num_pending
         if self.num_pending and self._ids:
             kept = self._ids.split(b",")[: -1 - self.num_pending]
             self._ids = bytearray(b"".join([item + b"," for item in kept]))
-        self.num_tokens -= self.num_pending
+        self.num_tokens -= num_pending
         self.num_pending = 0
         self.fault = None
+        return num_pending
 
     def _read_all(self, events: bytes) -> bytes:
         """The long way: event by event, line by line."""
-        passed = []
+        passed: list[bytes] = []
         for event in events.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
             if event and not self._read(event):
                 events = b"".join([one + b"\n\n" for one in passed])
@@ -191,7 +205,8 @@ class Transcript:
         if choice.get("index"):
             self.blocked = "it has several choices"
         self.finished = self.finished or choice.get("finish_reason") is not None
-        self.add(ids, msgspec.json.encode(str(text))[1:-1])
+        if ids or text or not (delta.get("role") or choice.get("finish_reason")):
+            self.add(ids, msgspec.json.encode(str(text))[1:-1])
         return True
 
 

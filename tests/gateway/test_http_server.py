@@ -50,7 +50,7 @@ class Wire:
             self.writer.write(piece)
 
     async def answer(self, *, to_head: bool = False) -> Answered:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             head = await self.reader.readuntil(b"\r\n\r\n")
             line, *lines = head.decode().removesuffix("\r\n\r\n").split("\r\n")
             headers = dict(item.split(": ", 1) for item in lines)
@@ -68,7 +68,7 @@ class Wire:
         return body
 
     async def rest(self) -> bytes:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self.reader.read()
 
 
