@@ -30,7 +30,7 @@ from gateway.endpoints import EndpointTable
 from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
-from gateway.grpc_api import GrpcServer
+from gateway.grpc_server import GrpcServer
 from gateway.health import HealthChecker
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
@@ -177,7 +177,7 @@ class Gateway:
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
         config = self.config
-        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready, workers=config.workers)
         self._http = HttpServer(api, config.limits)
         self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtests.processes import CannotRun
+
 _INSTALL_TIMEOUT_S = 900.0
-
-
-class CannotRun(Exception):
-    """A contender that cannot be installed or started here; the message says why."""
 
 
 @dataclass(frozen=True)
