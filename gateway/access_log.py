@@ -49,6 +49,6 @@ def _line(record: Record, now: str) -> str:
         f' "queued_s": {record.queued_s:.4f}, "ttft_s": {ttft},'
         f' "prompt_tokens": {usage.prompt_tokens if usage else "null"},'
         f' "completion_tokens": {usage.completion_tokens if usage else "null"},'
-        f' "attempts": {record.attempts},'
+        f' "attempts": {record.attempts}, "migrations": {record.migrations},'
         f' "error": {quoted(record.error) if record.error else "null"}}}'
     )

@@ -27,6 +27,11 @@ class Waiter:
     tried: Collection[str]
     call: Call | None
 
+    @property
+    def is_choosy(self) -> bool:
+        """It may have to wait for what others do not need."""
+        return bool(self.tried) or (self.call is not None and self.call.endpoint_key is not None)
+
 
 @dataclass(slots=True)
 class Lane:
@@ -88,7 +93,7 @@ class Admission:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
         lane = self._lanes[model]
         # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
-        if not tried and any(not waiter.tried for waiter in lane.waiters):
+        if not tried and any(not waiter.is_choosy for waiter in lane.waiters):
             return None
         lease = self._reserve(model, tried, call)
         if lease and not tried:
@@ -203,7 +208,7 @@ class Admission:
             if lease:
                 del waiters[waiter]
                 waiter.granted.set_result(lease)
-            elif not waiter.tried:
+            elif not waiter.is_choosy:
                 return  # nobody behind it is less choosy
 
     def _dismiss(self, lane: Lane, model: str) -> None:

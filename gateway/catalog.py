@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gateway.admission import Admission
+from gateway.bodies import ModelCard
 from gateway.endpoints import ServedModel
 
 
-def model_cards(admission: Admission) -> list[dict[str, Any]]:
+def model_cards(admission: Admission) -> list[ModelCard]:
     """OpenAI's model objects, one per model, with our own fields added."""
     return [model_card(admission, model) for model in admission.router.models]
 
 
-def model_card(admission: Admission, model: ServedModel) -> dict[str, Any]:
+def model_card(admission: Admission, model: ServedModel) -> ModelCard:
     """One model. `max_model_len` falls back to the smallest that its endpoints name."""
     return {
         "id": model.name,

@@ -31,6 +31,16 @@ class Limits(Spec):
     )
     max_queued: NonNegativeInt = Field(default=1024, description="Requests that wait, per model.")
     max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    max_migrations: NonNegativeInt = Field(
+        default=10, description="How often one stream may go on at another endpoint."
+    )
+    stall_timeout_s: PositiveFloat = Field(
+        default=60.0, description="An engine that is silent for this long in a stream has failed."
+    )
+    heartbeat_s: PositiveFloat = Field(
+        default=10.0,
+        description="A stream without a first token gets a comment this often, so that it stays open.",
+    )
     suspect_s: NonNegativeFloat = Field(
         default=2.0, description="An endpoint that failed is the last choice for this long."
     )

@@ -25,6 +25,9 @@ class Endpoint(Spec):
     max_in_flight: PositiveInt = Field(256, description="Requests it runs or queues at once.")
     max_model_len: PositiveInt | None = Field(None, description="Context, tokens.")
     api_key: str | None = Field(None, description="Bearer token the engine asks for.", repr=False)
+    engine: Literal["vllm", "llamacpp", "sim"] | None = Field(
+        None, description="What runs there; None: not told."
+    )
     state: Literal["ready", "draining"] = "ready"
 
     @property

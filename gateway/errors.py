@@ -10,7 +10,9 @@ GatewayError
 │       ├── NotExpected     417                  `expect` of something else than 100-continue
 │       └── HeadTooLarge    431
 ├── NoSuchModel         404 NOT_FOUND            with the nearest names
+├── NoSuchResponse      404 NOT_FOUND            nobody holds the stored response
 ├── NoSuchRoute         404 UNIMPLEMENTED
+│   ├── NotSupported    404                      the model's engine has no such path
 │   └── WrongMethod     405
 ├── Overloaded          429 RESOURCE_EXHAUSTED   the model's queue is full
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
@@ -26,7 +28,8 @@ fact is known and turned into a response at the edges: `http_api`, `http_server`
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from gateway.bodies import Error, ErrorBody
 
 
 class GatewayError(Exception):
@@ -51,9 +54,9 @@ class GatewayError(Exception):
         """The `retry-after` header: whole seconds, at least one."""
         return None if self.retry_after_s is None else str(max(1, math.ceil(self.retry_after_s)))
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         """OpenAI's error body."""
-        error = {
+        error: Error = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
@@ -127,6 +130,15 @@ class NoSuchModel(GatewayError):
     code = "model_not_found"
 
 
+class NoSuchResponse(GatewayError):
+    """No endpoint is known to hold the stored response."""
+
+    status = 404
+    grpc_status = "NOT_FOUND"
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+
 class NoSuchRoute(GatewayError):
     """No such path in the API."""
 
@@ -134,6 +146,15 @@ class NoSuchRoute(GatewayError):
     grpc_status = "UNIMPLEMENTED"
     type = "invalid_request_error"
     code = "unknown_url"
+
+
+class NotSupported(NoSuchRoute):
+    """The gateway passes this on, but the model's engine does not have it.
+
+    Not 501: OpenAI's clients would try that again.
+    """
+
+    code = "endpoint_not_supported"
 
 
 class WrongMethod(NoSuchRoute):

@@ -20,8 +20,8 @@ from gateway.forwarding import Forwarder
 from gateway.grpc_messages import fill, to_json
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
+from gateway.pull import Pull
 from gateway.record import Record
-from gateway.reply import Reply
 from gateway.sse import event_data
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class GrpcApi(inference_pb2_grpc.InferenceServicer):
     @asynccontextmanager
     async def _reply(
         self, request: Message, context: Any, path: str, *, stream: bool
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncIterator[Pull]:
         """The engine's reply to `request`, if it is none of failure."""
         async with _errors_as_statuses(context):
             call = self._call(request, context, path, stream=stream)

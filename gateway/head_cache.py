@@ -29,6 +29,7 @@ class Head:
     headers: dict[str, str]
     keep_alive: bool
     version: str
+    query: str = ""
 
 
 class HeadCache:
@@ -58,7 +59,8 @@ class HeadCache:
         if not others:
             return known, length
         headers = {**known.headers, **others}
-        return Head(known.method, known.path, headers, known.keep_alive, known.version), length
+        head = Head(known.method, known.path, headers, known.keep_alive, known.version, known.query)
+        return head, length
 
     def add(self, data: bytes, head: Head) -> None:
         """`data` was parsed, whole, as `head`."""

@@ -29,7 +29,9 @@ from gateway.head_cache import Head, HeadCache
 
 # A second one of these makes a message ambiguous; of the others the first counts.
 _SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
-_METHODS = frozenset((b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE"))
+_METHODS = frozenset(
+    (b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"QUERY")
+)
 
 _MAX_BYTES_PER_BODY_BYTE = 16  # a chunk of one byte takes six
 
@@ -214,12 +216,12 @@ class RequestParser:
         length = int(headers.get("content-length", "0"))
         if length > self._limits.max_body_bytes:
             raise _body_too_large(self._limits)
-        path = _path(draft.target)
+        path, query = _path_and_query(draft.target)
         if "upgrade" in headers:
             self._upgrading = llhttp.should_upgrade()
         if "expect" in headers and (length or "transfer-encoding" in headers):
             self._on_continue()
-        return Head(method, path, headers, llhttp.should_keep_alive(), version)
+        return Head(method, path, headers, llhttp.should_keep_alive(), version, query)
 
     def _stay_with_http(self) -> None:
         """Read as a body what llhttp takes for another protocol, as we speak no other.
@@ -270,16 +272,18 @@ def _check_head(method: bytes, version: str, headers: dict[str, str]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _path(target: bytes) -> str:
-    """The decoded path of a request target, in origin, absolute or asterisk form."""
+def _path_and_query(target: bytes) -> tuple[str, str]:
+    """The decoded path, and the query as it came, of a target in origin, absolute or asterisk form."""
     text = target.decode("ascii", "replace")
     if "#" in text:
         raise Malformed("a request target has no fragment")
     if text.lower().startswith(("http://", "https://")):
-        text = urlsplit(text).path or "/"
+        parts = urlsplit(text)
+        text = f"{parts.path or '/'}?{parts.query}"
     elif not text.startswith("/") and text != "*":
         raise Malformed("the request target is neither a path nor an http URL")
-    return unquote(text.partition("?")[0])
+    path, _, query = text.partition("?")
+    return unquote(path), query
 
 
 def _target_too_long(limits: Limits) -> TargetTooLong:

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.access_log import AccessLog
-from gateway.record import Record
+from gateway.record import GAP_BUCKETS_S, Gaps, Record
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -21,17 +21,19 @@ _LATENCY_BUCKETS_S = (
 class _Series:
     """The metrics of one model, variant and API, looked up once."""
 
-    __slots__ = ("completion_tokens", "duration", "prompt_tokens", "statuses", "ttft")
+    __slots__ = ("completion_tokens", "duration", "gaps", "prompt_tokens", "statuses", "ttft")
 
     def __init__(
         self,
         duration: Histogram,
         ttft: Histogram,
+        gaps: Histogram,
         prompt_tokens: Counter,
         completion_tokens: Counter,
     ) -> None:
         self.duration = duration
         self.ttft = ttft
+        self.gaps = gaps
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
         self.statuses: dict[int, Counter] = {}
@@ -66,6 +68,13 @@ class Meter:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self._gaps = Histogram(
+            "bora_gateway_inter_token_latency_seconds",
+            "Between the events of a stream, counted when it ends.",
+            ("model", "variant"),
+            buckets=GAP_BUCKETS_S,
+            registry=registry,
+        )
         self._prompt_tokens = Counter(
             "bora_gateway_prompt_tokens",
             "Tokens in, where the engine's answer tells.",
@@ -82,6 +91,12 @@ class Meter:
             "bora_gateway_retries",
             "Further attempts at another endpoint.",
             ("model", "reason"),
+            registry=registry,
+        )
+        self._migrations = Counter(
+            "bora_gateway_migrations",
+            "Streams that another endpoint went on with.",
+            ("model",),
             registry=registry,
         )
         self._add_gauges(registry)
@@ -130,6 +145,8 @@ class Meter:
         series.duration.observe(record.duration_s)
         if record.ttft_s is not None:
             series.ttft.observe(record.ttft_s)
+        if record.gaps is not None:
+            _add_counts(series.gaps, record.gaps)
         if record.usage is not None:
             series.prompt_tokens.inc(record.usage.prompt_tokens)
             series.completion_tokens.inc(record.usage.completion_tokens)
@@ -140,6 +157,7 @@ class Meter:
         series = self._series[model, variant, api] = _Series(
             self._duration.labels(model, variant, api),
             self._ttft.labels(model, variant, api),
+            self._gaps.labels(model, variant),
             self._prompt_tokens.labels(model, variant),
             self._completion_tokens.labels(model, variant),
         )
@@ -148,6 +166,10 @@ class Meter:
     def retried(self, model: str, reason: str) -> None:
         """A request goes to another endpoint, because of an error's `code` or a status."""
         self._retries.labels(model, reason).inc()
+
+    def migrated(self, model: str) -> None:
+        """A stream goes on at another endpoint."""
+        self._migrations.labels(model).inc()
 
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""
@@ -177,3 +199,11 @@ class Meter:
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
             return generate_latest(summed)
         return generate_latest(self._registry)
+
+
+def _add_counts(histogram: Histogram, gaps: Gaps) -> None:
+    """Add what was counted already. prometheus-client has no public way to (its buckets are counters)."""
+    for bucket, count in zip(histogram._buckets, gaps.counts, strict=True):  # noqa: SLF001
+        if count:
+            bucket.inc(count)
+    histogram._sum.inc(gaps.sum_s)  # noqa: SLF001

@@ -53,6 +53,14 @@ def untried(states: Iterable[EndpointState], tried: Collection[str]) -> list[End
     return [state for state in ready if state.endpoint.key not in tried] if tried else ready
 
 
+def holder(states: Iterable[EndpointState], key: str) -> EndpointState | None:
+    """The endpoint `key` if it has a free place, also while it drains: only it can answer."""
+    for state in states:
+        if state.endpoint.key == key and state.in_flight < state.max_in_flight:
+            return state
+    return None
+
+
 def pick(
     states: Iterable[EndpointState], *, now: float, tried: Collection[str] = ()
 ) -> EndpointState | None:
@@ -148,11 +156,16 @@ class Router:
         *,
         now: float,
         tried: Collection[str] = (),
-        call: Call | None = None,  # noqa: ARG002 - the scorers' input, next
+        call: Call | None = None,
     ) -> Lease | None:
         """A place at the best endpoint, or None when there is no place."""
         route = self._routes.get(model)
-        state = pick(route.states, now=now, tried=tried) if route else None
+        if route is None:
+            state = None
+        elif call is not None and call.endpoint_key is not None:
+            state = holder(route.states, call.endpoint_key)
+        else:
+            state = pick(route.states, now=now, tried=tried)
         if state is None:
             return None
         state.in_flight += 1

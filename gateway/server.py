@@ -117,6 +117,8 @@ class Gateway:
         engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)
         await self._stack.enter_async_context(engines)
         self._forwarder = Forwarder(self.admission, engines, self.meter, tracing)
+        self._forwarder.watch()
+        self._stack.callback(self._forwarder.close)
         feed = self._feed()
         if isinstance(feed, FileFeed):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from gateway.errors import GatewayError
 
@@ -32,18 +33,18 @@ class EventAligner:
         return data[:end]
 
 
-def event_data(events: bytes) -> Iterator[bytes]:
-    """The `data` lines of whole events, without comments and `[DONE]`."""
+def event_data(events: bytes, *, with_done: bool = False) -> Iterator[bytes]:
+    """The `data` lines of whole events, without comments and, unless asked for, `[DONE]`."""
     for line in events.splitlines():
         if line.startswith(b"data:"):
             data = line[5:].strip()
-            if data != b"[DONE]":
+            if with_done or data != b"[DONE]":
                 yield data
 
 
 def error_event(error: GatewayError, path: str) -> bytes:
     """The event that ends a stream that went wrong, in the form that clients of `path` expect."""
-    body = error.body()
+    body: dict[str, Any] = {**error.body()}
     if path == "/v1/messages":  # Anthropic
         body = {"type": "error", **body}
     elif path == "/v1/responses":
