@@ -31,25 +31,25 @@ class Scale:
     """How much is asked."""
 
     requests: int = 800  # of the rows in which engines die
-    faulty_requests: int = 192  # of the others
+    faulty_requests: int = 128  # of the others
     distinct: int = 96
     concurrency: int = 64
     max_tokens: int = 200
     tpot_ms: float = 10.0
-    kill_every_s: float = 2.0
+    kill_every_s: float = 3.0
     down_s: float = 1.0
-    patience_s: float = 30.0
+    patience_s: float = 20.0
 
     @classmethod
     def quick(cls) -> Self:
         """For CI."""
         return cls(
-            requests=240,
+            requests=200,
             faulty_requests=64,
             distinct=32,
             concurrency=32,
             max_tokens=100,
-            kill_every_s=1.0,
+            kill_every_s=1.5,
             down_s=0.5,
             patience_s=15.0,
         )
@@ -220,6 +220,8 @@ def _row(name: str, judged: Sequence[Judged]) -> Row:
     row.longest_gap_s = max((one.stream.longest_gap_s for one in judged), default=math.nan)
     kinds = Counter(_without_digits(one.verdict.problems[0])[:150] for one in wrong)
     row.examples = [f"{count} x {problem}" for problem, count in kinds.most_common(4)]
+    forms = Counter(one.question.form for one in wrong)
+    row.examples += [f"{count} of them: {form}" for form, count in forms.most_common(8)]
     return row
 
 

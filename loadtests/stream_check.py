@@ -31,6 +31,13 @@ class Question:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     @property
+    def form(self) -> str:
+        """What is special about it, for reports."""
+        names = ("stop", "min_tokens", "ignore_eos", "return_token_ids", "stream_options")
+        asked = [name for name in names if self.body.get(name)]
+        return ", ".join(["chat" if self.chat else "completion", *asked])
+
+    @property
     def wants_usage(self) -> bool:
         """An event with the usage must come."""
         return bool((self.body.get("stream_options") or {}).get("include_usage"))
