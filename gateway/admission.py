@@ -13,10 +13,12 @@ from gateway.config import Limits
 from gateway.endpoints import EndpointTable, ModelLoad, ServedModel
 from gateway.errors import GatewayError, NoSuchModel, Overloaded, Unavailable
 from gateway.load import LoadMeter
-from gateway.routing import Lease, Router
+from gateway.record import Record
+from gateway.routing import BreakerRules, Lease, Router, fault_of
 from placement.errors import nearest
 
 _LONGEST_RETRY_AFTER_S = 60.0
+_TIMER_SLACK_S = 0.002  # event loops round to milliseconds
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +58,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or Limits()
-        self.router = Router(workers=workers)
+        self.router = Router(workers=workers, rules=_breaker_rules(self.limits))
         self.table: EndpointTable | None = None
         self._clock = clock
         self._lanes: dict[str, Lane] = {}
@@ -132,20 +134,35 @@ class Admission:
         finally:
             lane.waiters.pop(waiter, None)
 
-    def release(self, lease: Lease) -> None:
-        """Give the place to the next in the queue. A second call does nothing."""
-        if self.router.release(lease):
+    def release(self, lease: Lease, record: Record | None = None) -> None:
+        """Give the place to the next in the queue. A second call does nothing.
+
+        Routing learns from `record`: the endpoint's speed and health, the lengths of answers.
+        """
+        now = self._clock()
+        if self.router.release(lease, now=now, record=record):
             model = lease.endpoint.model
-            self._lanes[model].load.ended(self._clock())
+            self._lanes[model].load.ended(now)
             self._pump(model)
 
-    def suspect(self, lease: Lease) -> None:
-        """The lease's endpoint failed: prefer others for `suspect_s`."""
-        self.router.suspect(lease, until=self._clock() + self.limits.suspect_s)
+    def failed(self, lease: Lease, reason: GatewayError | int) -> None:
+        """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.
+
+        4xx means nothing, but for 429, which like 503 is back-pressure. Before `release`.
+        """
+        fault = fault_of(reason)
+        if fault is None:
+            return
+        distrusted_s = self.router.failed(lease, fault, now=self._clock())
         # Waiters may have been passed over because of it; look again when it is trusted again.
         asyncio.get_running_loop().call_later(
-            self.limits.suspect_s, self._pump, lease.endpoint.model
+            distrusted_s + _TIMER_SLACK_S, self.recheck, lease.endpoint.model
         )
+
+    def recheck(self, model: str) -> None:
+        """An endpoint of `model` may take requests again: let those who wait go on."""
+        if model in self._lanes:
+            self._pump(model)
 
     def queued(self, model: str) -> int:
         """Requests that wait for `model` now."""
@@ -240,3 +257,7 @@ class Admission:
 
     def _retry_after_s(self, lane: Lane) -> float:
         return min(lane.load.wait_s(len(lane.waiters), self._clock()), _LONGEST_RETRY_AFTER_S)
+
+
+def _breaker_rules(limits: Limits) -> BreakerRules:
+    return BreakerRules(limits.breaker_failures, limits.suspect_s, limits.suspect_max_s)

@@ -42,7 +42,25 @@ class Limits(Spec):
         description="A stream without a first token gets a comment this often, so that it stays open.",
     )
     suspect_s: NonNegativeFloat = Field(
-        default=2.0, description="An endpoint that failed is the last choice for this long."
+        default=2.0,
+        description="An endpoint that failed is the last choice for this long; should it then"
+        " fail again, twice as long, and so on.",
+    )
+    suspect_max_s: NonNegativeFloat = Field(default=30.0, description="At most so long.")
+    breaker_failures: PositiveInt = Field(
+        default=3,
+        description="Failed requests in a row after which an endpoint gets none, then one to try.",
+    )
+    health_interval_s: NonNegativeFloat = Field(
+        default=1.0, description="How often each engine's /health is asked; 0: never."
+    )
+    health_timeout_s: PositiveFloat = Field(
+        default=2.0, description="/health is answered within this time, or the check has failed."
+    )
+    health_failures: PositiveInt = Field(
+        default=4,
+        description="Failed checks in a row after which an endpoint gets no requests and its"
+        " streams are given up.",
     )
     connect_timeout_s: PositiveFloat = 5.0
     max_body_bytes: PositiveInt = 64 * 1024 * 1024

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
+
+EngineKind = Literal["vllm", "llamacpp", "sim"]
 
 
 class Endpoint(Spec):
@@ -25,10 +28,18 @@ class Endpoint(Spec):
     max_in_flight: PositiveInt = Field(256, description="Requests it runs or queues at once.")
     max_model_len: PositiveInt | None = Field(None, description="Context, tokens.")
     api_key: str | None = Field(None, description="Bearer token the engine asks for.", repr=False)
-    engine: Literal["vllm", "llamacpp", "sim"] | None = Field(
-        None, description="What runs there; None: not told."
-    )
     state: Literal["ready", "draining"] = "ready"
+    engine: EngineKind | None = Field(
+        None, description="What runs there; None: the gateway asks it."
+    )
+    tokens_per_s: PositiveFloat | None = Field(
+        None,
+        description="Output tokens per second of the whole replica, as planned; None: in"
+        " proportion to `max_in_flight`. What is observed corrects it.",
+    )
+    capabilities: tuple[str, ...] = Field(
+        (), description="`vision`, `embeddings`, ...; empty: those of the model."
+    )
 
     @property
     def key(self) -> str:
@@ -49,6 +60,12 @@ class ServedModel(Spec):
     )
     managed: bool = Field(
         False, description="A lost replica is replaced: a request that lost its own may wait."
+    )
+    routing: RoutingPolicy = Field(
+        RoutingPolicy(), description="How its requests are spread over its endpoints."
+    )
+    fallback: tuple[str, ...] = Field(
+        (), description="Models that answer in its place when it cannot, in this order."
     )
 
 

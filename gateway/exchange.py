@@ -25,6 +25,7 @@ from gateway.errors import (
     EngineUnreachable,
     GatewayError,
     NotSupported,
+    Overloaded,
     Unavailable,
 )
 from gateway.metering import Meter
@@ -45,6 +46,7 @@ _log = logging.getLogger(__name__)
 _CLIENT_LEFT = 499
 # Answers that another replica may well not give.
 _RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
+_NO_ENGINE = (Unavailable, Overloaded, EngineBroke)
 _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\n"
 _ASK_FOR_IDS = b',"return_token_ids":true}'
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
@@ -154,8 +156,19 @@ class Exchange:
         if lease is not None:
             self._occupy(lease)
             self._ask()
+        elif self._is_hopeless():
+            self._fail(plant.admission.no_replica(self.record.model))
         else:
             self._run(self._take_place())
+
+    def _is_hopeless(self) -> bool:
+        """Nobody serves the model, waiting does not start it, and another may stand in for it."""
+        admission, model = self._plant.admission, self.record.model
+        return (
+            bool(admission.router.fallbacks(model))
+            and not admission.router.can_serve(model)
+            and not admission.resolve(model).scalable
+        )
 
     def end(self, reason: GatewayError) -> None:
         """Stop it now, with `reason` as the client's error."""
@@ -271,7 +284,7 @@ class Exchange:
         if self._over:
             return
         if self._lease is not None:
-            self._plant.admission.suspect(self._lease)
+            self._plant.admission.failed(self._lease, error)
             self._tried.add(self._lease.endpoint.key)
             self._lost = self._lease.endpoint.key
         self._leave_place()
@@ -439,7 +452,10 @@ class Exchange:
     def _moved_after_status(self, status: int) -> bool:
         """Whether the call has now, for the first time, a place at another endpoint that was free."""
         admission, model = self._plant.admission, self.record.model
-        if self._moved or self._started or self._lease is None:
+        if self._lease is None:
+            return False
+        admission.failed(self._lease, status)
+        if self._moved or self._started:
             return False
         if self.record.attempts >= admission.limits.max_attempts:
             return False
@@ -487,6 +503,26 @@ class Exchange:
         pause_s = min(_FIRST_PAUSE_S * 2**self._num_misses, _LONGEST_PAUSE_S)
         self._run(self._take_place(pause_s if self._num_misses else 0.0))
 
+    def _fell_back(self, error: GatewayError) -> bool:
+        """Whether another model, of those that may stand in for this one, takes the call instead."""
+        plant, record = self._plant, self.record
+        if self._started or plant.draining or not isinstance(error, _NO_ENGINE):
+            return False
+        for name in plant.admission.router.fallbacks(self._call.model):
+            lease = (
+                None if name == record.model else plant.admission.try_acquire(name, (), self._call)
+            )
+            if lease is not None:
+                self._hang_up()
+                self._leave_place()
+                plant.meter.retried(record.model, "fallback")
+                record.model = record.fallback = name
+                self._tried = set()
+                self._occupy(lease)
+                self._ask()
+                return True
+        return False
+
     # How it ends
 
     def _out_of_time(self) -> None:
@@ -501,6 +537,8 @@ class Exchange:
         self._client.finish()
 
     def _fail(self, error: GatewayError) -> None:
+        if self._fell_back(error):
+            return
         self.record.status, self.record.error = error.status, error.message
         self._leave()
         self._client.fail(error)
@@ -531,7 +569,7 @@ class Exchange:
         lease, self._lease = self._lease, None
         if lease is not None:
             self._plant.meter.at_engine(self.record.model, lease.endpoint.variant, -1)
-            self._plant.admission.release(lease)
+            self._plant.admission.release(lease, None if self.record.migrations else self.record)
 
     def _renamer(self) -> Renamer | None:
         if self._lease is None:
@@ -557,7 +595,7 @@ class Exchange:
 
 def tells_token_ids(lease: Lease) -> bool:
     """Whether the engine there tells token ids when asked, and takes them as a prompt."""
-    return lease.endpoint.engine in {"vllm", "sim"}
+    return lease.state.engine in {"vllm", "sim"}
 
 
 def shutting_down() -> Unavailable:

@@ -50,11 +50,11 @@ class Forwarder:
         """`async with` it for the answer to `call`."""
         return Pull(self._plant, call)
 
-    def hang_up_on(self, endpoint_key: str, reason: str) -> None:
-        """Nothing more is expected of an endpoint: what runs there goes on elsewhere."""
+    def endpoint_died(self, key: str) -> None:
+        """The engine there answers no more: what runs there goes on elsewhere."""
         for exchange in list(self._plant.running):
-            if exchange.is_at(endpoint_key):
-                exchange.give_up(reason)
+            if exchange.is_at(key):
+                exchange.give_up("it does not answer its health checks")
 
     def watch(self) -> None:
         """From now on look for engines that fall silent, until `close`."""

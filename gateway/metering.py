@@ -11,6 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.access_log import AccessLog
 from gateway.record import GAP_BUCKETS_S, Gaps, Record
+from gateway.routing import EndpointState
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -130,6 +131,27 @@ class Meter:
             multiprocess_mode="livemin",
         )
         self._counted_models: set[str] = set()
+        endpoint = ("model", "variant", "endpoint")
+        self._alive = Gauge(
+            "bora_gateway_endpoint_alive",
+            "1: takes requests; 0: dead, its health checks fail.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._breaker_open = Gauge(
+            "bora_gateway_endpoint_breaker_open",
+            "1: the endpoint failed, or is far slower than its peers, and is left alone.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._ejections = Counter(
+            "bora_gateway_endpoint_ejections",
+            "Times that it was left alone for being slow.",
+            endpoint,
+            registry=registry,
+        )
 
     def finished(self, record: Record) -> None:
         """Count a request that is over and write its access log line."""
@@ -183,6 +205,15 @@ class Meter:
         """Counts a request that waits."""
         with self._queued.labels(model).track_inprogress():
             yield
+
+    def endpoint_changed(self, state: EndpointState, now: float) -> None:
+        """An endpoint's breaker or health is not what it was."""
+        endpoint, breaker = state.endpoint, state.breaker
+        labels = (endpoint.model, endpoint.variant, endpoint.key)
+        self._alive.labels(*labels).set(not state.dead)
+        self._breaker_open.labels(*labels).set(not breaker.closed)
+        if breaker.is_slow and breaker.state(now) == "open":
+            self._ejections.labels(*labels).inc()
 
     def table_applied(self, version: int, ready: Iterable[tuple[str, int]]) -> None:
         """A new endpoint table: its version, and how many endpoints each model has."""

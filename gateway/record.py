@@ -38,6 +38,7 @@ class Record:
     error: str = ""
     attempts: int = 0
     migrations: int = 0
+    fallback: str = ""  # the model that stood in for the one asked for
     queued_s: float = 0.0
     ttft_s: float | None = None
     duration_s: float = 0.0

@@ -31,6 +31,8 @@ def header_lines(answer: Answer, record: Record) -> bytes:
 def lines_of_ours(record: Record) -> bytes:
     """Who answers, and the request's id."""
     names = _names(record.variant, record.endpoint)
+    if record.fallback:
+        names += b"x-bora-fallback: %b\r\n" % _UNSAFE_IN_HEADER.sub("?", record.fallback).encode()
     return names + b"x-request-id: %b\r\n" % record.request_id.encode()
 
 

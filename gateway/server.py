@@ -29,6 +29,7 @@ from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
 from gateway.grpc_api import GrpcServer
+from gateway.health import HealthChecker
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
 from gateway.metering import Meter
@@ -54,6 +55,7 @@ class Gateway:
         self.admission = Admission(config.limits, workers=config.workers)
         self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
         self.meter = Meter(self._access_log)
+        self.admission.router.on_change = self.meter.endpoint_changed
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._forwarder: Forwarder | None = None
@@ -130,9 +132,22 @@ class Gateway:
             await self._listen_grpc(self._forwarder, config.grpc_port)
         follower = asyncio.create_task(feed.follow(self.apply))
         self._stack.push_async_callback(_cancel, follower)
+        if limits.health_interval_s:
+            self._stack.push_async_callback(_cancel, asyncio.create_task(self._check_health()))
         _log.info(
             "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
         )
+
+    async def _check_health(self) -> None:
+        forwarder = self._forwarder
+        if forwarder is not None:
+            checker = HealthChecker(
+                self.admission.router,
+                self.config.limits,
+                on_dead=forwarder.endpoint_died,
+                on_revived=self.admission.recheck,
+            )
+            await checker.run()
 
     def _feed(self) -> FileFeed | ControllerFeed:
         config = self.config

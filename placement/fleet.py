@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from placement.catalogue import Precision
+from placement.errors import nearest
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
 
@@ -143,6 +145,13 @@ class FleetModel(Spec):
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."
     )
+    routing: RoutingPolicy = Field(
+        default=RoutingPolicy(), description="How requests are spread over the replicas."
+    )
+    fallback: tuple[str, ...] = Field(
+        default=(),
+        description="Models of this fleet that answer in its place when it cannot, in this order.",
+    )
     simulate_gpu: str | None = Field(
         default=None, description="engine: sim only: the GPU type whose speed is simulated."
     )
@@ -208,4 +217,16 @@ class FleetSpec(Spec):
                 if name in seen:
                     raise ValueError(f"two models of the fleet answer to the name {name!r}")
                 seen.add(name)
+        return self
+
+    @model_validator(mode="after")
+    def _fallbacks_exist(self) -> Self:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        for model in self.models:
+            for name in model.fallback:
+                if name not in names or name in (model.name, *model.aliases):
+                    hint = nearest(name, [each for each in names if each != model.name])
+                    raise ValueError(
+                        f"{model.name}: fallback {name!r} is no other model of the fleet{hint}"
+                    )
         return self

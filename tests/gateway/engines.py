@@ -200,7 +200,7 @@ async def a_gateway(
             "endpoints_file": path,
             "http_port": 0,
             "grpc_port": None,
-            "limits": Limits(**(limits or {})),
+            "limits": Limits(**{"health_interval_s": 0, **(limits or {})}),
             "access_log": True,
         }
         if "controller_url" in changes:

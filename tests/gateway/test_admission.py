@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway.admission import Admission
 from gateway.config import Limits
-from gateway.errors import NoSuchModel, Overloaded, Unavailable
+from gateway.errors import EngineBroke, NoSuchModel, Overloaded, Unavailable
 from gateway.load import LoadMeter
 from tests.gateway.engines import a_table, an_endpoint
 
@@ -68,7 +68,7 @@ async def test_a_waiter_goes_on_when_an_endpoint_is_trusted_again() -> None:
         a_table(an_endpoint("http://a", max_in_flight=1), an_endpoint("http://b", max_in_flight=1))
     )
     first, _second = admission.try_acquire("chat"), admission.try_acquire("chat")
-    admission.suspect(first)
+    admission.failed(first, EngineBroke("it hung up"))
     admission.release(first)
     assert admission.try_acquire("chat") is None  # the healthy one is full, the other suspect
 
