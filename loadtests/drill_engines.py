@@ -18,6 +18,7 @@ from loadtests.processes import CannotRun, Process, free_ports
 
 MODEL = "chat"
 _VLLM_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -52,7 +53,7 @@ class EngineKind:
         if (self.checkpoint / "params.json").exists():
             for option in ("tokenizer-mode", "config-format", "load-format"):
                 command += [f"--{option}", "mistral"]
-        return Process(command, port, log, {**_VLLM_ENVIRONMENT, "VLLM_PORT": ""})
+        return Process(command, port, log, _VLLM_ENVIRONMENT)
 
 
 class Engines:

@@ -1,6 +1,6 @@
 """Engines fail in every way, and no stream may show it: `make drill-gateway`.
 
-    python -m loadtests.drill_gateway [--quick] [--only kill-4,slow] [--engine vllm]
+    python -m loadtests.drill_gateway [--quick] [--only kill,slow] [--engine vllm]
 
 Each scenario starts engines and bora's gateway as processes, asks many streamed questions while
 engines are killed, frozen or made to misbehave, and compares every answer with the one that an

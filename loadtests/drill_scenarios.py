@@ -184,7 +184,7 @@ async def _ask(
             concurrency=scale.concurrency,
         )
     row = _row(scenario.name, judged)
-    row.notes.append(f"{time.perf_counter() - started_s:.0f} s")
+    row.notes.append(f"{len(engines.processes)} replicas, {time.perf_counter() - started_s:.0f} s")
     if engines.num_killed:
         row.notes.append(f"{engines.num_killed} engines struck")
     _note_shares(row, judged, engines)
@@ -285,7 +285,7 @@ def _in_turn(name: str) -> Befall:
 _KILL = _in_turn("kill_in_turn")
 SCENARIOS = (
     Scenario("undisturbed", _nothing, needs_simulated=False, quick=False),
-    Scenario("kill-4", _KILL, kills=True, needs_simulated=False),
+    Scenario("kill", _KILL, kills=True, needs_simulated=False),
     Scenario("kill-1-restarted", _KILL, engines=1, kills=True, needs_simulated=False),
     Scenario("kill-grpc", _KILL, kills=True, grpc=True, needs_simulated=False),
     Scenario("kill-after-n-tokens", _fault(kind="kill", after_tokens=20), quick=False),
