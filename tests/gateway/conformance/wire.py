@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -37,34 +37,38 @@ async def ask(
     return Told(answer.status, content_type, normalised(json.loads(text)))
 
 
-def regrouped(events: list[tuple[str, Any]]) -> tuple[list[Any], dict[tuple[str, ...], Any]]:
+@dataclass
+class Regrouped:
     """Events whatever pieces a text came in: vLLM sends what is there when it gets to it.
 
-    The kinds of events in their order, and the text (or the tokens) of each kind put together.
+    The kinds of events in their order, everything that they say, and each text put together.
     """
-    kinds: list[Any] = []
-    pieces: dict[tuple[str, ...], Any] = {}
-    for name, data in events:
-        path = (name, str(data["type"]) if "type" in data else "")
-        kind = (name, _without_pieces(data, path, pieces))
-        if not kinds or kinds[-1] != kind:
-            kinds.append(kind)
-    return kinds, pieces
 
+    kinds: list[tuple[str, str]] = field(default_factory=list)
+    facts: set[tuple[str, ...]] = field(default_factory=set)
+    texts: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
-def _without_pieces(value: Any, path: tuple[str, ...], pieces: dict[tuple[str, ...], Any]) -> Any:
-    if isinstance(value, list):
-        return [_without_pieces(part, path, pieces) for part in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {}
-    for name, part in value.items():
-        here = (*path, name)
-        if _is_piece(part, here):
-            pieces[here] = pieces.get(here, type(part)()) + part
+    def add(self, value: Any, path: tuple[str, ...]) -> None:
+        if _is_piece(value, path):
+            self.texts[path] = self.texts.get(path, type(value)()) + value
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                self.add(part, (*path, name))
+        elif isinstance(value, list):
+            for part in value:
+                self.add(part, path)
         else:
-            kept[name] = _without_pieces(part, here, pieces)
-    return kept
+            self.facts.add((*path, repr(value)))
+
+
+def regrouped(events: list[tuple[str, Any]]) -> Regrouped:
+    told = Regrouped()
+    for name, data in events:
+        kind = (name, str(data["type"]) if "type" in data else "")
+        if told.kinds[-1:] != [kind]:
+            told.kinds.append(kind)
+        told.add(data, kind)
+    return told
 
 
 def _is_piece(value: Any, path: tuple[str, ...]) -> bool:
