@@ -57,7 +57,7 @@ class Running:
 
 @contextmanager
 def vllm(folder: Path) -> Iterator[Running]:
-    """vLLM with a nano model that sees images, started as bora starts it, with tools and a store."""
+    """vLLM with a nano model that sees images, started as bora starts it, and with tools."""
     variant = _planned()
     [port] = free_ports(1)
     launch = VllmEngine().launch(
@@ -68,9 +68,8 @@ def vllm(folder: Path) -> Iterator[Running]:
         # Else a model that knows nothing writes blanks until the answer is full.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
     )
-    env = {**launch.env, "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     url = f"http://127.0.0.1:{port}"
-    with _process((*launch.command, *flags), folder / "vllm.log", f"{url}/health", env):
+    with _process((*launch.command, *flags), folder / "vllm.log", f"{url}/health", launch.env):
         yield Running("vllm", variant.model, url, API_KEY)
 
 
