@@ -20,7 +20,7 @@ class Relay:
     """
 
     __slots__ = (
-        *("_aligner", "_on_fault", "_gaps", "_record", "_rename", "last_at", "splice"),
+        *("_aligner", "_counts", "_on_fault", "_gaps", "_record", "_rename", "last_at", "splice"),
         *("transcript", "write", "wrote"),
     )
 
@@ -40,6 +40,7 @@ class Relay:
         self.wrote = False
         self._aligner = EventAligner()
         self._record = record
+        self._counts = bool(record.tenant)  # should the engine not tell what a tenant used
         self._rename = rename
         self.write = write
         self._on_fault = on_fault
@@ -74,7 +75,8 @@ class Relay:
         if self._rename is not None:
             events = self._rename(events)
         if events:
-            self._record.answer_chunks += events.count(b"data:")
+            if self._counts:
+                self._record.answer_chunks += events.count(b"data:")
             if has_usage(events):
                 self._record.usage = find_usage(events) or self._record.usage
             self.write(events)
