@@ -60,6 +60,7 @@ def features_of(call: Call) -> Features:
     if total > _SMALL_BODY or _IMAGE in body:
         num_images, inline_bytes = images(body)
         prompt_tokens += num_images * TOKENS_PER_IMAGE - inline_bytes // BYTES_PER_TOKEN
+        prompt_tokens = max(prompt_tokens, 1)  # an image may stand before what looks like the start
     # Clients write limits after the prompt or before it.
     at = body.rfind(_LIMIT, total - _TAIL_BYTES if total > _TAIL_BYTES else 0)
     if at < 0 < start:

@@ -145,6 +145,12 @@ class Router:
         free = sum(max(0, state.max_in_flight - state.in_flight) for state in ready)
         return free, sum(state.max_in_flight for state in ready)
 
+    def context(self, model: str) -> int | None:
+        """The shortest context of the model's endpoints, tokens; None: unknown."""
+        route = self._routes.get(model)
+        contexts = [state.max_model_len for state in route.states] if route else []
+        return min((each for each in contexts if each), default=None)
+
     def snapshot(self, now: float) -> list[EndpointSnapshot]:
         """Every endpoint of the table as it is now."""
         return [
@@ -227,9 +233,9 @@ class Router:
             return 0.0
         if fault is Fault.BROKE:
             state.suspect_until = now + rules.open_s
-        elif fault is Fault.UNREACHABLE and route is not None:
-            route.index.forget(state.bit)
         if state.breaker.failed(fault, now):
+            if fault is Fault.UNREACHABLE and route is not None:
+                route.index.forget(state.bit)  # what comes up there has an empty cache
             self.on_change(state, now)
         return max(state.trusted_again() - now, 0.0)
 

@@ -314,6 +314,7 @@ async def test_an_engine_says_what_it_is_when_it_is_met() -> None:
 
         [told] = router.snapshot(0)
         assert (told.engine, told.max_model_len) == ("vllm", 4096)
+        assert router.context("chat") == 4096
         assert health.keys == {"Bearer secret"}
 
 

@@ -141,7 +141,7 @@ def test_hashes_tell_prompts_apart_from_the_first_block_that_differs(
 def test_any_bytes_have_features(body: bytes) -> None:
     features = features_of(Call("http", CHAT, "m", body, "id", {}))
 
-    assert features.prompt_tokens >= 0
+    assert features.prompt_tokens > 0
     assert features.num_bytes <= len(body)
 
 
