@@ -14,7 +14,7 @@ from gateway.errors import InvalidKey, NotAllowed, Unavailable
 from gateway.record import Record
 from gateway.tenants import ANONYMOUS, KeyRing, Tenant, is_expired
 
-_ADMIN_PATHS = ("/metrics", "/console")
+_ADMIN_PATHS = ("/metrics", "/console/data")
 
 
 class Access:
@@ -69,12 +69,12 @@ class Access:
         return tenant
 
     def admit_to(self, path: str, headers: Mapping[str, str]) -> Tenant:
-        """As `identify`, for a page of the gateway's own; `/health` and `/ready` are for all.
+        """As `identify`, for a page of the gateway's own. Health and the bare console are for all.
 
         Raises:
             NotAllowed: the page is for administrators' keys.
         """
-        if not self.required or path in {"/health", "/ready"}:
+        if not self.required or path in {"/health", "/ready", "/console"}:
             return ANONYMOUS
         tenant = self.identify(headers)
         if path.startswith(_ADMIN_PATHS) and not tenant.admin:

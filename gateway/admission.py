@@ -33,10 +33,11 @@ class Admission:
         limits: Limits | None = None,
         *,
         workers: int = 1,
+        seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or Limits()
-        self.router = Router(workers=workers, rules=_breaker_rules(self.limits))
+        self.router = Router(workers=workers, rules=_breaker_rules(self.limits), seed=seed)
         self.table: EndpointTable | None = None
         self._clock = clock
         self._lanes: dict[str, Lane] = {}

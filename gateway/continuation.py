@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
+from gateway.lenient_json import json_bytes, quoted, read_json
 from gateway.sse import event_data
 from gateway.transcript import Transcript
 
@@ -147,7 +146,7 @@ class Splice:
         self._max_tokens = _max_tokens(request)
         options = request.get("stream_options")
         self._wants_usage = bool(isinstance(options, dict) and options.get("include_usage"))
-        self._prompt_tokens = len(told.prompt_token_ids()) or None
+        self._prompt_tokens = told.num_prompt_tokens or None
 
     @property
     def is_exhausted(self) -> bool:
@@ -164,8 +163,8 @@ class Splice:
                 parts.append(b"data: [DONE]\n\n")
                 continue
             try:
-                chunk = msgspec.json.decode(data)
-            except msgspec.MsgspecError as error:
+                chunk = read_json(data)
+            except ValueError as error:
                 told.fault = f"it sent an event that is no JSON: {error}"
                 break
             if not isinstance(chunk, dict) or "error" in chunk:
@@ -202,7 +201,7 @@ class Splice:
             text = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids") or []
             if ids or text or not (delta.get("role") or reason):
-                told.add(",".join(map(str, ids)).encode(), msgspec.json.encode(text)[1:-1])
+                told.add(",".join(map(str, ids)).encode(), quoted(text))
             told.finished = told.finished or reason is not None
             if delta.get("tool_calls"):
                 told.blocked = "it is in the middle of tool calls"
@@ -253,7 +252,7 @@ class Splice:
         chunk = {**(self._told.head or {}), "choices": choices, **more}
         if usage is not None:
             chunk["usage"] = usage
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        return b"data: " + json_bytes(chunk) + b"\n\n"
 
 
 def _without_role(delta: dict[str, Any]) -> dict[str, Any]:

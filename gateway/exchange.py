@@ -565,10 +565,12 @@ class Exchange:
             self._task = None
         self._hang_up()
         self._leave_place()
+        if self._relay is not None:
+            self._relay.count()
+        plant.access.leave(self._visit, self.record)
         plant.running.discard(self)
         if plant.draining and not plant.running:
             plant.idle.set()
-        plant.access.leave(self._visit, self.record)
         plant.meter.finished(self.record)
         if self._span is not None:
             plant.tracing.finish(self._span, self.record)

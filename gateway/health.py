@@ -23,6 +23,7 @@ from gateway.routing import Discovery, Router
 _AT_ONCE = 32
 _CHECKS_PER_S = 50.0  # of one gateway: with more engines each is asked less often
 _JITTER = 0.2
+_OUR_OWN_DELAY_S = 0.5
 _LONGEST_ANSWER_BYTES = 1 << 20
 _OWNERS: dict[str, EngineKind] = {"vllm": "vllm", "llamacpp": "llamacpp", "sim": "sim"}
 
@@ -96,7 +97,7 @@ class HealthChecker:
     async def _check(
         self, session: aiohttp.ClientSession, endpoint: Endpoint, watch: _Watch
     ) -> None:
-        url = endpoint.url
+        url, started = endpoint.url, self._clock()
         discovery = None
         try:
             alive = await _is_alive(session, url)
@@ -110,6 +111,8 @@ class HealthChecker:
             for state in router.check_passed(url, now=now, discovery=discovery):
                 self._on_revived(state.endpoint.model)
             return
+        if now - started > self._limits.health_timeout_s + _OUR_OWN_DELAY_S:
+            return  # this process was held up: that says nothing of the engine
         watch.known = False  # another engine may come up there
         for state in router.check_failed(url, now=now, enough=self._limits.health_failures):
             self._on_dead(state.endpoint.key)

@@ -10,6 +10,7 @@ from gateway.access import require_use, visible
 from gateway.bodies import ModelCard
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
+from gateway.console import Console
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
 from gateway.forwarding import Forwarder
 from gateway.head_cache import Head
@@ -72,7 +73,10 @@ class HttpClient:
 class HttpApi:
     """Answers all routes; `is_ready` answers `/ready`."""
 
-    def __init__(self, forwarder: Forwarder, *, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, forwarder: Forwarder, *, is_ready: Callable[[], bool], workers: int = 1
+    ) -> None:
+        console = Console(forwarder.admission, forwarder.meter, is_ready, workers=workers)
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._responses = StoredResponses(forwarder.admission)
@@ -81,6 +85,8 @@ class HttpApi:
             "/ready": self._ready,
             "/openapi.json": lambda: (JSON_TYPE, document()),
             "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
+            "/console": console.page,
+            "/console/data": lambda: (JSON_TYPE, console.data()),
         }
 
     def answer(self, request: Request, to: HttpConnection) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from gateway.call import Call, parse_object
 from gateway.continuation import CannotContinue, Splice, check, continuation
+from gateway.lenient_json import json_bytes
 from gateway.relay import Relay
 
 
@@ -47,7 +46,7 @@ class Migration:
             CannotContinue: not with that engine.
         """
         path, body = continuation(self._path, self._asked, self._told, by_ids=by_ids)
-        return path, msgspec.json.encode({**body, "model": served_model_name})
+        return path, json_bytes({**body, "model": served_model_name})
 
     def _num_unsent_again(self) -> int:
         """Tokens without text that the engine before last sent, and the last did not get to."""

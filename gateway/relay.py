@@ -10,7 +10,7 @@ from gateway.record import GAP_BUCKETS_S, Gaps, Record
 from gateway.reply import Renamer
 from gateway.sse import EventAligner
 from gateway.transcript import Transcript
-from gateway.usage import find_usage, has_usage
+from gateway.usage import Usage, find_usage, has_usage
 
 
 class Relay:
@@ -20,7 +20,7 @@ class Relay:
     """
 
     __slots__ = (
-        *("_aligner", "_counts", "_on_fault", "_gaps", "_record", "_rename", "last_at", "splice"),
+        *("_aligner", "_on_fault", "_gaps", "_record", "_rename", "last_at", "splice"),
         *("transcript", "write", "wrote"),
     )
 
@@ -40,7 +40,6 @@ class Relay:
         self.wrote = False
         self._aligner = EventAligner()
         self._record = record
-        self._counts = bool(record.tenant)  # should the engine not tell what a tenant used
         self._rename = rename
         self.write = write
         self._on_fault = on_fault
@@ -57,6 +56,15 @@ class Relay:
         if tail:
             self._pass_on(tail)
 
+    def count(self) -> None:
+        """Where the engine told no usage, note what the events tell of it."""
+        record, transcript = self._record, self.transcript
+        if transcript is None or record.usage is not None:
+            return
+        record.answer_chunks = transcript.num_tokens
+        if transcript.prompt_ids is not None:
+            record.usage = Usage(transcript.num_prompt_tokens, transcript.num_tokens)
+
     def drop_tail(self) -> None:
         """Forget half an event of an engine that broke off."""
         self._aligner = EventAligner()
@@ -72,11 +80,11 @@ class Relay:
         transcript = self.transcript
         if transcript is not None:
             events = (self.splice or transcript.feed)(events)
+        else:
+            self._record.answer_chunks += events.count(b"data:")
         if self._rename is not None:
             events = self._rename(events)
         if events:
-            if self._counts:
-                self._record.answer_chunks += events.count(b"data:")
             if has_usage(events):
                 self._record.usage = find_usage(events) or self._record.usage
             self.write(events)

@@ -30,7 +30,7 @@ from gateway.endpoints import EndpointTable
 from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
-from gateway.grpc_api import GrpcServer
+from gateway.grpc_server import GrpcServer
 from gateway.health import HealthChecker
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
@@ -56,7 +56,7 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.admission = Admission(config.limits, workers=config.workers)
+        self.admission = Admission(config.limits, workers=config.workers, seed=os.getpid())
         self._shared = SharedCells(config.shared_cells_file) if config.shared_cells_file else None
         self.access = Access(required=config.auth == "keys", accounts=Accounts(shared=self._shared))
         self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
@@ -103,6 +103,7 @@ class Gateway:
         router = self.admission.router
         ready = {model.name: router.num_ready(model.name) for model in router.models}
         self.meter.table_applied(table.version, ready.items())
+        self.meter.endpoints_listed(table.endpoints)
         _log.info("endpoint table %d: %s", table.version, ready)
         self._tell_health()
 
@@ -145,21 +146,16 @@ class Gateway:
         follower = asyncio.create_task(feed.follow(self.apply))
         self._stack.push_async_callback(_cancel, follower)
         if limits.health_interval_s:
-            self._stack.push_async_callback(_cancel, asyncio.create_task(self._check_health()))
+            checker = HealthChecker(
+                self.admission.router,
+                limits,
+                on_dead=self._forwarder.endpoint_died,
+                on_revived=self.admission.recheck,
+            )
+            self._stack.push_async_callback(_cancel, asyncio.create_task(checker.run()))
         _log.info(
             "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
         )
-
-    async def _check_health(self) -> None:
-        forwarder = self._forwarder
-        if forwarder is not None:
-            checker = HealthChecker(
-                self.admission.router,
-                self.config.limits,
-                on_dead=forwarder.endpoint_died,
-                on_revived=self.admission.recheck,
-            )
-            await checker.run()
 
     async def _follow_keys(self, path: Path) -> None:
         keys = KeyFeed(path, self.access, poll_s=self.config.poll_s)
@@ -181,7 +177,7 @@ class Gateway:
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
         config = self.config
-        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready, workers=config.workers)
         self._http = HttpServer(api, config.limits)
         self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -20,8 +20,8 @@ from gateway.endpoints import (
     SyncResponse,
 )
 from gateway.usage_reports import UsageReports
-from placement.errors import ConfigError
-from placement.spec import load_yaml
+from placement.errors import ConfigError, nearest
+from placement.spec import load_yaml, place
 
 _log = logging.getLogger(__name__)
 _Apply = Callable[[EndpointTable], None]
@@ -59,6 +59,24 @@ def _refuse_ambiguity(path: Path, listed: EndpointsFile, models: Mapping[str, Se
     for model, key in keys:
         if keys.count((model, key)) > 1:
             raise ConfigError(f"{path}: the endpoint {key} of {model!r} stands twice")
+    for number, served in enumerate(listed.models):
+        _refuse_unknown_names(place(path, "models", number), listed, served, names)
+
+
+def _refuse_unknown_names(
+    where: str, listed: EndpointsFile, model: ServedModel, names: Sequence[str]
+) -> None:
+    variants = {each.variant for each in listed.endpoints if each.model == model.name}
+    for variant in model.routing.weights:
+        if variant not in variants:
+            hint = nearest(variant, variants)
+            raise ConfigError(
+                f"{where}.routing.weights: no endpoint of {model.name!r} is of the variant"
+                f" {variant!r}{hint}"
+            )
+    for name in model.fallback:
+        if name not in names:
+            raise ConfigError(f"{where}.fallback: there is no model {name!r}{nearest(name, names)}")
 
 
 class FileFeed:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
+from gateway.lenient_json import quoted, read_json
 
 _HIDDEN = b'"token_ids":null'
 _ANY_IDS = re.compile(rb'"(prompt_)?token_ids": ?\[([\d, ]*)\]')
 _BACKSLASH = 0x5C
 _ABORT = "abort"  # vLLM's own reason for an end that nobody asked for
 _CHUNK_NAMES = ("id", "object", "created", "model")
-_decode = msgspec.json.Decoder().decode
 
 
 class Transcript:
@@ -59,8 +58,7 @@ class Transcript:
     @property
     def text(self) -> str:
         """All that the client has read. Raises `ValueError` if it is no text."""
-        text: str = _decode(b'"' + bytes(self._said) + b'"')
-        return text
+        return str(read_json(b'"' + bytes(self._said) + b'"'))
 
     @property
     def token_ids(self) -> list[int]:
@@ -71,6 +69,11 @@ class Transcript:
     def is_exact(self) -> bool:
         """The engine told every token, those of the prompt too."""
         return self.prompt_ids is not None and self._ids.count(b",") == self.num_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """0 if the engine did not tell."""
+        return self.prompt_ids.count(b",") + 1 if self.prompt_ids else 0
 
     def prompt_token_ids(self) -> list[int]:
         """The prompt as the engine read it."""
@@ -161,8 +164,8 @@ class Transcript:
             else:
                 ids = found[2].replace(b" ", b"")
         try:
-            chunk = _decode(_ANY_IDS.sub(_hidden, data))
-        except (msgspec.MsgspecError, RecursionError) as error:
+            chunk = read_json(_ANY_IDS.sub(_hidden, data))
+        except (ValueError, RecursionError) as error:
             self.fault = f"it sent an event that is no JSON: {error}"
             return False
         if not isinstance(chunk, dict) or "error" in chunk:
@@ -206,7 +209,7 @@ class Transcript:
             self.blocked = "it has several choices"
         self.finished = self.finished or choice.get("finish_reason") is not None
         if ids or text or not (delta.get("role") or choice.get("finish_reason")):
-            self.add(ids, msgspec.json.encode(str(text))[1:-1])
+            self.add(ids, quoted(str(text)))
         return True
 
 

@@ -14,13 +14,10 @@ from pathlib import Path
 
 from gateway.tenants import KeyFile, StoredKey, Tenant, digest_of
 from loadtests.load_client import KEY
+from loadtests.processes import CannotRun
 from placement.spec import dump_yaml
 
 _INSTALL_TIMEOUT_S = 900.0
-
-
-class CannotRun(Exception):
-    """A contender that cannot be installed or started here; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 features        what a request's raw bytes tell: tokens, prefix hashes, session
 state, route    what is known of an endpoint, and of a model
 filters         who can and may get it: context, capabilities, breaker, free place
+request         features, work and who has the prompt cached
 scorers         predicted seconds at each, and who is overloaded
 pickers, split  policies; weights of variants
 choice          all of these in their order

@@ -2,6 +2,7 @@
 
 closed -> open     at once when nobody listens there, or after failures in a row or many of the last
 open -> half-open  when its time is over, which doubles each time it opens again
+open -> closed     before that, when somebody listens again or a request succeeds all the same
 half-open          one request goes through: its success closes, its failure opens again
 
 Back-pressure (429, 503) and errors of the client (4xx) are no failures.
@@ -30,6 +31,7 @@ class Fault(enum.Enum):
     BROKE = "broke"  # the connection ended within an answer, or it was no HTTP
     ERROR = "error"  # it answered 500, 502 or 504
     BUSY = "busy"  # it answered 429 or 503: back-pressure, not a failure
+    SLOW = "slow"  # beside its peers
 
 
 def fault_of(reason: GatewayError | int) -> Fault | None:
@@ -55,13 +57,13 @@ class BreakerRules:
 class Breaker:
     """One endpoint's breaker."""
 
-    __slots__ = ("_in_a_row", "_opened", "_results", "is_slow", "open_until", "probing", "rules")
+    __slots__ = ("_in_a_row", "_opened", "_results", "cause", "open_until", "probing", "rules")
 
     def __init__(self, rules: BreakerRules) -> None:
         self.rules = rules
         self.open_until = -math.inf
         self.probing = False  # a request is on its way that decides
-        self.is_slow = False  # it was opened because the endpoint is slow, not because it failed
+        self.cause: Fault | None = None  # of its being open
         self._opened = 0  # times in a row, without a success between
         self._in_a_row = 0
         self._results: deque[bool] = deque(maxlen=_WINDOW)  # True: a failure
@@ -70,6 +72,11 @@ class Breaker:
     def closed(self) -> bool:
         """Requests pass as if nothing had ever happened."""
         return self._opened == 0
+
+    @property
+    def is_slow(self) -> bool:
+        """It is open because the endpoint is slow, not because it failed."""
+        return self.cause is Fault.SLOW
 
     def state(self, now: float) -> BreakerState:
         """For humans and metrics."""
@@ -92,7 +99,7 @@ class Breaker:
             return False
         if now < self.open_until:
             return False  # those that were under way when it opened say nothing new
-        self.trip(now)
+        self.trip(now, fault)
         return True
 
     def succeeded(self) -> bool:
@@ -106,21 +113,19 @@ class Breaker:
         was_open, self._opened = self._opened > 0, 0
         if was_open:
             self.open_until = -math.inf
-            self.probing = self.is_slow = False
+            self.probing, self.cause = False, None
             self._in_a_row = 0
             self._results.clear()
         return was_open
 
-    def trip(self, now: float, *, slow_for_s: float | None = None) -> None:
-        """Open, for twice as long as the last time if it has not closed since.
-
-        `slow_for_s`: the endpoint has not failed, but is to be left alone for so long.
-        """
-        doubled = self.rules.open_s * 2.0 ** min(self._opened, 16)
-        open_s = min(doubled, self.rules.max_open_s) if slow_for_s is None else slow_for_s
+    def trip(self, now: float, cause: Fault, *, open_s: float | None = None) -> None:
+        """Open for `open_s`; None: for twice as long as the last time if it has not closed since."""
+        if open_s is None:
+            doubled = self.rules.open_s * 2.0 ** min(self._opened, 16)
+            open_s = min(doubled, self.rules.max_open_s)
         self.open_until = now + open_s
         self._opened += 1
-        self.probing, self.is_slow = False, slow_for_s is not None
+        self.probing, self.cause = False, cause
 
     def is_half_open(self, now: float) -> bool:
         """The next result decides."""

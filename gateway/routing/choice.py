@@ -8,13 +8,12 @@ from random import Random
 from gateway.call import Call
 from gateway.routing.features import Features, features_of
 from gateway.routing.filters import available, fitting, untried
-from gateway.routing.pickers import Picker, Request, are_many, shortlist
+from gateway.routing.pickers import Picker, are_many, shortlist
+from gateway.routing.request import Request, request_of
 from gateway.routing.route import Route
-from gateway.routing.scorers import saved_at, savings
 from gateway.routing.state import EndpointState, Lease
 
 _BY_LOAD = frozenset(("auto", "least_load"))
-_WITHOUT_FEATURES = frozenset(("least_load", "round_robin", "random"))
 
 
 def choose(
@@ -42,8 +41,9 @@ def choose(
     if route.split.weights:
         session = call.headers.get("x-session-id") if call is not None else None
         candidates = route.split.of(candidates, session)
-    request = _request(route, call, features)
-    if are_many(candidates) and route.policy in _BY_LOAD:
+    request = request_of(route, call, features)
+    is_tied = request.features is not None and request.features.session is not None
+    if are_many(candidates) and route.policy in _BY_LOAD and not is_tied:
         candidates = shortlist(route, candidates, request, random)
     return take(route, pick(route, candidates, request, now), request, now)
 
@@ -55,7 +55,7 @@ def take(route: Route, state: EndpointState, request: Request, now: float) -> Le
     if features is not None:
         prompt_tokens = features.prompt_tokens
         if request.holders:
-            saved = saved_at(state.bit, request.holders, request.saved)
+            saved = request.saved_at(state.bit)
             work -= saved
             prompt_tokens -= saved
         if features.hashes:
@@ -68,17 +68,3 @@ def take(route: Route, state: EndpointState, request: Request, now: float) -> Le
     if not route.is_clear and state.breaker.is_half_open(now) and not state.breaker.probing:
         state.breaker.probing = lease.is_probe = True
     return lease
-
-
-def _request(route: Route, call: Call | None, features: Features | None) -> Request:
-    if call is None or route.policy in _WITHOUT_FEATURES:
-        return Request(route.usual_work, None)
-    if features is None:
-        features = features_of(call)
-    work = route.work_of(features, answers=call.path != "/v1/embeddings")
-    if not features.hashes:
-        return Request(work, features)
-    holders = route.index.holders(features.hashes)
-    if not holders:
-        return Request(work, features)
-    return Request(work, features, holders, savings(features, len(holders)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 from zlib import crc32
 
-from gateway.routing.features import Features
+from gateway.routing.request import Request
 from gateway.routing.route import Route
 from gateway.routing.scorers import (
     LoadBound,
@@ -15,7 +14,6 @@ from gateway.routing.scorers import (
     cheapest_with_cache,
     cost,
     is_lightly_loaded,
-    saved_at,
 )
 from gateway.routing.state import EndpointState
 from placement.routing_policy import PolicyName
@@ -23,16 +21,6 @@ from placement.routing_policy import PolicyName
 _MANY = 16  # candidates; of more only some are looked at
 _HOLDERS_LOOKED_AT = 2
 _HOMES_TRIED = 8
-
-
-@dataclass(slots=True)
-class Request:
-    """What a picker knows of a request. `holders`: masks, for each leading block (`PrefixIndex`)."""
-
-    work: int
-    features: Features | None
-    holders: Sequence[int] = ()
-    saved: Sequence[int] = ()
 
 
 # One of the candidates, of which there is at least one, at a time.
@@ -46,27 +34,24 @@ def auto(
 
     Another gateway may have sent the same beginning there: half of what that would save is believed.
     """
-    features, holders, work = request.features, request.holders, request.work
+    features, holders = request.features, request.holders
     if features is None:
-        return cheapest(candidates, work, now)
+        return cheapest(candidates, request.work, now)
     if features.session:
         return session(route, candidates, request, now)
     hashes = features.hashes
     if not hashes:
-        return cheapest(candidates, work, now)
-    if not holders:
-        best = cheapest(candidates, work, now)
+        return cheapest(candidates, request.work, now)
+    if not holders or holders[-1] == route.all_bits:  # nobody has more of it than another
+        best = cheapest(candidates, request.work, now)
     else:
-        best = cheapest_with_cache(candidates, work, holders, request.saved, now)
+        best = cheapest_with_cache(candidates, request, now)
     if len(holders) < len(hashes):
         home = route.home(hashes[len(holders)])
         if home is not None and home is not best and home in candidates:
-            saved = request.saved
-            there = saved_at(home.bit, holders, saved)
-            hoped = (features.prompt_tokens - there) >> 1
-            if cost(home, work - there - hoped, now) <= cost(
-                best, work - saved_at(best.bit, holders, saved), now
-            ):
+            there, here = request.saved_at(home.bit), request.saved_at(best.bit)
+            hoped = there + ((features.prompt_tokens - there) >> 1)
+            if cost(home, request, hoped, now) <= cost(best, request, here, now):
                 return home
     return best
 

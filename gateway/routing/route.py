@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gateway.endpoints import ServedModel
+from gateway.routing.breaker import Fault
 from gateway.routing.features import Features
 from gateway.routing.hash_ring import HashRing
 from gateway.routing.pace import outliers, speeds
@@ -37,10 +38,11 @@ class Route:
     usual_work: int = int(_FIRST_GUESS_TOKENS) * (OUTPUT_TOKEN_WORK + 1)
     reviewed_at: float = 0.0
     by_bit: dict[int, EndpointState] = field(default_factory=dict)
+    all_bits: int = 0
     _ring: HashRing | None = None
     _by_key: dict[str, EndpointState] = field(default_factory=dict)
 
-    def settle(self, states: list[EndpointState], now: float | None = None) -> None:
+    def settle(self, states: list[EndpointState]) -> None:
         """Serve the model with these states from now on."""
         gone = {state.bit for state in self.states} - {state.bit for state in states}
         if gone:
@@ -48,12 +50,13 @@ class Route:
         self.states = states
         self._by_key = {state.endpoint.key: state for state in states}
         self.by_bit = {state.bit: state for state in states}
+        self.all_bits = sum(self.by_bit)
         self._ring = None
         self.is_clear = False  # to be found out
         self.split.weigh(self.model.routing.weights)
         self.policy = self.model.routing.policy
         self.note_kinds()
-        self.review_speeds(now)
+        self.review_speeds(self.reviewed_at)
         self.refresh()
 
     def note_kinds(self) -> None:
@@ -64,6 +67,10 @@ class Route:
     def refresh(self) -> None:
         """An endpoint died or came back."""
         self.ready = [state for state in self.states if state.takes_requests]
+        replaced = self.model.managed or self.model.scalable
+        if not self.ready and not replaced:
+            # Nobody brings another: an error at once tells more than a long wait for nothing.
+            self.ready = [state for state in self.states if state.endpoint.state == "ready"]
 
     def capabilities(self, state: EndpointState) -> tuple[str, ...]:
         """What is known of them; empty: nothing."""
@@ -106,12 +113,10 @@ class Route:
         """An answer had so many tokens."""
         self.mean_output_tokens += _LEARNING_RATE * (tokens - self.mean_output_tokens)
 
-    def review_speeds(self, now: float | None) -> None:
-        """Correct the planned speeds by what was observed. `now` None: keep to the plan."""
-        planned = self._planned()
-        if now is not None:
-            planned = speeds(planned, [state.pace for state in self.states], now)
-        for state, speed in zip(self.states, planned, strict=True):
+    def review_speeds(self, now: float) -> None:
+        """Correct the planned speeds by what was observed."""
+        believed = speeds(self._planned(), [state.pace for state in self.states], now)
+        for state, speed in zip(self.states, believed, strict=True):
             state.speed = speed
 
     def eject_outliers(self, now: float) -> list[EndpointState]:
@@ -124,7 +129,7 @@ class Route:
             for state in [peers[i] for i in slow if peers[i].breaker.closed][
                 : max(len(peers) // 2 - out, 0)
             ]:
-                state.breaker.trip(now, slow_for_s=_EJECTED_S)
+                state.breaker.trip(now, Fault.SLOW, open_s=_EJECTED_S)
                 state.pace.forget()
                 state.ejections += 1
                 ejected.append(state)

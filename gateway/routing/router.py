@@ -17,7 +17,8 @@ from gateway.routing.breaker import Breaker, BreakerRules, Fault
 from gateway.routing.choice import choose, take
 from gateway.routing.filters import untried
 from gateway.routing.learning import learn, proves_health
-from gateway.routing.pickers import Picker, Request, picker
+from gateway.routing.pickers import Picker, picker
+from gateway.routing.request import Request
 from gateway.routing.route import Route
 from gateway.routing.state import Discovery, EndpointSnapshot, EndpointState, Lease, snapshot
 
@@ -135,7 +136,7 @@ class Router:
     def num_ready(self, model: str) -> int:
         """Endpoints of `model` that take requests."""
         route = self._routes.get(model)
-        return len(route.ready) if route else 0
+        return sum(state.takes_requests for state in route.ready) if route else 0
 
     def places(self, model: str) -> tuple[int, int]:
         """Free places at endpoints of `model` that take requests, and all of theirs."""
@@ -173,7 +174,7 @@ class Router:
             state = ready[0]  # nothing to decide, so that nothing need be known
             if state.in_flight >= state.max_in_flight:
                 return None
-            return take(route, state, Request(route.usual_work, None), now)
+            return take(route, state, Request(route.usual_work, route.usual_work), now)
         pick = self._pickers[model]
         return choose(route, pick, call=call, tried=tried, now=now, random=self._random)
 
@@ -241,50 +242,55 @@ class Router:
     def check_passed(
         self, url: str, *, now: float, discovery: Discovery | None = None
     ) -> list[EndpointState]:
-        """The engine at `url` is well. Returns those that take requests again because of it."""
+        """The engine at `url` is well. Returns those that take requests again because of it.
+
+        That somebody listens does not tell whether requests succeed: a breaker that opened for
+        another cause waits for one to try.
+        """
         revived = []
         for state in self._by_url.get(url, ()):
             state.failed_checks = 0
-            if discovery is not None:
-                self._discovered(state, discovery)
             came_back = state.dead
             state.dead = False
-            if not state.breaker.is_slow:
+            if state.breaker.cause is Fault.UNREACHABLE:
                 came_back |= state.breaker.close()
-                state.suspect_until = min(state.suspect_until, now)
+            route = self._routes[state.endpoint.model]
+            if discovery is not None:
+                state.discovery = discovery
+                route.note_kinds()
             if came_back:
-                self._routes[state.endpoint.model].refresh()
+                route.refresh()
                 revived.append(state)
+            if came_back or discovery is not None:
                 self.on_change(state, now)
         return revived
 
     def check_failed(self, url: str, *, now: float, enough: int) -> list[EndpointState]:
-        """The engine at `url` did not answer. Returns those that are dead from now on.
+        """The engine at `url` did not answer. Returns those whose requests should be given up.
 
         An endpoint is dead after `enough` of these without a success between, of a check or of a
         request.
         """
-        died = []
+        hopeless = []
         for state in self._by_url.get(url, ()):
             state.failed_checks += 1
-            if state.failed_checks < enough or state.dead:
+            if state.failed_checks < enough:
                 continue
-            state.dead = True
-            route = self._routes[state.endpoint.model]
-            route.index.forget(state.bit)
-            route.refresh()
-            died.append(state)
-            self.on_change(state, now)
-        return died
-
-    def _discovered(self, state: EndpointState, discovery: Discovery) -> None:
-        state.discovery = discovery
-        self._routes[state.endpoint.model].note_kinds()
+            if not state.dead:
+                state.dead = True
+                route = self._routes[state.endpoint.model]
+                route.index.forget(state.bit)
+                route.refresh()
+                self.on_change(state, now)
+            elif not state.in_flight:
+                continue
+            hopeless.append(state)
+        return hopeless
 
 
 def _at_holder(route: Route, key: str, now: float) -> Lease | None:
     """A place at the endpoint `key`, also while it drains: only it can answer."""
     for state in route.states:
         if state.endpoint.key == key and state.in_flight < state.max_in_flight:
-            return take(route, state, Request(route.usual_work, None), now)
+            return take(route, state, Request(route.usual_work, route.usual_work), now)
     return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gateway.endpoints import Endpoint, EngineKind
 from gateway.routing.breaker import Breaker, BreakerRules, BreakerState
 from gateway.routing.pace import Pace
@@ -87,8 +89,7 @@ class EndpointState:
         self.pace = Pace()
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
+class Lease(msgspec.Struct, eq=False):  # a dataclass takes three times as long to make
     """A place at an endpoint, held by one request."""
 
     state: EndpointState

@@ -206,6 +206,22 @@ def test_an_engine_that_was_replaced_is_not_taken_to_hold_anything() -> None:
     assert len(router._routes["chat"].index) == 0
 
 
+def test_sessions_and_conversations_stay_together_among_very_many_endpoints() -> None:
+    router = a_router(*some_endpoints(40))
+    for n in range(20):
+        text = a_long_text(n)
+        calls = [
+            (a_call(session=f"s{n}"), a_call(session=f"s{n}")),
+            (a_call(text), a_call(text + "more")),
+        ]
+        for first, second in calls:
+            one = router.reserve("chat", now=0, call=first)
+            router.release(one)
+            other = router.reserve("chat", now=0, call=second)
+            router.release(other)
+            assert one.endpoint == other.endpoint
+
+
 # Fitting
 
 
@@ -437,6 +453,34 @@ def test_a_dead_endpoint_gets_nothing_until_a_check_passes() -> None:
     assert router.check_failed("http://0", now=5, enough=3) == []  # told once
     assert [s.endpoint.url for s in router.check_passed("http://0", now=6)] == ["http://0"]
     assert "http://0" in {url_of(router.reserve("chat", now=7)) for _ in range(9)}
+
+
+def test_where_nobody_replaces_the_dead_they_are_asked_all_the_same() -> None:
+    alone, managed = a_router(*some_endpoints(2)), a_router(*some_endpoints(2), managed=True)
+    for router in (alone, managed):
+        for url in ("http://0", "http://1"):
+            router.check_failed(url, now=0, enough=1)
+        assert router.num_ready("chat") == 0
+
+    assert managed.reserve("chat", now=1) is None
+    assert not managed.can_serve("chat")
+    lease = alone.reserve("chat", now=1)
+    # and given up with the next check that fails
+    assert alone.check_failed(url_of(lease), now=2, enough=1) == [lease.state]
+
+
+def test_a_passed_check_says_nothing_of_requests_that_break_off() -> None:
+    router = a_router(*some_endpoints(1))
+    lease = router.reserve("chat", now=0)
+    for fault, open_after in ((Fault.BROKE, True), (Fault.UNREACHABLE, False)):
+        for _ in range(3):
+            router.failed(lease, fault, now=0)
+        assert not lease.state.breaker.closed
+
+        router.check_passed("http://0", now=0.5)
+
+        assert lease.state.breaker.closed is not open_after
+        lease.state.breaker.close()
 
 
 def test_requests_that_succeed_keep_an_endpoint_alive_whose_checks_fail() -> None:
