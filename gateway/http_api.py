@@ -139,9 +139,9 @@ class HttpApi:
 
     def _call(self, request: Request, told_id: str) -> Call:
         head = request.head
-        if head.path == RESPONSES_PATH or stored_methods(head.path):
-            return self._responses.make_call(request, told_id)
-        return make_call("http", head.path, request.body, head.headers, told_id)
+        if head.path in _FORWARDED_PATHS and head.path != RESPONSES_PATH:
+            return make_call("http", head.path, request.body, head.headers, told_id)
+        return self._responses.make_call(request, told_id)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""

@@ -13,7 +13,7 @@ from gateway.config import Limits
 from gateway.errors import BadRequest, TooSlow
 from gateway.head_cache import HeadCache
 from gateway.http_parser import Request, RequestParser, Stage
-from gateway.http_response import CONTINUE, LAST_CHUNK, chunk, head, head_until_close
+from gateway.http_response import CONTINUE, LAST_CHUNK, NO_BODY, chunk, head, head_until_close
 
 _LINGER_S = 2.0  # for a client that still sends what was refused
 _BODY_BYTES_PER_S = 64 * 1024
@@ -106,8 +106,10 @@ class HttpConnection(asyncio.Protocol):
     def start(self, status: int, headers: bytes) -> None:
         """Send the head of an answer whose body comes with `write`, up to `finish`."""
         self.started = True
-        self._chunked = self._request is None or self._request.head.version != "1.0"
-        if self._chunked:
+        knows_chunks = self._request is None or self._request.head.version != "1.0"
+        has_body = status not in NO_BODY
+        self._chunked = knows_chunks and has_body
+        if knows_chunks or not has_body:
             self._write(head(status, headers, keep_alive=self._keep_alive))
         else:
             self._keep_alive = False

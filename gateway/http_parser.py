@@ -3,11 +3,12 @@
 llhttp (through httptools) parses, and refuses bare LF, obs-fold, space before a colon, bad or several
 Content-Length, Content-Length beside Transfer-Encoding, bad chunk sizes and control characters. What
 it leaves open is refused here: codings other than `chunked`, versions other than 1.0 and 1.1, no or
-several Host, fragments, and sizes.
+several or bad Host, fragments, and sizes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -32,6 +33,8 @@ _SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
 _METHODS = frozenset(
     (b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"QUERY")
 )
+# A name, an address, or nothing, and perhaps a port: no user, no list, no path.
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?", re.ASCII)
 
 _MAX_BYTES_PER_BODY_BYTE = 16  # a chunk of one byte takes six
 
@@ -219,7 +222,7 @@ class RequestParser:
         path, query = _path_and_query(draft.target)
         if "upgrade" in headers:
             self._upgrading = llhttp.should_upgrade()
-        if "expect" in headers and (length or "transfer-encoding" in headers):
+        if "expect" in headers and (length or "transfer-encoding" in headers) and version != "1.0":
             self._on_continue()
         return Head(method, path, headers, llhttp.should_keep_alive(), version, query)
 
@@ -233,6 +236,8 @@ class RequestParser:
         for name in ("content-length", "transfer-encoding"):
             if name in headers:
                 head += f"{name}: {headers[name]}\r\n".encode("latin-1")
+        if self._head is not None and not self._head.keep_alive:
+            head += b"connection: close\r\n"  # what follows is not read
         self._llhttp = httptools.HttpRequestParser(self)
         self._llhttp.feed_data(head + b"\r\n")
 
@@ -258,6 +263,8 @@ def _check_head(method: bytes, version: str, headers: dict[str, str]) -> None:
     if version == "1.1":
         if "host" not in headers:
             raise Malformed("HTTP/1.1 asks for a host header")
+        if not _HOST.fullmatch(headers["host"]):
+            raise Malformed("the host header names no host")
     elif version != "1.0":
         raise Malformed(f"HTTP/{version} is not spoken here, only 1.1 and 1.0")
     coding = headers.get("transfer-encoding")
@@ -279,6 +286,8 @@ def _path_and_query(target: bytes) -> tuple[str, str]:
         raise Malformed("a request target has no fragment")
     if text.lower().startswith(("http://", "https://")):
         parts = urlsplit(text)
+        if not _HOST.fullmatch(parts.netloc) or not parts.hostname:
+            raise Malformed("the request target's URL names no host, or a user")
         text = f"{parts.path or '/'}?{parts.query}"
     elif not text.startswith("/") and text != "*":
         raise Malformed("the request target is neither a path nor an http URL")

@@ -47,7 +47,7 @@ def error_event(error: GatewayError, path: str) -> bytes:
     body: dict[str, Any] = {**error.body()}
     if path == "/v1/messages":  # Anthropic
         body = {"type": "error", **body}
-    elif path == "/v1/responses":
+    elif path.startswith("/v1/responses"):
         body = {"type": "error", "code": error.code, "message": error.message, **body}
     name = b"event: error\n" if "type" in body else b""
     return name + b"data: " + json.dumps(body).encode() + b"\n\n"

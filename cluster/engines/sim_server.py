@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -30,7 +30,6 @@ from cluster.engines.sim_api import (
     RequestRefused,
     StreamOptions,
     TokenizeRequest,
-    error_body,
     generation_of,
     parse,
     prompt_of,
@@ -39,6 +38,7 @@ from cluster.engines.sim_batch import Batch, Delta, Generation, Limits, Timing
 from cluster.engines.sim_drill import PATH as DRILL_PATH
 from cluster.engines.sim_drill import Drill, Fault
 from cluster.engines.sim_metrics import Metrics
+from cluster.engines.sim_middleware import authentication, faults, refusals
 from cluster.engines.sim_options import parse_options
 from cluster.engines.sim_vocabulary import NoSuchToken, text_of
 
@@ -100,7 +100,7 @@ class SimulatedEngine:
         """Routes. Handlers must be cancelled when their client leaves (`handler_cancellation`)."""
         app = web.Application(
             client_max_size=_MAX_BODY_BYTES,
-            middlewares=[self._refusals, self._authentication, self._faults],
+            middlewares=[refusals, authentication(self._settings.api_key), faults(self._drill)],
         )
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
@@ -237,39 +237,6 @@ class SimulatedEngine:
 
     async def _scrape(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), content_type="text/plain", charset="utf-8")
-
-    @web.middleware
-    async def _refusals(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except RequestRefused as error:
-            return web.json_response(error.body, status=error.status)
-        except web.HTTPException as error:  # aiohttp's own: no such path, body too large
-            what = f"{request.method} {request.path}: {error.reason}"
-            return web.json_response(error_body(what, error.status), status=error.status)
-        except web.RequestPayloadError as error:  # a body not encoded as its header says
-            refused = RequestRefused(f"There was an error parsing the body: {error}")
-            return web.json_response(refused.body, status=refused.status)
-
-    @web.middleware
-    async def _faults(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        if request.path != DRILL_PATH:
-            await self._drill.before_head(request, generates=request.method == "POST")
-        return await handler(request)
-
-    @web.middleware
-    async def _authentication(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        key = self._settings.api_key
-        given = request.headers.get("Authorization", "")
-        if key and request.path.startswith("/v1") and given != f"Bearer {key}":
-            return web.json_response({"error": "Unauthorized"}, status=401)
-        return await handler(request)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
