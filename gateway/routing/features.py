@@ -118,7 +118,7 @@ def _count_images(body: bytes) -> tuple[int, int]:
 def _may_hold_base64(body: bytes) -> bool:
     """Whether there are places without a blank, of at most 256 that are looked at."""
     total = len(body)
-    step = max(2 * _SMALL_BODY, total // 256)
+    step = max(4 * _SMALL_BODY, total // 256)
     return any(body.find(b" ", at, at + 128) < 0 for at in range(step // 2, total, step))
 
 

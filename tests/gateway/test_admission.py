@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from gateway.admission import Admission
 from gateway.call import make_call
 from gateway.config import Limits
-from gateway.errors import EngineBroke, NoSuchModel, Overloaded, Unavailable, WouldBeLate
+from gateway.errors import (
+    EngineBroke,
+    EngineUnreachable,
+    NoSuchModel,
+    Overloaded,
+    Unavailable,
+    WouldBeLate,
+)
 from gateway.load import LoadMeter
+from gateway.record import Record
 from tests.gateway.engines import a_table, an_endpoint
 
 
@@ -76,6 +84,35 @@ async def test_a_waiter_goes_on_when_an_endpoint_is_trusted_again() -> None:
     lease = await asyncio.wait_for(admission.wait("chat"), 1)
 
     assert lease.endpoint == first.endpoint
+
+
+async def test_what_engines_answer_decides_who_is_asked_next() -> None:
+    admission = Admission(Limits(breaker_failures=2))
+    admission.apply(a_table(an_endpoint("http://a"), an_endpoint("http://b")))
+    first = admission.try_acquire("chat")
+    for status in (404, 429, 500, 500):
+        assert first.state.breaker.closed
+        admission.failed(first, status)
+    admission.release(first)
+
+    assert not first.state.breaker.closed
+    leases = [admission.try_acquire("chat") for _ in range(5)]
+    assert first.endpoint not in [lease.endpoint for lease in leases]
+
+
+async def test_a_good_answer_clears_an_endpoint_of_suspicion() -> None:
+    times = [0.0]
+    admission = Admission(Limits(suspect_s=2), clock=lambda: times[0])
+    admission.apply(a_table(an_endpoint("http://a")))
+    bad = admission.try_acquire("chat")
+    admission.failed(bad, EngineUnreachable("nobody listens"))
+    admission.release(bad)
+    times[0] = 2.5
+
+    good = admission.try_acquire("chat")
+    admission.release(good, Record("http", "/v1/chat/completions", "id", status=400))
+
+    assert good.state.breaker.closed
 
 
 async def test_retry_after_follows_the_pace_of_the_queue() -> None:
