@@ -24,6 +24,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with ExitStack() as stack:
         running = [
             stack.enter_context(engines.vllm(folder)),
+            stack.enter_context(engines.vllm_of_vectors(folder)),
             stack.enter_context(engines.llamacpp(folder)),
         ]
         url = stack.enter_context(engines.gateway(folder, running))

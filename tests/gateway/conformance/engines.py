@@ -26,6 +26,7 @@ from placement.planner import make_plan
 from placement.spec import dump_yaml
 
 API_KEY = "secret"
+_NO_BLANKS = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 _PATIENCE_S = 180.0
 _CHAT_TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}"
@@ -58,19 +59,21 @@ class Running:
 @contextmanager
 def vllm(folder: Path) -> Iterator[Running]:
     """vLLM with a nano model that sees images, started as bora starts it, and with tools."""
-    variant = _planned()
-    [port] = free_ports(1)
-    launch = VllmEngine().launch(
-        variant, checkpoint=locate(variant), host="127.0.0.1", port=port, api_key=API_KEY
-    )
     flags = (
         *("--enable-auto-tool-choice", "--tool-call-parser", "mistral"),
         # Else a model that knows nothing writes blanks until the answer is full.
-        *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+        *("--structured-outputs-config", _NO_BLANKS),
     )
-    url = f"http://127.0.0.1:{port}"
-    with _process((*launch.command, *flags), folder / "vllm.log", f"{url}/health", launch.env):
-        yield Running("vllm", variant.model, url, API_KEY)
+    with _vllm(folder, "vllm", _planned("chat", "nano-small"), flags) as running:
+        yield running
+
+
+@contextmanager
+def vllm_of_vectors(folder: Path) -> Iterator[Running]:
+    """vLLM with a nano model that makes vectors of texts."""
+    flags = ("--runner", "pooling", "--convert", "embed")
+    with _vllm(folder, "vectors", _planned("vectors", "nano-7b"), flags) as running:
+        yield running
 
 
 @contextmanager
@@ -89,7 +92,13 @@ def llamacpp(folder: Path) -> Iterator[Running]:
 def gateway(folder: Path, engines: Sequence[Running]) -> Iterator[str]:
     """`python -m gateway` in front of `engines`; yields its URL."""
     endpoints = tuple(
-        Endpoint(model=e.model, url=e.url, id=e.kind, engine=e.kind, api_key=e.api_key)
+        Endpoint(
+            model=e.model,
+            url=e.url,
+            id=e.kind,
+            engine="vllm" if e.api_key else e.kind,
+            api_key=e.api_key,
+        )
         for e in engines
     )
     models = tuple(ServedModel(name=e.model, aliases=(f"{e.model}-alias",)) for e in engines)
@@ -129,10 +138,20 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _planned() -> Variant:
-    model = FleetModel(
-        name="chat", model="nano-small", dtype="float32", max_model_len=8192, max_num_seqs=16
+@contextmanager
+def _vllm(folder: Path, kind: str, variant: Variant, flags: tuple[str, ...]) -> Iterator[Running]:
+    [port] = free_ports(1)
+    launch = VllmEngine().launch(
+        variant, checkpoint=locate(variant), host="127.0.0.1", port=port, api_key=API_KEY
     )
+    url = f"http://127.0.0.1:{port}"
+    command = (*launch.command, *flags)
+    with _process(command, folder / f"{kind}.log", f"{url}/health", launch.env):
+        yield Running(kind, variant.model, url, API_KEY)
+
+
+def _planned(name: str, nano: str) -> Variant:
+    model = FleetModel(name=name, model=nano, dtype="float32", max_model_len=8192, max_num_seqs=16)
     pool = Pool(
         name="here", gpu="cpu", gpus_per_node=2, memory_gib_per_gpu=6, kv_cache_gib_per_gpu=1
     )

@@ -186,8 +186,35 @@ async def test_vectors_are_the_engines_own(fleet: Fleet, form: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (EMBEDDINGS, {"input": ["The bora", "blows"]}),
+        (EMBEDDINGS, {"input": "The bora", "encoding_format": "base64"}),
+        (EMBEDDINGS, {"input": [1, 104, 105]}),
+        ("/pooling", {"input": "The bora"}),
+        ("/v1/score", {"text_1": "wind", "text_2": ["bora", "calm"]}),
+        ("/score", {"text_1": "wind", "text_2": "bora"}),
+        ("/v1/rerank", {"query": "wind", "documents": ["bora", "calm"], "top_n": 1}),
+        ("/rerank", {"query": "wind", "documents": ["bora", "calm"]}),
+        ("/tokenize", {"prompt": "The bora"}),
+    ],
+)
+async def test_what_vllm_makes_of_texts_is_its_own(
+    fleet: Fleet, path: str, body: dict[str, Any]
+) -> None:
+    own, through = await both(fleet, fleet.engines["vectors"], path, body)
+
+    assert through == own
+    assert own.status == 200
+
+
+@pytest.mark.parametrize(
     ("kind", "path"),
     [
+        ("vectors", CHAT),
+        ("vectors", RESPONSES),
+        ("vectors", MESSAGES),
+        ("vectors", "/classify"),
         ("vllm", EMBEDDINGS),
         ("vllm", "/v1/rerank"),
         ("vllm", "/v1/score"),
