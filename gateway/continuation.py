@@ -12,7 +12,7 @@ from typing import Any
 
 from gateway.lenient_json import json_bytes, quoted, read_json
 from gateway.sse import event_data
-from gateway.transcript import Transcript
+from gateway.transcript import Again, Transcript
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
@@ -22,7 +22,7 @@ _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "logit_bias"),
     *("stop_token_ids", "ignore_eos", "min_tokens", "bad_words", "allowed_token_ids", "priority"),
     *("skip_special_tokens", "spaces_between_special_tokens", "user", "cache_salt", "vllm_xargs"),
-    "stream_options",
+    *("stream_options", "stop", "include_stop_str_in_output"),
 )
 # What depends on the output so far in a way that a prompt does not carry.
 _STATEFUL = (
@@ -52,12 +52,31 @@ def continuation(
     Raises:
         CannotContinue: it would not be faithful.
     """
-    is_plain = not (request.get("tools") or request.get("stop") or _has_media(request))
-    if by_ids and told.is_exact and is_plain:
+    if by_ids and goes_by_ids(request, told):
         return _by_ids(request, told)
     if told.reasoned:
         raise CannotContinue("it has reasoned, and the tokens of that are not known")
     return _by_text(path, request, told)
+
+
+def goes_by_ids(request: Mapping[str, Any], told: Transcript) -> bool:
+    """Whether token ids carry all that matters.
+
+    They do not carry images, and not the parser of tool calls. Text that was held back for a stop
+    string is made again: only a greedy engine makes the same.
+    """
+    if not told.is_exact or request.get("tools") or _has_media(request):
+        return False
+    return not num_held(request) or request.get("temperature") == 0
+
+
+def num_held(request: Mapping[str, Any]) -> int:
+    """Characters that vLLM holds back, as they may begin one of the request's stop strings."""
+    stop = request.get("stop") or ()
+    if request.get("include_stop_str_in_output"):
+        return 0
+    strings = (stop,) if isinstance(stop, str) else stop
+    return max((len(one) - 1 for one in strings if isinstance(one, str)), default=0)
 
 
 def check(request: Mapping[str, Any], told: Transcript) -> None:
@@ -133,13 +152,11 @@ def _has_media(request: Mapping[str, Any]) -> bool:
 class Splice:
     """Puts the chunks of a continuation into the stream: same ids, form and counts as before.
 
-    The first `num_again` tokens were sent before, in chunks without text, and are not sent again.
+    What is made `again` was sent before, and is not sent a second time.
     """
 
-    def __init__(
-        self, told: Transcript, request: Mapping[str, Any], path: str, *, num_again: int
-    ) -> None:
-        self.num_again = num_again
+    def __init__(self, told: Transcript, request: Mapping[str, Any], path: str) -> None:
+        self.again = Again()
         self._told = told
         self._is_chat = path == CHAT_PATH
         self._carried = told.num_tokens
@@ -200,14 +217,16 @@ class Splice:
                 return b""
             text = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids") or []
-            if ids or text or not (delta.get("role") or reason):
-                told.add(",".join(map(str, ids)).encode(), quoted(text))
+            is_again, num_out = self.again.num_tokens > 0, len(text)
+            text = self._without_again(text, len(ids))
+            if ids or num_out or not (delta.get("role") or reason):
+                told.add(",".join(map(str, ids)).encode(), quoted(text), num_out)
             told.finished = told.finished or reason is not None
             if delta.get("tool_calls"):
                 told.blocked = "it is in the middle of tool calls"
                 choices.append({**choice, "delta": _without_role(delta)})
-            elif ids and not text and not reason and self.num_again > 0:
-                self.num_again -= len(ids)
+            elif is_again and not text and not reason:
+                continue
             elif text or ids or reason:
                 choices.append(self._choice(text, reason, choice.get("stop_reason"), ids))
         usage = chunk.get("usage")
@@ -218,6 +237,15 @@ class Splice:
         told.usage_sent = told.usage_sent or not choices
         more = {name: chunk[name] for name in _FINAL_NAMES if name in chunk}
         return self._event(choices, usage, **more)
+
+    def _without_again(self, text: str, num_tokens: int) -> str:
+        """`text` without what the client has read; a fault if it should have read something else."""
+        again = self.again
+        length = min(len(text), len(again.text))
+        if text[:length] != again.text[:length]:
+            self._told.fault = self._told.blocked = "the next engine does not repeat what was said"
+        self.again = Again(max(0, again.num_tokens - num_tokens), again.text[length:])
+        return text[length:]
 
     def _choice(
         self, text: str, reason: str | None, stop_reason: Any, ids: list[int]

@@ -17,8 +17,8 @@ from gateway.access import Access, may_use
 from gateway.accounts import Visit
 from gateway.admission import Admission
 from gateway.answer import Answer
-from gateway.call import Call
-from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued
+from gateway.call import Call, parse_object
+from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
 from gateway.engine import EngineClient, request_head
 from gateway.engine_connection import EngineConnection
 from gateway.errors import (
@@ -383,7 +383,10 @@ class Exchange:
         transcript = None
         if can_be_continued(call.path):
             hides_ids = lease is not None and self._hides_ids(lease)
-            transcript = Transcript(is_chat=call.path == CHAT_PATH, hides_ids=hides_ids)
+            held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
+            transcript = Transcript(
+                is_chat=call.path == CHAT_PATH, hides_ids=hides_ids, num_held=held
+            )
         return Relay(
             self.record,
             self._write_first,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gateway.call import Call, parse_object
-from gateway.continuation import CannotContinue, Splice, check, continuation
+from gateway.continuation import CannotContinue, Splice, check, continuation, goes_by_ids
 from gateway.lenient_json import json_bytes
 from gateway.relay import Relay
+from gateway.transcript import Again
 
 
 class Migration:
@@ -19,7 +20,8 @@ class Migration:
         self._relay = relay
         self._told = relay.transcript
         self._asked = parse_object(call.body)
-        self._splice: Splice | None = None
+        self._splice = Splice(self._told, self._asked, self._path)
+        self._again = Again()
 
     def prepare(self) -> bool:
         """After a failure, forget what the client did not get. Returns whether it had all.
@@ -28,9 +30,8 @@ class Migration:
             CannotContinue: what is missing cannot be had faithfully.
         """
         self._relay.drop_tail()
-        num_again = self._told.roll_back() + self._num_unsent_again()
-        splice = Splice(self._told, self._asked, self._path, num_again=num_again)
-        self._splice = splice
+        self._again = self._told.roll_back()
+        self._splice = splice = Splice(self._told, self._asked, self._path)
         self._relay.splice = splice.feed
         if not self._told.finished:
             check(self._asked, self._told)
@@ -45,9 +46,7 @@ class Migration:
         Raises:
             CannotContinue: not with that engine.
         """
+        repeats = by_ids and goes_by_ids(self._asked, self._told)
+        self._splice.again = self._again if repeats else Again()
         path, body = continuation(self._path, self._asked, self._told, by_ids=by_ids)
         return path, json_bytes({**body, "model": served_model_name})
-
-    def _num_unsent_again(self) -> int:
-        """Tokens without text that the engine before last sent, and the last did not get to."""
-        return self._splice.num_again if self._splice is not None else 0

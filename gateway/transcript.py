@@ -7,6 +7,7 @@ are taken out again on the way to a client that did not ask, byte for byte as if
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from gateway.lenient_json import quoted, read_json
@@ -18,6 +19,14 @@ _ABORT = "abort"  # vLLM's own reason for an end that nobody asked for
 _CHUNK_NAMES = ("id", "object", "created", "model")
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What an engine that goes on makes a second time: so many tokens, and this of their text."""
+
+    num_tokens: int = 0
+    text: str = ""
+
+
 class Transcript:
     """Fed with whole events. `fault` is set once an event tells of an engine that failed.
 
@@ -25,27 +34,21 @@ class Transcript:
     """
 
     __slots__ = (
-        *(
-            "_finish_mark",
-            "_ids",
-            "_ids_mark",
-            "_mark",
-            "_said",
-            "blocked",
-            "done",
-            "fault",
-            "finished",
-            "head",
-            "hides_ids",
-        ),
+        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_num_held", "_num_out", "_num_sent"),
+        *("_said", "_steps", "blocked", "done", "fault", "finished", "head", "hides_ids"),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
 
-    def __init__(self, *, is_chat: bool, hides_ids: bool) -> None:
+    def __init__(self, *, is_chat: bool, hides_ids: bool, num_held: int = 0) -> None:
+        """`num_held`: characters that the engine holds back, as they may begin a stop string."""
         self._mark = b'"content":"' if is_chat else b'"text":"'
         self._ids_mark, self._finish_mark = b'"token_ids":[', b'"finish_reason":"'
         self._ids = bytearray()
         self._said = bytearray()
+        self._num_held = num_held
+        self._num_out = 0  # characters that engines have let out, where some are held back
+        self._steps: list[tuple[int, int]] = []  # then: after so many tokens, so many characters
+        self._num_sent = 0  # tokens that the client has seen chunks of
         self.hides_ids = hides_ids
         self.head: dict[str, Any] | None = None
         self.prompt_ids: bytes | None = None
@@ -57,8 +60,8 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All that the client has read. Raises `ValueError` if it is no text."""
-        return str(read_json(b'"' + bytes(self._said) + b'"'))
+        """All that the client has read."""
+        return _unquoted(bytes(self._said))
 
     @property
     def token_ids(self) -> list[int]:
@@ -108,8 +111,11 @@ class Transcript:
             return events[:at] + _HIDDEN + events[end + 1 :]
         return events
 
-    def add(self, ids: bytes, said: bytes) -> None:
-        """Tokens (comma-separated, if told) and their text (as inside of a JSON string)."""
+    def add(self, ids: bytes, said: bytes, num_out: int | None = None) -> None:
+        """Tokens (comma-separated, if told) and their text (as inside of a JSON string).
+
+        `num_out`: characters that the engine let out, if they were not all for the client.
+        """
         num = 1  # an engine that tells no ids sends an event a token
         if ids:
             num += ids.count(b",")
@@ -120,17 +126,29 @@ class Transcript:
             self.num_pending = 0
         else:
             self.num_pending += num
+        if self._num_held:
+            self._num_out += len(_unquoted(said)) if num_out is None else num_out
+            if said or num_out:
+                self._steps.append((self.num_tokens, self._num_out))
 
-    def roll_back(self) -> int:
-        """Forget the tokens whose text is not out: the next engine makes them anew. Returns how many."""
-        num_pending = self.num_pending
-        if self.num_pending and self._ids:
-            kept = self._ids.split(b",")[: -1 - self.num_pending]
-            self._ids = bytearray(b"".join([item + b"," for item in kept]))
-        self.num_tokens -= num_pending
-        self.num_pending = 0
+    def roll_back(self) -> Again:
+        """Forget the tokens whose text is not all out: the next engine makes them anew."""
+        self._num_sent = max(self._num_sent, self.num_tokens)
         self.fault = None
-        return num_pending
+        kept, text = self.num_tokens - self.num_pending, ""
+        if self._num_held:
+            # Where an engine let text out, it held back just that much: so the length of all is known.
+            text = self.text
+            while self._steps and self._steps[-1][1] + self._num_held > len(text):
+                self._steps.pop()
+            kept, self._num_out = self._steps[-1] if self._steps else (0, -self._num_held)
+            self._num_out += self._num_held
+            text = text[self._num_out :]
+        if self._ids:
+            ids = self._ids.split(b",")[:kept]
+            self._ids = bytearray(b"".join([item + b"," for item in ids]))
+        self.num_tokens, self.num_pending = kept, 0
+        return Again(self._num_sent - kept, text)
 
     def _read_all(self, events: bytes) -> bytes:
         """The long way: event by event, line by line."""
@@ -211,6 +229,13 @@ class Transcript:
         if ids or text or not (delta.get("role") or choice.get("finish_reason")):
             self.add(ids, quoted(str(text)))
         return True
+
+
+def _unquoted(said: bytes) -> str:
+    """The text inside of a JSON string."""
+    if b"\\" in said:
+        return str(read_json(b'"' + said + b'"'))
+    return said.decode(errors="replace")
 
 
 def _hidden(found: re.Match[bytes]) -> bytes:

@@ -157,6 +157,27 @@ def said(chunk: dict[str, Any]) -> str:
     return str(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("met", [True, False])
+async def test_text_held_back_for_a_stop_string_is_neither_lost_nor_sent_twice(
+    path: str, met: bool
+) -> None:
+    async with two_engines() as (first, second, client, gateway):
+        text = "".join(map(said, (await events_of(second.session, path, a_request(path)))[:-1]))
+        asked = a_request(path, stop=[text[-20:-9] if met else "never said", "#"])
+        expected = await events_of(second.session, path, asked)
+        for number in range(2, NUM_TOKENS - 5):
+            await asyncio.gather(
+                first.fail(kind="reset", after_tokens=number),
+                second.fail(kind="reset", after_tokens=3),
+            )
+            task = asyncio.create_task(events_of(client, path, asked))
+            await asyncio.sleep(0.01)
+            await second.fail(kind="none")
+            assert await task == expected, number
+        assert in_flight(gateway) == 0
+
+
 async def test_an_engine_that_falls_silent_in_a_stream_is_left() -> None:
     async with two_engines(stall_timeout_s=0.3) as (first, second, client, _):
         expected = await events_of(second.session, CHAT, a_request(CHAT))
@@ -245,11 +266,12 @@ def test_tokens_without_text_are_made_anew() -> None:
     assert (path, body["prompt"], body["max_tokens"]) == (COMPLETIONS, [1, 2, 3, 4, 5], 6)
 
 
-def test_images_tools_and_stop_strings_go_on_by_text() -> None:
+def test_images_tools_and_stop_strings_of_sampled_text_go_on_by_text() -> None:
     told = Transcript(is_chat=True, hides_ids=True)
     fed(told, {**delta(role="assistant", content=""), "prompt_token_ids": [1, 2]})
     fed(told, delta([3], content='say "a"'), delta([4], content=" b\n"))
-    for more in ({"stop": ["x"]}, {"tools": [{}]}):
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for more in ({"stop": ["xy"]}, {"tools": [{}]}, {"messages": image}):
         path, body = continuation(CHAT, a_chat(max_tokens=9, **more), told, by_ids=True)
 
         assert (path, body["max_tokens"]) == (CHAT, 7)
