@@ -27,7 +27,7 @@ from loadtests.processes import CannotRun
 _MAX_RSS_BYTES = 2**30
 _FILES_OF_ITS_OWN = 64  # listening sockets, logs, the event loop's
 _MAX_GROWTH_BYTES = 6 * 2**20  # between equal batches of 12,000: 500 bytes a cycle
-_WARM_UP_CYCLES = 2000
+_WARM_UP_CYCLES = 40_000  # until tables that are bounded, such as the index of prefixes, are full
 _POOL_EMPTY_S = 8.0  # the gateway closes idle connections to engines after 4 to 5 s
 
 
