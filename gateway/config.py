@@ -38,7 +38,8 @@ class Limits(Spec):
         default=10, description="How often one stream may go on at another endpoint."
     )
     stall_timeout_s: PositiveFloat = Field(
-        default=60.0, description="An engine that is silent for this long in a stream has failed."
+        default=10.0,
+        description="An engine that is silent for this long in a stream is left for another.",
     )
     heartbeat_s: PositiveFloat = Field(
         default=10.0,

@@ -109,7 +109,17 @@ class Exchange:
             "_lease",
             "_lost",
         ),
-        *("_migration", "_moved", "_num_misses", "_over", "_plant", "_relay", "_span", "_started"),
+        *(
+            "_migration",
+            "_moved",
+            "_num_misses",
+            "_num_stalls",
+            "_over",
+            "_plant",
+            "_relay",
+            "_span",
+            "_started",
+        ),
         *("_stranded_at", "_task", "_timer", "_tried", "_visit", "received", "record"),
     )
 
@@ -132,6 +142,7 @@ class Exchange:
         self._started = False  # the client has a status
         self._moved = False  # once after an engine's 5xx
         self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
+        self._num_stalls = 0  # engines that were left because they fell silent
         self._num_misses = 0  # engines that did not go on with it since
         self._over = self._client_is_slow = False
         self._task: asyncio.Task[None] | None = None
@@ -205,12 +216,19 @@ class Exchange:
             self._connection.resume()
 
     def check(self, now: float) -> None:
-        """Called every second: an engine that fell silent in the middle of a stream has failed."""
-        relay, limits = self._relay, self._plant.admission.limits
-        if relay is None or self._connection is None or self._client_is_slow:
+        """Called every second: leave an engine that fell silent in a stream, if another is free.
+
+        The engine may only be busy: so each time it must be silent for twice as long.
+        """
+        relay, lease, router = self._relay, self._lease, self._plant.admission.router
+        if relay is None or lease is None or self._connection is None or self._client_is_slow:
             return
-        if relay.wrote and now - relay.last_at > limits.stall_timeout_s:
-            self.give_up(f"it was silent for {limits.stall_timeout_s:g} s")
+        patience_s = self._plant.admission.limits.stall_timeout_s * 2**self._num_stalls
+        if not relay.wrote or now - relay.last_at <= patience_s:
+            return
+        if router.can_serve(self.record.model, {lease.endpoint.key}):
+            self._num_stalls += 1
+            self.give_up(f"it was silent for {patience_s:g} s")
 
     def give_up(self, reason: str) -> None:
         """Leave the engine that this is at, and go on elsewhere."""

@@ -62,11 +62,23 @@ class HealthChecker:
         self._random = Random(seed)  # noqa: S311 - so that not all ask in the same moment
         self._watches: dict[str, _Watch] = {}
 
-    async def run(self) -> None:
-        """Check for ever."""
+    async def look_around(self) -> None:
+        """Check every engine once, so that the first requests know what they go to."""
+        interval, now = self._limits.health_interval_s, self._clock()
+        async with self._session() as session, asyncio.TaskGroup() as checks:
+            for url, endpoint in self._router.urls().items():
+                watch = _Watch(now + interval * (1 + self._random.random()))
+                self._watches[url] = watch
+                checks.create_task(self._check(session, endpoint, watch))
+
+    def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=self._limits.health_timeout_s)
         connector = aiohttp.TCPConnector(limit=_AT_ONCE, limit_per_host=1)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        return aiohttp.ClientSession(timeout=timeout, connector=connector)
+
+    async def run(self) -> None:
+        """Check for ever."""
+        async with self._session() as session:
             try:
                 while True:
                     self._start_due(session)

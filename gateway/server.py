@@ -140,22 +140,27 @@ class Gateway:
                 raise StartupFailed(str(error)) from error
         else:
             self._stack.push_async_callback(feed.tell_last)
+        await self._check_engines(self._forwarder)
         await self._listen_http(self._forwarder)
         if config.grpc_port is not None:
             await self._listen_grpc(self._forwarder, config.grpc_port)
         follower = asyncio.create_task(feed.follow(self.apply))
         self._stack.push_async_callback(_cancel, follower)
+        _log.info(
+            "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
+        )
+
+    async def _check_engines(self, forwarder: Forwarder) -> None:
+        limits = self.config.limits
         if limits.health_interval_s:
             checker = HealthChecker(
                 self.admission.router,
                 limits,
-                on_dead=self._forwarder.endpoint_died,
+                on_dead=forwarder.endpoint_died,
                 on_revived=self.admission.recheck,
             )
+            await checker.look_around()
             self._stack.push_async_callback(_cancel, asyncio.create_task(checker.run()))
-        _log.info(
-            "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
-        )
 
     async def _follow_keys(self, path: Path) -> None:
         keys = KeyFeed(path, self.access, poll_s=self.config.poll_s)
