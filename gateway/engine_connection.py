@@ -107,6 +107,11 @@ class EngineConnection(asyncio.Protocol):
                 return
             self._keep_alive = False  # more than was asked for
         body, answer = self._body, self._answer
+        if answer is not None and not answer.status:  # llhttp keeps what is not whole
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._fail("its headers are too large")
+                return
         if body:
             part = body[0] if len(body) == 1 else b"".join(body)
             body.clear()

@@ -136,6 +136,8 @@ async def test_an_answer_that_breaks_off_anywhere_is_an_error(name: str) -> None
         JSON + b"transfer-encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n",
         JSON + b"transfer-encoding: chunked\r\n\r\n2\r\n{}x\r\n0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200_000 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"x" * 900_000 + b": y\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 30_000,
     ],
 )
 async def test_what_is_no_answer_is_an_error(data: bytes) -> None:
@@ -144,6 +146,24 @@ async def test_what_is_no_answer_is_an_error(data: bytes) -> None:
         broken = await told(pieces)
         assert broken.error
         assert not broken.kept
+
+
+@pytest.mark.parametrize(
+    "endless", [b"x: ", b"x", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nx: "]
+)
+async def test_an_endless_head_is_given_up_before_it_fills_the_memory(endless: bytes) -> None:
+    connection = EngineConnection("engine", asyncio.get_running_loop(), lambda _: None)
+    pipe = EnginePipe()
+    connection.connection_made(pipe)
+    asking = asyncio.ensure_future(connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}"))
+    await asyncio.sleep(0)
+    connection.data_received(b"HTTP/1.1 200 OK\r\n" + endless if b"100" not in endless else endless)
+    for _ in range(10):
+        if not pipe.closed:
+            connection.data_received(b"y" * 60_000)
+
+    with pytest.raises(EngineBroke, match="headers are too large"):
+        await asking
 
 
 @pytest.mark.parametrize("extra", [b"x", b"\x00", WHOLE, b"HTTP/1.1 100 Continue\r\n\r\n"])
