@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-grpc bench-streams bench-fairness drill-gateway format proto docs accuracy lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,18 @@ accuracy: install  ## predicted against measured memory and speed, beside other 
 
 bench-gateway: install  ## CPU per request and per streamed chunk, beside other gateways
 	$(BIN)/python -m loadtests.bench_gateway
+
+bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
+	$(BIN)/python -m loadtests.bench_grpc
+
+bench-streams: install  ## 10,000 streams through one gateway worker, 24,000 clients that come and go
+	$(BIN)/python -m loadtests.bench_streams
+
+bench-fairness: install  ## one tenant at 50 times the load: what another one waits
+	$(BIN)/python -m loadtests.bench_fairness
+
+drill-gateway: install  ## engines die, freeze and talk nonsense under streams: does a client notice?
+	$(BIN)/python -m loadtests.drill_gateway
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh

@@ -66,6 +66,8 @@ class Registry:
                     capabilities=variant.capabilities,
                     scalable=variant.bounds.min == 0,
                     managed=True,
+                    routing=variant.routing,
+                    fallback=variant.fallback,
                 ),
             )
         endpoints = tuple(
@@ -89,4 +91,5 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         max_model_len=variant.shape.max_model_len,
         engine=variant.shape.engine,
         api_key=report.api_key or None,
+        tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

@@ -14,6 +14,7 @@ import msgspec
 
 from gateway.endpoints import Endpoint
 from gateway.errors import BadRequest
+from gateway.tenants import ANONYMOUS, HIGHEST_PRIORITY, Tenant
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = (
@@ -23,6 +24,7 @@ _FORWARDED = (
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 LONGEST_TIMEOUT_S = 86400.0
 TIMEOUT = "x-request-timeout-s"
+PRIORITY = "x-bora-priority"
 
 
 def _ids() -> Iterator[str]:
@@ -40,6 +42,7 @@ class _Routed(msgspec.Struct):
     """All that routing needs of a body; msgspec checks the rest without keeping it."""
 
     model: str
+    stream: Any = False
 
 
 _routed = msgspec.json.Decoder(_Routed)
@@ -56,8 +59,21 @@ class Call:
     request_id: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    is_stream: bool = False
     method: str = "POST"
     endpoint_key: str | None = None  # the one endpoint that can answer; None: any of the model's
+    tenant: Tenant = ANONYMOUS
+    priority: int = ANONYMOUS.priority
+
+    def belongs_to(self, tenant: Tenant, headers: Mapping[str, str]) -> None:
+        """`tenant` asks, with its priority or, if `x-bora-priority` says so, a lower one.
+
+        Raises:
+            BadRequest: the header makes no sense.
+        """
+        self.tenant, self.priority = tenant, tenant.priority
+        if PRIORITY in headers:
+            self.priority = min(tenant.priority, _priority(headers[PRIORITY]))
 
     def body_at(self, endpoint: Endpoint) -> bytes:
         """The body for the engine at `endpoint`."""
@@ -68,6 +84,11 @@ class Call:
         if served_model_name == self.model or not self.body:
             return self.body
         return json.dumps({**parse_object(self.body), "model": served_model_name}).encode()
+
+    @property
+    def wants_ids(self) -> bool:
+        """Whether the client itself asked for token ids, or refused them."""
+        return b'"return_token_ids"' in self.body
 
 
 def make_call(
@@ -92,25 +113,31 @@ def make_call(
         if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
             forwarded[name] = value
     timeout_s = _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None
-    return Call(api, path, model or model_of(body), body, request_id, forwarded, timeout_s)
+    is_stream = False
+    if model is None:
+        model, is_stream = _routed_of(body)
+    return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
 
 
-def model_of(body: bytes) -> str:
-    """What a body's top-level `model` says; the last one, if there are several.
+def _routed_of(body: bytes) -> tuple[str, bool]:
+    """What a body's top-level `model` and `stream` say; the last ones, if there are several.
 
-    msgspec reads it without building the rest. What msgspec refuses (a lone surrogate, NaN, or
+    msgspec reads them without building the rest. What msgspec refuses (a lone surrogate, NaN, or
     a mistake) is for `json` to judge, which also says what is wrong.
 
     Raises:
         BadRequest: no JSON object, or no `model` in it.
     """
+    model: Any
     try:
-        model: Any = _routed.decode(body).model
+        routed = _routed.decode(body)
+        model, stream = routed.model, routed.stream
     except (msgspec.MsgspecError, RecursionError, ValueError):
-        model = parse_object(body).get("model")
+        value = parse_object(body)
+        model, stream = value.get("model"), value.get("stream")
     if not isinstance(model, str) or not model:
         raise BadRequest("`model` is required and must be a non-empty string", param="model")
-    return model
+    return model, stream is True
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -147,3 +174,12 @@ def _timeout_s(given: str) -> float:
             param=TIMEOUT,
         )
     return seconds
+
+
+def _priority(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and int(given[:3]) <= HIGHEST_PRIORITY):
+        raise BadRequest(
+            f"{PRIORITY} must be a whole number from 0 (last) to {HIGHEST_PRIORITY} (first)",
+            param=PRIORITY,
+        )
+    return int(given)

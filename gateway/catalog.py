@@ -13,7 +13,7 @@ def model_cards(admission: Admission) -> list[ModelCard]:
 
 
 def model_card(admission: Admission, model: ServedModel) -> ModelCard:
-    """One model. `max_model_len` falls back to the smallest that its endpoints name."""
+    """One model. `max_model_len` falls back to the smallest that its endpoints name or say."""
     return {
         "id": model.name,
         "object": "model",
@@ -21,16 +21,6 @@ def model_card(admission: Admission, model: ServedModel) -> ModelCard:
         "owned_by": "bora",
         "aliases": list(model.aliases),
         "capabilities": list(model.capabilities),
-        "max_model_len": model.max_model_len or _shortest_context(admission, model.name),
+        "max_model_len": model.max_model_len or admission.router.context(model.name),
         "ready_endpoints": admission.router.num_ready(model.name),
     }
-
-
-def _shortest_context(admission: Admission, name: str) -> int | None:
-    table = admission.table
-    lengths = [
-        endpoint.max_model_len
-        for endpoint in (table.endpoints if table else ())
-        if endpoint.model == name and endpoint.max_model_len
-    ]
-    return min(lengths, default=None)

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from gateway.access import require_use, visible
 from gateway.bodies import ModelCard
 from gateway.call import Call, make_call, request_id
 from gateway.catalog import model_card, model_cards
+from gateway.console import Console
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
 from gateway.forwarding import Forwarder
 from gateway.head_cache import Head
@@ -17,8 +19,7 @@ from gateway.http_parser import Request
 from gateway.http_response import JSON_TYPE, error_headers, json_body
 from gateway.openapi import document
 from gateway.record import Record
-from gateway.reply import Reply
-from gateway.responses import StoredResponses
+from gateway.responses import Noting, StoredResponses
 from gateway.routes import (
     FORWARDED_PATHS,
     MODEL_PATH,
@@ -27,6 +28,7 @@ from gateway.routes import (
     stored_methods,
 )
 from gateway.sse import error_event
+from gateway.tenants import Tenant
 
 _log = logging.getLogger(__name__)
 
@@ -34,28 +36,68 @@ _FORWARDED_PATHS = frozenset(FORWARDED_PATHS)
 _TEXT_TYPE = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 
+class HttpClient:
+    """The client of one exchange, at the other end of a connection."""
+
+    __slots__ = ("_call", "_is_event_stream", "_to", "write")
+
+    def __init__(self, to: HttpConnection, call: Call) -> None:
+        self.write: Callable[[bytes], None] = to.write
+        self._to = to
+        self._call = call
+        self._is_event_stream = False
+
+    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+        """See `gateway.exchange.Client`, as for what follows."""
+        self._to.respond(status, headers, body)
+
+    def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102
+        self._is_event_stream = is_event_stream
+        self._to.start(status, headers)
+
+    def finish(self) -> None:  # noqa: D102
+        self._to.finish()
+
+    def fail(self, error: GatewayError) -> None:
+        """As an error body; once a response has begun as an error event, or else cut short."""
+        to, call = self._to, self._call
+        if not to.started:
+            _respond_error(to, error, call.request_id)
+        elif self._is_event_stream:
+            to.write(error_event(error, call.path))
+            to.finish()
+        else:
+            to.abort()
+
+
 class HttpApi:
     """Answers all routes; `is_ready` answers `/ready`."""
 
-    def __init__(self, forwarder: Forwarder, *, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, forwarder: Forwarder, *, is_ready: Callable[[], bool], workers: int = 1
+    ) -> None:
+        console = Console(forwarder.admission, forwarder.meter, is_ready, workers=workers)
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._responses = StoredResponses(forwarder.admission)
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
-            "/v1/models": lambda: _json({"object": "list", "data": self._model_cards()}),
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/openapi.json": lambda: (JSON_TYPE, document()),
             "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
+            "/console": console.page,
+            "/console/data": lambda: (JSON_TYPE, console.data()),
         }
 
-    async def answer(self, request: Request, to: HttpConnection) -> None:
+    def answer(self, request: Request, to: HttpConnection) -> None:
         """The edge: every failure becomes OpenAI's error body, and every response has an id."""
         head = request.head
         told_id = request_id(head.headers)
+        if self._forwarder.draining:
+            to.close_after()
         try:
             if _is_forwarded(head):
-                await self._infer(request, told_id, to)
+                self._infer(request, told_id, to)
             else:
                 self._show(head, told_id, to)
         except GatewayError as error:
@@ -74,30 +116,26 @@ class HttpApi:
         self._forwarder.rejected(record, error)
         _respond_error(to, error, record.request_id)
 
-    async def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
-        """Forward a request and push the answer back."""
-        path = request.head.path
+    def _infer(self, request: Request, told_id: str, to: HttpConnection) -> None:
+        """Forward a request; the answer is pushed back."""
+        headers = request.head.headers
         try:
+            tenant = self._forwarder.access.identify(headers)
             call = self._call(request, told_id)
+            call.belongs_to(tenant, headers)
         except GatewayError as error:
-            record = Record(api="http", path=path, request_id=told_id)
+            record = Record(api="http", path=request.head.path, request_id=told_id)
             self._forwarder.rejected(record, error)
             raise
-        reply: Reply | None = None
-        try:
-            exchange = self._forwarder.forward(call)
-            async with exchange as reply:
-                if reply.body is not None:
-                    self._responses.note(call, exchange.record, reply.body)
-                    to.respond(reply.status, reply.header_lines, reply.body)
-                else:
-                    to.start(reply.status, reply.header_lines)
-                    await reply.pour(self._responses.noting(call, exchange.record, to))
-                    to.finish()
-        except GatewayError as error:
-            if reply is None:
-                raise
-            _break_off(to, reply, call, error)
+        client = HttpClient(to, call)
+        if call.path == RESPONSES_PATH:
+            noting = Noting(self._responses, call, client)
+            exchange = self._forwarder.exchange(call, noting)
+            noting.record = exchange.record
+        else:
+            exchange = self._forwarder.exchange(call, client)
+        to.follow(exchange)
+        exchange.begin()
 
     def _call(self, request: Request, told_id: str) -> Call:
         head = request.head
@@ -114,18 +152,22 @@ class HttpApi:
             raise NoSuchRoute(f"there is no {method} {path[:200]}")
         if head.method.decode() not in allowed:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
+        tenant = self._forwarder.access.admit_to(path, head.headers)
         document = self._documents.get(path)
-        if document is not None:
+        if path == "/v1/models":
+            content_type, body = _json({"object": "list", "data": self._model_cards(tenant)})
+        elif document is not None:
             content_type, body = document()
         else:
-            model = admission.resolve(path.removeprefix(MODEL_PATH))
+            model = admission.resolve(path.removeprefix(MODEL_PATH), tenant)
+            require_use(tenant, model)
             content_type, body = _json(model_card(admission, model))
         to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
 
-    def _model_cards(self) -> list[ModelCard]:
+    def _model_cards(self, tenant: Tenant) -> list[ModelCard]:
         if self._forwarder.admission.table is None:
             raise Unavailable("the gateway has no endpoint table yet", retry_after_s=1)
-        return model_cards(self._forwarder.admission)
+        return visible(model_cards(self._forwarder.admission), tenant)
 
     def _ready(self) -> tuple[bytes, bytes]:
         if not self._is_ready():
@@ -141,15 +183,6 @@ def _is_forwarded(head: Head) -> bool:
 
 def _json(value: Any) -> tuple[bytes, bytes]:
     return JSON_TYPE, json_body(value)
-
-
-def _break_off(to: HttpConnection, reply: Reply, call: Call, error: GatewayError) -> None:
-    """End a response whose head is gone: with an error event, or else visibly cut short."""
-    if to.started and reply.is_event_stream:
-        to.write(error_event(error, call.path))
-        to.finish()
-    else:
-        to.abort()
 
 
 def _respond_error(

@@ -71,4 +71,6 @@ def error_headers(error: GatewayError, request_id: str) -> bytes:
     lines = JSON_TYPE + b"x-request-id: %b\r\n" % request_id.encode()
     if error.retry_after:
         lines += b"retry-after: %b\r\n" % error.retry_after.encode()
+    for name, value in error.more_headers.items():
+        lines += f"{name}: {value}\r\n".encode()
     return lines

@@ -91,12 +91,15 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     return operation
 
 
+_TEXTS = {"/metrics": "text/plain", "/console": "text/html"}
+
+
 def _content(route: Route, method: str) -> dict[str, Any]:
     """What comes back, without the headers."""
     if method == "HEAD":
         return {}
-    if route.path == "/metrics":
-        return {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    if route.path in _TEXTS:
+        return {"content": {_TEXTS[route.path]: {"schema": {"type": "string"}}}}
     schema = _OWN_SCHEMAS.get(route.path)
     content = _json_content(_ref(schema) if schema else _ANYTHING)
     if route.streams:

@@ -19,13 +19,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from gateway.answer import Answer
 from gateway.call import Call, make_call
 from gateway.endpoints import Endpoint, EndpointTable
-from gateway.errors import BadRequest, NoSuchResponse, NoSuchRoute, Unavailable
+from gateway.errors import BadRequest, GatewayError, NoSuchResponse, NoSuchRoute, Unavailable
+from gateway.exchange import Client
 from gateway.http_parser import Request
 from gateway.record import Record
-from gateway.reply import Client
 from gateway.routes import RESPONSES_PATH, response_id_in
 
 _OURS = re.compile(r"resp_([0-9a-f]{8})_[0-9a-f]{24}")
@@ -83,7 +82,7 @@ class StoredResponses:
             pinned = self._followed(call)
             return ResponsesCall(
                 call.api, call.path, call.model, call.body, call.request_id, call.headers,
-                call.timeout_s, endpoint_key=pinned.key if pinned else None,
+                call.timeout_s, call.is_stream, endpoint_key=pinned.key if pinned else None,
             )  # fmt: skip
         response_id = response_id_in(head.path)
         if response_id is None:
@@ -112,10 +111,6 @@ class StoredResponses:
                 self._seen.popitem(last=False)
         return True
 
-    def noting(self, call: Call, record: Record, client: Client) -> Client:
-        """`client`, with an eye on a stream of the Responses API until its id has come."""
-        return client if call.path != RESPONSES_PATH else _Noting(self, call, record, client)
-
     def _followed(self, call: Call) -> Endpoint | None:
         """Who holds the response that `call` continues; None: it continues none."""
         previous = _previous_response_id(call.body)
@@ -139,20 +134,32 @@ class StoredResponses:
         )
 
 
-class _Noting:
+class Noting:
     """A client between: passes everything on, and looks at it until an id was found."""
 
-    def __init__(self, stored: StoredResponses, call: Call, record: Record, to: Client) -> None:
-        self._stored, self._call, self._record, self._to = stored, call, record, to
+    def __init__(self, stored: StoredResponses, call: Call, to: Client) -> None:
+        self.record = Record("", "", "")
+        self._stored, self._call, self._to = stored, call, to
         self._found = False
 
-    def write(self, data: bytes) -> None:
+    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+        """See `gateway.exchange.Client`, as for what follows."""
+        self._stored.note(self._call, self.record, body)
+        self._to.whole(status, headers, body)
+
+    def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102
+        self._to.start(status, headers, is_event_stream=is_event_stream)
+
+    def write(self, data: bytes) -> None:  # noqa: D102
         if not self._found:
-            self._found = self._stored.note(self._call, self._record, data)
+            self._found = self._stored.note(self._call, self.record, data)
         self._to.write(data)
 
-    def follow(self, source: Answer) -> None:
-        self._to.follow(source)
+    def finish(self) -> None:  # noqa: D102
+        self._to.finish()
+
+    def fail(self, error: GatewayError) -> None:  # noqa: D102
+        self._to.fail(error)
 
 
 @lru_cache(maxsize=4096)

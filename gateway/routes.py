@@ -53,6 +53,8 @@ OWN = (
     Route("/health", _GET, "The gateway lives"),
     Route("/ready", _GET, "The gateway has an endpoint table and takes requests"),
     Route("/metrics", _GET, "Prometheus metrics"),
+    Route("/console", _GET, "A page that shows models, endpoints and what they do"),
+    Route("/console/data", _GET, "The numbers behind /console"),
     Route("/openapi.json", _GET, "This document"),
 )
 FORWARDED_PATHS = tuple(route.path for route in FORWARDED)

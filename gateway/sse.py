@@ -34,12 +34,12 @@ class EventAligner:
         return data[:end]
 
 
-def event_data(events: bytes) -> Iterator[bytes]:
-    """The `data` lines of whole events, without comments and `[DONE]`."""
+def event_data(events: bytes, *, with_done: bool = False) -> Iterator[bytes]:
+    """The `data` lines of whole events, without comments and, unless asked for, `[DONE]`."""
     for line in events.splitlines():
         if line.startswith(b"data:"):
             data = line[5:].strip()
-            if data != b"[DONE]":
+            if with_done or data != b"[DONE]":
                 yield data
 
 

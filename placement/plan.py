@@ -9,6 +9,7 @@ from pydantic import Field
 
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
 
@@ -116,6 +117,8 @@ class Variant(Spec):
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
     predicted: Predicted
     capabilities: tuple[str, ...] = ()
+    routing: RoutingPolicy = RoutingPolicy()
+    fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")
 
 
 class Unmet(Spec):

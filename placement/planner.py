@@ -136,6 +136,8 @@ def _variant(choice: _Choice, option: Option, safe_name: str, catalogue: Catalog
         capacity_requests_per_s=option.capacity.requests_per_s,
         predicted=_predicted(wish, option, len(placement)),
         capabilities=model.capabilities,
+        routing=wish.routing,
+        fallback=wish.fallback,
     )
 
 

@@ -200,7 +200,7 @@ async def a_gateway(
             "endpoints_file": path,
             "http_port": 0,
             "grpc_port": None,
-            "limits": Limits(**(limits or {})),
+            "limits": Limits(**{"health_interval_s": 0, **(limits or {})}),
             "access_log": True,
         }
         if "controller_url" in changes:
@@ -222,7 +222,7 @@ def a_chat(**changes: Any) -> dict[str, Any]:
     return {"model": "chat", "messages": [{"role": "user", "content": "hi"}], **changes}
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for `condition`; fails the test if it does not come."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -84,7 +84,7 @@ async def storing_engines(count: int, *, takes_ids: bool) -> AsyncIterator[list[
 
 def endpoints(engines: list[StoringEngine], **changes: Any) -> list[Any]:
     kind = "vllm" if engines[0].takes_ids else ""
-    return [an_endpoint(e.url, id=e.name, engine=kind, **changes) for e in engines]
+    return [an_endpoint(e.url, id=e.name, engine=kind or None, **changes) for e in engines]
 
 
 async def created(client: aiohttp.ClientSession, **changes: Any) -> dict[str, Any]:
