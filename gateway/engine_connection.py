@@ -82,6 +82,11 @@ class EngineConnection(asyncio.Protocol):
                 self._fail(f"no valid HTTP: {error}")
                 return
             self._keep_alive = False  # more than was asked for
+        if not self._answer.status:  # llhttp keeps what is not whole
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._fail("its headers are too large")
+                return
         if self._body and not self._answer.is_json:
             self._pass_on()
         if self._done:

@@ -23,7 +23,10 @@ _UNCACHED = ("transfer-encoding", "expect", "upgrade")
 
 @dataclass(slots=True)
 class Head:
-    """A request without its body. Header names are lower-case; it is never changed."""
+    """A request without its body. Header names are lower-case; it is never changed.
+
+    `content-length` is not among the headers: the body tells it.
+    """
 
     method: bytes
     path: str

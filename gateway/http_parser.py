@@ -224,7 +224,8 @@ class RequestParser:
             self._upgrading = llhttp.should_upgrade()
         if "expect" in headers and (length or "transfer-encoding" in headers) and version != "1.0":
             self._on_continue()
-        return Head(method, path, headers, llhttp.should_keep_alive(), version, query)
+        told = {name: value for name, value in headers.items() if name != "content-length"}
+        return Head(method, path, told, llhttp.should_keep_alive(), version, query)
 
     def _stay_with_http(self) -> None:
         """Read as a body what llhttp takes for another protocol, as we speak no other.

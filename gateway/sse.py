@@ -26,7 +26,8 @@ class EventAligner:
         if not self.tail and chunk.endswith(b"\n\n"):
             return chunk
         data = self.tail + chunk
-        end = max(_end_of_last(data, mark) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"))
+        since = max(0, len(self.tail) - 3)  # in the tail itself no event ends
+        end = max(_end_of_last(data, mark, since) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"))
         if len(data) - end > _LONGEST_TAIL_BYTES:  # no event is that long: not our business
             end = len(data)
         self.tail = data[end:]
@@ -53,6 +54,6 @@ def error_event(error: GatewayError, path: str) -> bytes:
     return name + b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
-def _end_of_last(data: bytes, mark: bytes) -> int:
-    at = data.rfind(mark)
+def _end_of_last(data: bytes, mark: bytes, since: int) -> int:
+    at = data.rfind(mark, since)
     return 0 if at < 0 else at + len(mark)
