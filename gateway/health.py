@@ -25,7 +25,7 @@ _CHECKS_PER_S = 50.0  # of one gateway: with more engines each is asked less oft
 _JITTER = 0.2
 _OUR_OWN_DELAY_S = 0.5
 _LONGEST_ANSWER_BYTES = 1 << 20
-_OWNERS: dict[str, EngineKind] = {"vllm": "vllm", "llamacpp": "llamacpp", "sim": "sim"}
+_OWNERS: dict[str, EngineKind] = {"vllm": "vllm", "llamacpp": "llamacpp", "bora-sim": "sim"}
 
 
 @dataclass(slots=True, eq=False)
