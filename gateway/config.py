@@ -67,6 +67,10 @@ class Limits(Spec):
         " streams are given up.",
     )
     connect_timeout_s: PositiveFloat = 5.0
+    max_answer_bytes: PositiveInt = Field(
+        default=1024 * 1024 * 1024,
+        description="An engine's JSON answer, which is held until it is whole. Streams have no limit.",
+    )
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
     max_head_bytes: PositiveInt = Field(
         default=64 * 1024, description="Request line and headers of one request."

@@ -35,8 +35,9 @@ class EngineClient:
     Connections are as many as there are leases: `max_in_flight` bounds both.
     """
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, max_answer_bytes: int = 1 << 30) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._max_answer_bytes = max_answer_bytes
         self._idle: dict[str, list[EngineConnection]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -80,7 +81,9 @@ class EngineClient:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 transport, connection = await loop.create_connection(
-                    lambda: EngineConnection(endpoint.key, free),
+                    lambda: EngineConnection(
+                        endpoint.key, free, max_answer_bytes=self._max_answer_bytes
+                    ),
                     origin.host,
                     origin.port,
                     ssl=self._tls_context() if origin.is_tls else None,

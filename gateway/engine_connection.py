@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import httptools
@@ -10,6 +11,7 @@ import httptools
 from gateway.answer import Answer, Listener
 from gateway.errors import EngineBroke
 
+_log = logging.getLogger(__name__)
 _MAX_HEAD_BYTES = 256 * 1024
 _COPIED_BODY_BYTES = 64 * 1024
 
@@ -18,12 +20,20 @@ class EngineConnection(asyncio.Protocol):
     """Asks one thing at a time. `on_free` gets it back when an answer is complete and it may live."""
 
     __slots__ = (
-        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard"),
+        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard", "_held_bytes"),
+        "_max_answer_bytes",
         *("_informational", "_keep_alive", "_listener", "_name", "_on_free", "_parser", "_paused"),
         *("_transport", "_until_close", "closed", "idle_since", "reused"),
     )
 
-    def __init__(self, name: str, on_free: Callable[[EngineConnection], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        on_free: Callable[[EngineConnection], None],
+        *,
+        max_answer_bytes: int = 1 << 30,
+    ) -> None:
+        """`max_answer_bytes`: of a JSON answer, which is held until all of it is there."""
         self.closed = self.reused = False
         self.idle_since = 0.0
         self._name = name
@@ -34,7 +44,8 @@ class EngineConnection(asyncio.Protocol):
         self._answer = Answer()
         self._head: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
-        self._head_bytes = 0
+        self._head_bytes = self._held_bytes = 0
+        self._max_answer_bytes = max_answer_bytes
         self._begun = self._done = self._heard = self._informational = False
         self._keep_alive = self._until_close = self._paused = False
 
@@ -42,7 +53,7 @@ class EngineConnection(asyncio.Protocol):
         """Send a request; `listener` hears what comes of it."""
         self._listener = listener
         self._answer = Answer()
-        self._head, self._head_bytes = [], 0
+        self._head, self._head_bytes, self._held_bytes = [], 0, 0
         self._body.clear()
         self._begun = self._done = self._heard = self._until_close = False
         if len(body) <= _COPIED_BODY_BYTES:
@@ -91,6 +102,10 @@ class EngineConnection(asyncio.Protocol):
             self._pass_on()
         if self._done:
             self._complete()
+        elif self._answer.is_json:
+            self._held_bytes += len(data)
+            if self._held_bytes > self._max_answer_bytes:
+                self._fail(f"its answer is larger than {self._max_answer_bytes} bytes")
 
     def eof_received(self) -> None:
         """The engine sends no more: an answer without a length is complete now."""
@@ -157,8 +172,10 @@ class EngineConnection(asyncio.Protocol):
             listener.received(data)
 
     def _complete(self) -> None:
+        answer = self._answer
+        if not self._begun and not answer.is_json and self._listener is not None:
+            self._listener.began(answer)  # which may hang up
         listener, self._listener = self._listener, None
-        answer, begun = self._answer, self._begun
         body = b"".join(self._body)
         self._body.clear()
         self._done = self._until_close = False
@@ -172,12 +189,14 @@ class EngineConnection(asyncio.Protocol):
             self._transport.close()
         if listener is None:
             return
-        if answer.is_json:
-            listener.answered(answer, body)
-            return
-        if not begun:
-            listener.began(answer)
-        listener.ended()
+        try:
+            if answer.is_json:
+                listener.answered(answer, body)
+            else:
+                listener.ended()
+        except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
+            _log.exception("an answer of the engine at %s could not be handed on", self._name)
+            listener.broke(EngineBroke("internal error; the gateway's log has more"))
 
     def _fail(self, reason: str) -> None:
         self.closed = True

@@ -59,7 +59,8 @@ class Relay:
     @property
     def is_whole(self) -> bool:
         """The client has all of an answer, as far as can be told."""
-        return self.wrote and (self.transcript is None or self.transcript.finished)
+        told = self.transcript
+        return self.wrote and (told is None or told.finished or not told.num_tokens)
 
     def count(self) -> None:
         """Where the engine told no usage, note what the events tell of it."""
