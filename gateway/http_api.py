@@ -121,7 +121,7 @@ class HttpApi:
         headers = request.head.headers
         try:
             tenant = self._forwarder.access.identify(headers)
-            call = self._call(request, told_id)
+            call = self._call(request, told_id, tenant)
             call.belongs_to(tenant, headers)
         except GatewayError as error:
             record = Record(api="http", path=request.head.path, request_id=told_id)
@@ -137,11 +137,11 @@ class HttpApi:
         to.follow(exchange)
         exchange.begin()
 
-    def _call(self, request: Request, told_id: str) -> Call:
+    def _call(self, request: Request, told_id: str, tenant: Tenant) -> Call:
         head = request.head
         if head.path in _FORWARDED_PATHS and head.path != RESPONSES_PATH:
             return make_call("http", head.path, request.body, head.headers, told_id)
-        return self._responses.make_call(request, told_id)
+        return self._responses.make_call(request, told_id, tenant)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""
