@@ -156,6 +156,11 @@ class Admission:
         if model in self._lanes:
             self._pump(model)
 
+    def may_retry(self, model: str) -> bool:
+        """Whether the model's retry budget allows one more; it is spent then."""
+        lane = self._lanes[model]
+        return lane.retries.take(lane.load.requests_total, self._clock())
+
     def queued(self, model: str) -> int:
         """Requests that wait for `model` now."""
         lane = self._lanes.get(model)

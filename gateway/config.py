@@ -34,6 +34,14 @@ class Limits(Spec):
         default=256 * 1024 * 1024, description="Bodies of requests that wait, per model."
     )
     max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    retry_share: NonNegativeFloat = Field(
+        default=0.2,
+        le=1.0,
+        description="Retries after an engine's 429 or 5xx, per request to the model, besides",
+    )
+    retries_per_s: NonNegativeFloat = Field(
+        default=10.0, description="so many retries a second of one worker."
+    )
     max_migrations: NonNegativeInt = Field(
         default=10, description="How often one stream may go on at another endpoint."
     )

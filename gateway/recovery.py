@@ -73,6 +73,8 @@ class Recovery:
         if self._moved or self._record.attempts >= admission.limits.max_attempts:
             return None
         tried = self.tried | {lease.endpoint.key}
+        if not admission.router.can_serve(model, tried) or not admission.may_retry(model):
+            return None
         other = admission.try_acquire(model, tried, self._call)
         if other is not None:
             self._plant.meter.retried(model, str(status))
