@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gateway.accounts import Visit
@@ -102,7 +103,7 @@ class Exchange:
         elif is_hopeless(plant, self.record.model):
             self._fail(plant.admission.no_replica(self.record.model))
         else:
-            self._run(self._take_place())
+            self._run(self._take_place)
 
     def end(self, reason: GatewayError) -> None:
         """Stop it now, with `reason` as the client's error."""
@@ -222,7 +223,7 @@ class Exchange:
     def stale(self) -> None:
         """The pooled connection was closed already: that is no failure."""
         self._connection = None
-        self._run(self._connect())
+        self._run(self._connect)
 
     def broke(self, error: GatewayError) -> None:
         """The engine broke off, or cannot be reached."""
@@ -279,7 +280,7 @@ class Exchange:
         record.attempts += 1
         connection = self._plant.engines.take(endpoint)
         if connection is None:
-            self._run(self._connect())
+            self._run(self._connect)
         else:
             self._send(connection)
 
@@ -382,13 +383,13 @@ class Exchange:
         relay, recovery = self._relay, self._recover()
         if relay is None or not relay.wrote:
             recovery.retry(error)
-            self._run(self._take_place())
+            self._run(self._take_place)
             return
         pause_s = recovery.go_on(relay, error)
         if pause_s is None:
             self._complete()
         else:
-            self._run(self._take_place(pause_s))
+            self._run(partial(self._take_place, pause_s))
 
     def _moved_after_status(self, status: int) -> bool:
         """Whether the call has now, for the first time, a place at another endpoint that was free."""
@@ -483,13 +484,13 @@ class Exchange:
         endpoint = self._lease.endpoint
         return renamer(endpoint.served_model_name or endpoint.model, self._call.model)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._task = self._plant.loop.create_task(self._guarded(work))
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The edge of a task: what goes wrong in it becomes the client's error."""
         try:
-            await work
+            await work()
         except GatewayError as error:
             self._task = None
             self.end(error)

@@ -41,7 +41,9 @@ class Migration:
             check(self._asked, self._told)
             if not splice.is_exhausted:
                 return False
-        self._relay.write(splice.ending())
+        ending = splice.ending()
+        if ending:  # in HTTP's chunks, nothing would be the end
+            self._relay.write(ending)
         return True
 
     def request(self, served_model_name: str, *, by_ids: bool) -> tuple[str, bytes]:
