@@ -1,0 +1,58 @@
+"""Constants of the performance model, by least squares from measured latency.
+
+Written by `make calibrate` (tests/accuracy/fitting.py): not to be edited by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Of Hopper under vLLM: shares of the data sheet, and fixed costs."""
+
+    weight_bandwidth: float
+    expert_bandwidth: float  # of routed experts: smaller matrices, gathered
+    kv_bandwidth: float
+    flops: float  # of dense matrices; of 16 bits, FP8 reaches less
+    expert_flops: float  # of the 16-bit peak, whatever the precision
+    attention_flops: float  # of the 16-bit peak
+    step_s: float  # scheduling, sampling and answering of a step
+    kernel_s: float
+    sequence_s: float  # for each request of a step
+    request_s: float  # from HTTP to the scheduler and back
+    routing_evenness: float  # tokens choose as many experts as tokens^this that choose at random
+    all_reduce_s: float  # of two ranks
+    all_reduce_doubling_s: float
+    two_shot_s: float  # more, where vLLM's custom all-reduce needs a second exchange
+    together: float  # share of the other prompts that a prompt waits for, of the worst case
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Mean absolute relative errors of runs that were not fitted to."""
+
+    tpot: float
+    ttft: float
+
+
+FITTED = Constants(
+    weight_bandwidth=0.828,
+    expert_bandwidth=0.504,
+    kv_bandwidth=0.803,
+    flops=0.644,
+    expert_flops=0.173,
+    attention_flops=0.696,
+    step_s=0.00102,
+    kernel_s=2.47e-06,
+    sequence_s=1.56e-05,
+    request_s=0.0325,
+    routing_evenness=0.683,
+    all_reduce_s=5.23e-06,
+    all_reduce_doubling_s=2.42e-06,
+    two_shot_s=8.11e-06,
+    together=0.142,
+)
+KNOWN = Errors(tpot=0.06, ttft=0.15)
+UNKNOWN = Errors(tpot=0.15, ttft=0.3)
