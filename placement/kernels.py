@@ -9,7 +9,9 @@ from __future__ import annotations
 from placement.architecture import Architecture
 
 _GROUPED_HEADS = 7  # norm, qkv, rotation, cache write, attention, merge of its parts, o
-_LATENT = 12  # norm, q_a and kv_a, two norms, q_b, rotation, cache write, W_UK, attention, merge, W_UV, o
+_LATENT = (
+    12  # norm, q_a and kv_a, two norms, q_b, rotation, cache write, W_UK, attention, merge, W_UV, o
+)
 _QK_NORMS = 2
 _FEED_FORWARD = 4  # norm, gate and up, activation, down
 _EXPERTS = 8  # norm, router, top-k, sort by expert, gate and up, activation, down, sum

@@ -140,9 +140,7 @@ def tokens_per_step(acceptance_rate: float, num_speculative_tokens: int) -> floa
     return sum(acceptance_rate**power for power in range(num_speculative_tokens + 1))
 
 
-def _time_per_token_s(
-    speed: ReplicaSpeed, load: Load, *, running: float, context: float
-) -> float:
+def _time_per_token_s(speed: ReplicaSpeed, load: Load, *, running: float, context: float) -> float:
     """Seconds between two tokens of a request while no prompt is prefilled."""
     if load.acceptance_rate is None:
         return step_s(speed, concurrency=running, context=context)

@@ -58,7 +58,9 @@ class ReplicaSpeed:
     kv_cache_tokens: int  # of the replica
     draft: DraftCost
     small_messages: int = 0  # all-reduces of a few bytes
-    expert_spread: float = 0.0  # of the fullest rank's experts over the mean, in standard deviations
+    expert_spread: float = (
+        0.0  # of the fullest rank's experts over the mean, in standard deviations
+    )
     experts_per_rank: float = 1.0
     data_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -111,9 +113,7 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
     )
 
 
-def with_constants(
-    speed: ReplicaSpeed, candidate: Candidate, constants: Constants
-) -> ReplicaSpeed:
+def with_constants(speed: ReplicaSpeed, candidate: Candidate, constants: Constants) -> ReplicaSpeed:
     """The same replica of `candidate` under other constants."""
     return replace(
         speed,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.accuracy.folds import speed_report
 from tests.accuracy.judge import judge
-from tests.accuracy.latency import latency_report, read_runs
+from tests.accuracy.other_gpus import other_gpus_report
 from tests.accuracy.report import report
 from tests.accuracy.rows import MEASUREMENTS, read_rows
 
@@ -15,7 +16,8 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else MEASUREMENTS
     lines = [
         *report([judge(row) for row in read_rows(path)]),
-        *latency_report(read_runs()),
+        *speed_report(),
+        *other_gpus_report(),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -1,21 +1,15 @@
-"""The performance model's constants by least squares, and the file that keeps them.
-
-`make calibrate` (python -m tests.accuracy.fitting) writes placement/fitted.py.
-"""
+"""The performance model's constants by least squares; `calibrate.py` writes them down."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-import placement.fitted
 from placement.fitted import Constants
-from tests.accuracy.latency import Run, kept, read_runs
+from tests.accuracy.latency import Run
 
 Vector = NDArray[np.float64]
 
@@ -81,17 +75,7 @@ def constants_of(logarithms: Vector) -> Constants:
     return Constants(*(float(value) for value in np.exp(logarithms)))
 
 
-def written(constants: Constants, source: str) -> str:
-    """`source` of fitted.py with these constants, three digits each."""
-    before, _, rest = source.partition("FITTED = Constants(\n")
-    _, _, after = rest.partition("\n)\n")
-    names = [field.name for field in fields(Constants)]
-    values = zip(names, astuple(constants), strict=True)
-    lines = "\n".join(f"    {name}={float(f'{value:.3g}')!r}," for name, value in values)
-    return f"{before}FITTED = Constants(\n{lines}\n)\n{after}"
-
-
-def _slopes(residuals, position: Vector, errors: Vector) -> Vector:
+def _slopes(residuals: Callable[[Vector], Vector], position: Vector, errors: Vector) -> Vector:
     columns = []
     for index in range(len(position)):
         moved = position.copy()
@@ -107,14 +91,3 @@ def _errors(runs: Sequence[Run], constants: Constants) -> Vector:
         errors.append(np.log(predicted.tpot_ms / run.tpot_ms) / _TPOT_SIGMA)
         errors.append(np.log(predicted.ttft_s / run.ttft_s) / _TTFT_SIGMA)
     return np.array(errors)
-
-
-def main() -> None:
-    path = Path(placement.fitted.__file__)
-    constants = fit(kept(read_runs()))
-    path.write_text(written(constants, path.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(f"{constants}\n")
-
-
-if __name__ == "__main__":
-    main()

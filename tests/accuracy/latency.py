@@ -38,7 +38,9 @@ _GPUS = {"h100_sxm": "H100-SXM", "h200_sxm": "H200-SXM"}
 _MEAN_LENGTH = 0.9  # of the length that is told
 _SGLANG_CHUNK = 10  # tokens; the first arrives with nine others
 _REACHABLE = 0.8  # of the data sheet, in bandwidth and FLOPS at once
-_SPOILT = 1 / 3  # of a model's runs on one engine version: then the rest is not what it is said to be
+_SPOILT = (
+    1 / 3
+)  # of a model's runs on one engine version: then the rest is not what it is said to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ def read_runs(path: Path = LATENCY) -> tuple[Run, ...]:
     """All rows, but those that repeat another row's measurement."""
     with path.open(encoding="utf-8", newline="") as handle:
         runs = [_run(cell) for cell in csv.DictReader(handle)]
-    distinct = {(run.group, run.told, round(run.tpot_ms, 2), round(run.ttft_s, 3)): run for run in runs}
+    distinct = {
+        (run.group, run.told, round(run.tpot_ms, 2), round(run.ttft_s, 3)): run for run in runs
+    }
     return tuple(_without_the_unusable(list(distinct.values())))
 
 
@@ -128,11 +132,14 @@ def _why_spoilt(run: Run, spoilt: int, same: int) -> str:
 def _why_disturbed(run: Run, runs: Sequence[Run]) -> str:
     """Slower than the same engine under more load, or than its own repetition."""
     for other in runs:
-        if (other.group, *_lengths(other)) != (run.group, *_lengths(run)) or _is_impossible(other):
+        same = (other.group, other.version, other.told.input_tokens, other.told.output_tokens)
+        if same != (run.group, run.version, run.told.input_tokens, run.told.output_tokens):
             continue
         heavier = other.told.concurrency > run.told.concurrency
         if heavier and run.tpot_ms > 1.05 * other.tpot_ms:
-            return "disturbed: 5 % slower, and more, than the same engine with more requests at once"
+            return (
+                "disturbed: 5 % slower, and more, than the same engine with more requests at once"
+            )
         if other.told.concurrency == run.told.concurrency and run.tpot_ms > 1.1 * other.tpot_ms:
             return "disturbed: 10 % slower, and more, than its own repetition"
     return ""
@@ -142,12 +149,8 @@ def _setup(run: Run) -> tuple[str, str, str, str]:
     return (run.model, run.gpu, run.engine, run.version)
 
 
-def _lengths(run: Run) -> tuple[float, float]:
-    return (run.told.input_tokens, run.told.output_tokens)
-
-
 def _is_impossible(run: Run) -> bool:
-    return predict(_data_sheet(run.speed), run.load).tpot_ms > _REACHABLE * run.tpot_ms
+    return predict(without_losses(run.speed), run.load).tpot_ms > _REACHABLE * run.tpot_ms
 
 
 def _run(cell: dict[str, str]) -> Run:
@@ -191,20 +194,23 @@ def _run(cell: dict[str, str]) -> Run:
     )
 
 
-def _data_sheet(speed: ReplicaSpeed) -> ReplicaSpeed:
-    """The same replica if nothing were lost."""
+def without_losses(speed: ReplicaSpeed) -> ReplicaSpeed:
+    """The same replica if it reached its data sheet and nothing beside cost time."""
     ideal = replace(
         speed.efficiency,
         bandwidth=1.0,
         expert_bandwidth=1.0,
         kv_bandwidth=1.0,
         flops=1.0,
-        expert_flops=1.0,
+        expert_flops=speed.flops / speed.flops_16_bit,
         attention_flops=1.0,
         step_s=0.0,
         kernel_s=0.0,
         sequence_s=0.0,
         request_s=0.0,
+        routing_evenness=1.0,
         together=0.0,
     )
-    return replace(speed, efficiency=ideal, all_reduce=Collective())
+    return replace(
+        speed, efficiency=ideal, all_reduce=Collective(), small_messages=0, expert_spread=0.0
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,8 +68,10 @@ def test_more_requests_make_each_slower_and_all_together_faster() -> None:
 
 
 def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses() -> None:
-    speed = a_speed(MIXTRAL, "H200-SXM")
-    bytes_per_s = 4.8e12 * speed.efficiency.bandwidth
+    efficiency = a_speed(MIXTRAL, "H200-SXM").efficiency
+    even = replace(efficiency, routing_evenness=1.0, sequence_s=0.0)
+    speed = replace(a_speed(MIXTRAL, "H200-SXM"), efficiency=even)
+    bytes_per_s = 4.8e12 * efficiency.expert_bandwidth
 
     one = step_s(speed, concurrency=1, context=0)
     sixteen = step_s(speed, concurrency=16, context=0)
@@ -76,6 +79,13 @@ def test_a_step_of_a_mixture_reads_the_experts_that_its_batch_chooses() -> None:
     expert_bytes = 2 * 32 * 8 * 3 * 4096 * 14336
     expected = expert_bytes * ((1 - 0.75**16) - 0.25) / bytes_per_s
     assert sixteen - one == pytest.approx(expected, rel=1e-6)
+
+
+def test_tokens_choose_fewer_experts_than_at_random() -> None:
+    speed = a_speed(MIXTRAL, "H200-SXM")
+    even = replace(speed, efficiency=replace(speed.efficiency, routing_evenness=1.0))
+
+    assert step_s(speed, concurrency=8, context=0) < step_s(even, concurrency=8, context=0)
 
 
 def test_a_long_prompt_takes_more_than_its_share() -> None:
