@@ -38,22 +38,22 @@ class Errors:
 
 
 FITTED = Constants(
-    weight_bandwidth=0.83,
-    expert_bandwidth=0.501,
-    kv_bandwidth=0.816,
-    flops=0.648,
-    expert_flops=0.174,
-    attention_flops=0.684,
+    weight_bandwidth=0.832,
+    expert_bandwidth=0.504,
+    kv_bandwidth=0.801,
+    flops=0.66,
+    expert_flops=0.177,
+    attention_flops=0.703,
     step_s=0.000999,
-    kernel_s=2.49e-06,
-    sequence_s=1.94e-05,
-    request_s=0.0328,
+    kernel_s=2.51e-06,
+    sequence_s=1.98e-05,
+    request_s=0.033,
     routing_evenness=0.677,
-    all_reduce_s=5.18e-06,
-    all_reduce_doubling_s=2.41e-06,
-    two_shot_s=8.15e-06,
-    together=0.143,
+    all_reduce_s=5.19e-06,
+    all_reduce_doubling_s=2.33e-06,
+    two_shot_s=7.98e-06,
+    together=0.146,
 )
 # A model that was not fitted to, on Hopper; and runs of old releases of vLLM on other generations.
 KNOWN = Errors(tpot=0.06, ttft=0.17)
-UNKNOWN = Errors(tpot=0.21, ttft=0.33)
+UNKNOWN = Errors(tpot=0.21, ttft=0.35)
