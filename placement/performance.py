@@ -25,8 +25,8 @@ from placement.plan import Prediction
 from placement.replica_speed import ReplicaSpeed, replica_speed
 
 __all__ = [
-    "Load", "ReplicaSpeed", "predict", "prefill_s", "prefill_work_s", "replica_speed",
-    "requests_per_s", "room", "step_s",
+    "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",
+    "prompt_cost", "replica_speed", "requests_per_s", "room", "step_s",
 ]  # fmt: skip
 
 
@@ -40,6 +40,14 @@ class Load:
     prefix_hit: float = 0.0  # share of the prompt's tokens that the prefix cache has
     acceptance_rate: float | None = None  # of a draft's tokens, each; None: nothing is drafted
     num_speculative_tokens: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What a prompt takes of a replica, seconds, whatever else runs."""
+
+    prefill_s: float  # until its first token, alone
+    work_s: float  # for which it keeps others from being served
 
 
 def step_s(
@@ -73,15 +81,23 @@ def step_s(
 
 def prefill_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:
     """Seconds from the start of a prompt of `tokens` to its first token, nothing else running."""
+    return prompt_cost(speed, tokens, prefix_hit=prefix_hit).prefill_s
+
+
+def prompt_cost(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> PromptCost:
+    """Of a prompt of which the prefix cache has a share of `prefix_hit`."""
     new = max(1.0, tokens * (1 - prefix_hit))
     chunks = max(1, -(-int(new) // speed.max_num_batched_tokens))
     kernels = speed.efficiency.step_s + speed.kernels * speed.efficiency.kernel_s
     read = kernels + _weights_s(speed, new / chunks)
-    work = prefill_work_s(speed, tokens, prefix_hit=prefix_hit) / chunks
+    work = prefill_work_s(speed, tokens, prefix_hit=prefix_hit)
     # Kernels are launched ahead of the GPU's work, so the longer of the two counts.
-    one_chunk = _messages_s(speed, 0.0) + max(work, read)
+    one_chunk = _messages_s(speed, 0.0) + max(work / chunks, read)
     stages = speed.pipeline_parallel_size  # chunks follow each other through them
-    return one_chunk * (chunks + stages - 1) / stages * speed.stage_imbalance
+    return PromptCost(
+        prefill_s=one_chunk * (chunks + stages - 1) / stages * speed.stage_imbalance,
+        work_s=work * speed.stage_imbalance / stages,
+    )
 
 
 def prefill_work_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:
@@ -98,33 +114,42 @@ def predict(speed: ReplicaSpeed, load: Load) -> Prediction:
 
     As a closed-loop benchmark measures them, all of whose first requests come at once.
     """
+    ttft, tpot = latency_s(speed, load)
+    duration = ttft + max(load.output_tokens - 1, 0.0) * tpot
+    errors = speed.efficiency.errors
+    return Prediction(
+        ttft_s=ttft,
+        tpot_ms=tpot * 1000,
+        output_tokens_per_s=load.concurrency * max(load.output_tokens, 1.0) / duration,
+        ttft_error=errors.ttft,
+        tpot_error=errors.tpot,
+    )
+
+
+def latency_s(
+    speed: ReplicaSpeed, load: Load, *, cost: PromptCost | None = None
+) -> tuple[float, float]:
+    """TTFT and TPOT of `predict`, seconds; `cost` is that of the load's prompts, where it is known."""
+    if cost is None:
+        cost = prompt_cost(speed, load.input_tokens, prefix_hit=load.prefix_hit)
     output = max(load.output_tokens, 1.0)
     context = load.input_tokens + output / 2
     admitted = min(load.concurrency, room(speed, context))
     running = admitted / speed.data_parallel_size
-    hit = load.prefix_hit
-    prefill = prefill_s(speed, load.input_tokens, prefix_hit=hit)
     step = _time_per_token_s(speed, load, running=running, context=context)
     others = max(0.0, running - 1)
-    work = prefill_work_s(speed, load.input_tokens, prefix_hit=hit)
-    work *= speed.stage_imbalance / speed.pipeline_parallel_size
     # Requests that began together tend to stay together: a prompt waits for a part of the others',
     # for the rest its answer does.
-    waiting = speed.efficiency.together * others / 2 * work
-    tpot = step + (others * work - waiting) / output
-    ttft = speed.efficiency.request_s + prefill + waiting + (step / 2 if others else 0.0)
-    duration = ttft + max(output - 1, 0.0) * tpot
-    queue = duration * (load.concurrency / admitted - 1)
+    waiting = speed.efficiency.together * others / 2 * cost.work_s
+    tpot = step + (others * cost.work_s - waiting) / output
+    ttft = speed.efficiency.request_s + cost.prefill_s + waiting + (step / 2 if others else 0.0)
+    if admitted == load.concurrency:
+        return ttft, tpot
+    queue = (ttft + max(output - 1, 0.0) * tpot) * (load.concurrency / admitted - 1)
     before = 1.0
     if admitted < speed.max_num_seqs:
         before = _queued_before_share(load.input_tokens, output)
-    return Prediction(
-        ttft_s=ttft + queue * before,
-        tpot_ms=(tpot + queue * (1 - before) / output) * 1000,
-        output_tokens_per_s=admitted * output / duration,
-        ttft_error=speed.efficiency.errors.ttft,
-        tpot_error=speed.efficiency.errors.tpot,
-    )
+    return ttft + queue * before, tpot + queue * (1 - before) / max(output - 1, 1.0)
 
 
 def requests_per_s(prediction: Prediction, load: Load) -> float:
