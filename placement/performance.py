@@ -25,9 +25,12 @@ from placement.plan import Prediction
 from placement.replica_speed import ReplicaSpeed, replica_speed
 
 __all__ = [
-    "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",
+    "SPECULATIVE_TOKENS", "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",
     "prompt_cost", "replica_speed", "requests_per_s", "room", "step_s",
+    "tokens_per_step",
 ]  # fmt: skip
+
+SPECULATIVE_TOKENS = 3  # as the drafts of Mistral's models want
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Load:
     output_tokens: float
     prefix_hit: float = 0.0  # share of the prompt's tokens that the prefix cache has
     acceptance_rate: float | None = None  # of a draft's tokens, each; None: nothing is drafted
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: int = SPECULATIVE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
