@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
 
 from placement.candidate import Candidate
 from placement.fitted import FITTED, KNOWN, UNKNOWN, Constants, Errors
@@ -53,20 +55,21 @@ NO_MESSAGE = Collective()
 
 
 @dataclass(frozen=True, slots=True)
-class _Generation:
-    """Shares of bandwidth and 16-bit FLOPs that matrices reach in kernel tables (PLANNING.md)."""
+class _Kernels:
+    """Shares of bandwidth and 16-bit FLOPs that matrices reach in kernel tables."""
 
     bandwidth: float
     flops: float
     times: float = 1.0  # of fixed costs
 
 
-_GENERATIONS: Mapping[str, _Generation] = {
-    "Volta": _Generation(0.70, 0.60, times=2.0),  # a guess
-    "Ampere": _Generation(0.69, 0.91),
-    "Ada": _Generation(0.84, 0.75),  # L40S, and RTX 4090 (tests/accuracy/rtx4090.py)
-    "Hopper": _Generation(0.79, 0.77),
-    "Blackwell": _Generation(0.77, 0.81),  # the mean of the three before it
+# AIConfigurator's tables (PLANNING.md); RTX 4090 by least squares (tests/accuracy/rtx4090.py).
+_KERNELS: Mapping[str, Mapping[str, _Kernels]] = {
+    "Volta": {"V100-32": _Kernels(0.70, 0.60, times=2.0)},  # a guess
+    "Ampere": {"A100-80-SXM": _Kernels(0.69, 0.91)},
+    "Ada": {"L40S": _Kernels(0.80, 0.65), "RTX-4090": _Kernels(0.86, 0.99)},
+    # H100 0.82 and 0.79, H200 0.76 and 0.75; in engines both do equally well.
+    "Hopper": {"H100-SXM": _Kernels(0.79, 0.77)},
 }
 # From a 14 M Mixtral, uncalibrated.
 _CPU = Efficiency(
@@ -80,6 +83,7 @@ _CPU = Efficiency(
     kernel_s=40e-6,
     sequence_s=0.4e-3,
 )
+_MEASURED_PRECISIONS = frozenset({"bf16", "fp8", "mxfp4"})
 _FP8_FLOPS = 0.85  # of the share that 16 bits reach: 0.62-0.70 against 0.77-0.81 on H100
 _FOUR_BIT_BANDWIDTH = 0.75  # unpacking AWQ and GPTQ: a guess; 0.57 in one old run of Llama-70B
 
@@ -105,10 +109,9 @@ def efficiency_of(candidate: Candidate, constants: Constants = FITTED) -> Effici
     if candidate.device.is_cpu:
         return _CPU
     gpu, precision = candidate.device.gpu, candidate.checkpoint.precision
-    hopper = _GENERATIONS["Hopper"]
-    generation = _GENERATIONS.get(gpu.architecture, hopper)
-    bandwidth = generation.bandwidth / hopper.bandwidth
-    flops = generation.flops / hopper.flops
+    hopper, kernels = _mean_of("Hopper"), _kernels_of(gpu.name, gpu.architecture)
+    bandwidth = kernels.bandwidth / hopper.bandwidth
+    flops = kernels.flops / hopper.flops
     efficiency = Efficiency(
         bandwidth=min(1.0, constants.weight_bandwidth * bandwidth),
         expert_bandwidth=min(1.0, constants.expert_bandwidth * bandwidth),
@@ -116,19 +119,49 @@ def efficiency_of(candidate: Candidate, constants: Constants = FITTED) -> Effici
         flops=min(1.0, constants.flops * flops),
         expert_flops=min(1.0, constants.expert_flops * flops),
         attention_flops=min(1.0, constants.attention_flops * flops),
-        step_s=constants.step_s * generation.times,
-        kernel_s=constants.kernel_s * generation.times,
-        sequence_s=constants.sequence_s * generation.times,
+        step_s=constants.step_s * kernels.times,
+        kernel_s=constants.kernel_s * kernels.times,
+        sequence_s=constants.sequence_s * kernels.times,
         request_s=constants.request_s,
         routing_evenness=constants.routing_evenness,
         together=constants.together,
-        errors=KNOWN if generation is hopper else UNKNOWN,
+        errors=KNOWN if _was_measured(candidate) else UNKNOWN,
     )
     if precision in ("fp8", "nvfp4") and not weight_only(candidate):
         return replace(efficiency, flops=efficiency.flops * _FP8_FLOPS)
     if precision in ("awq", "gptq"):
         return replace(efficiency, bandwidth=efficiency.bandwidth * _FOUR_BIT_BANDWIDTH)
     return efficiency
+
+
+@cache
+def _kernels_of(gpu: str, generation: str) -> _Kernels:
+    """Of the GPU type, or the mean of its generation, or of all generations but the oldest."""
+    if generation in _KERNELS:
+        return _KERNELS[generation].get(gpu) or _mean_of(generation)
+    means = [_mean_of(each) for each in _KERNELS if each != "Volta"]
+    return _Kernels(fmean(m.bandwidth for m in means), fmean(m.flops for m in means))
+
+
+@cache
+def _mean_of(generation: str) -> _Kernels:
+    known = list(_KERNELS[generation].values())
+    return _Kernels(
+        bandwidth=fmean(each.bandwidth for each in known),
+        flops=fmean(each.flops for each in known),
+        times=fmean(each.times for each in known),
+    )
+
+
+def _was_measured(candidate: Candidate) -> bool:
+    """Whether runs like it were predicted without being fitted to: tensor parallel on Hopper."""
+    ranks = candidate.tensor_parallel_size
+    return (
+        candidate.device.gpu.architecture == "Hopper"
+        and candidate.checkpoint.precision in _MEASURED_PRECISIONS
+        and candidate.num_ranks == ranks
+        and (ranks == 1 or (candidate.device.link == "nvlink" and candidate.num_nodes == 1))
+    )
 
 
 def all_reduce(candidate: Candidate, constants: Constants = FITTED) -> Collective:

@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
+from placement.fitted import UNKNOWN
 from placement.plan import Prediction
 from placement.replica_speed import ReplicaSpeed, replica_speed
 
@@ -120,6 +121,8 @@ def predict(speed: ReplicaSpeed, load: Load) -> Prediction:
     ttft, tpot = latency_s(speed, load)
     duration = ttft + max(load.output_tokens - 1, 0.0) * tpot
     errors = speed.efficiency.errors
+    if load.acceptance_rate is not None:  # drafts were never measured
+        errors = UNKNOWN
     return Prediction(
         ttft_s=ttft,
         tpot_ms=tpot * 1000,

@@ -10,6 +10,7 @@ from tests.accuracy.judge import judge
 from tests.accuracy.other_gpus import other_gpus_report
 from tests.accuracy.report import report
 from tests.accuracy.rows import MEASUREMENTS, read_rows
+from tests.accuracy.rtx4090 import rtx4090_report
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
         *report([judge(row) for row in read_rows(path)]),
         *speed_report(),
         *other_gpus_report(),
+        *rtx4090_report(),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 
