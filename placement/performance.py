@@ -149,6 +149,7 @@ def latency_s(
     waiting = speed.efficiency.together * others / 2 * cost.work_s
     tpot = step + (others * cost.work_s - waiting) / output
     ttft = speed.efficiency.request_s + cost.prefill_s + waiting + (step / 2 if others else 0.0)
+    ttft, tpot = ttft * speed.ttft_factor, tpot * speed.tpot_factor
     if admitted == load.concurrency:
         return ttft, tpot
     queue = (ttft + max(output - 1, 0.0) * tpot) * (load.concurrency / admitted - 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from placement.architecture import Architecture
+from placement.calibration import setup_of
 from placement.candidate import Candidate
 from placement.efficiency import (
     NO_MESSAGE,
@@ -16,7 +17,7 @@ from placement.efficiency import (
     exchange,
     send,
 )
-from placement.fitted import FITTED, Constants
+from placement.fitted import FITTED, Constants, Errors
 from placement.kernels import kernels_per_pass
 from placement.memory import kv_layout, memory_use, stages_of
 from placement.notes import weight_only
@@ -67,6 +68,8 @@ class ReplicaSpeed:
     stage_imbalance: float = 1.0  # layers of the longest stage over those of an average one
     send: Collective = NO_MESSAGE
     exchange: Collective = NO_MESSAGE
+    ttft_factor: float = 1.0  # by which such engines were slower than predicted
+    tpot_factor: float = 1.0
 
 
 def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
@@ -82,9 +85,10 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
     kernels = kernels_per_pass(
         architecture, quantised_activations=_quantises_activations(candidate)
     )
+    efficiency, ttft_factor, tpot_factor = _calibrated(candidate, constants)
     return ReplicaSpeed(
         architecture=architecture,
-        efficiency=efficiency_of(candidate, constants),
+        efficiency=efficiency,
         bandwidth_bytes_per_s=gpu.memory_bandwidth_bytes_per_s,
         flops=_peak_flops(candidate),
         flops_16_bit=gpu.bf16_flops,
@@ -110,6 +114,8 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
         stage_imbalance=candidate.pipeline_parallel_size * longest / layers,
         send=send(candidate),
         exchange=exchange(candidate),
+        ttft_factor=ttft_factor,
+        tpot_factor=tpot_factor,
     )
 
 
@@ -120,6 +126,22 @@ def with_constants(speed: ReplicaSpeed, candidate: Candidate, constants: Constan
         efficiency=efficiency_of(candidate, constants),
         all_reduce=all_reduce(candidate, constants),
     )
+
+
+def _calibrated(candidate: Candidate, constants: Constants) -> tuple[Efficiency, float, float]:
+    """Efficiency with the errors that are left, and factors of TTFT and TPOT."""
+    efficiency = efficiency_of(candidate, constants)
+    if not candidate.calibration.speeds:
+        return efficiency, 1.0, 1.0
+    setup = setup_of(
+        candidate, checkpoint=candidate.checkpoint.source, gpu=candidate.device.gpu.name
+    )
+    seen = candidate.calibration.speed(setup)
+    if seen is None:
+        return efficiency, 1.0, 1.0
+    ttft, ttft_error = seen.ttft.corrected(efficiency.errors.ttft)
+    tpot, tpot_error = seen.tpot.corrected(efficiency.errors.tpot)
+    return replace(efficiency, errors=Errors(tpot_error, ttft_error)), ttft, tpot
 
 
 def _rank(candidate: Candidate) -> Parameters:
