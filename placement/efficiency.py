@@ -13,6 +13,7 @@ from functools import cache
 from statistics import fmean
 
 from placement.candidate import Candidate
+from placement.catalogue import GpuType
 from placement.fitted import FITTED, KNOWN, UNKNOWN, Constants, Errors
 from placement.notes import CUSTOM_ALL_REDUCE_RANKS, weight_only
 
@@ -132,6 +133,11 @@ def efficiency_of(candidate: Candidate, constants: Constants = FITTED) -> Effici
     if precision in ("awq", "gptq"):
         return replace(efficiency, bandwidth=efficiency.bandwidth * _FOUR_BIT_BANDWIDTH)
     return efficiency
+
+
+def bandwidth_beside_hopper(gpu: GpuType) -> float:
+    """The share of its bandwidth that a GPU type's kernels reach, over Hopper's share."""
+    return _kernels_of(gpu.name, gpu.architecture).bandwidth / _mean_of("Hopper").bandwidth
 
 
 @cache

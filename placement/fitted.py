@@ -30,6 +30,14 @@ class Constants:
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaConstants:
+    """Of llama.cpp."""
+
+    gpu_bandwidth: float  # share of Hopper's data sheet; other generations as their kernels
+    layer_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Errors:
     """Mean absolute relative errors of runs that were not fitted to."""
 
@@ -57,3 +65,5 @@ FITTED = Constants(
 # A model that was not fitted to, on Hopper; and runs of old releases of vLLM on other generations.
 KNOWN = Errors(tpot=0.06, ttft=0.17)
 UNKNOWN = Errors(tpot=0.21, ttft=0.35)
+LLAMACPP = LlamaConstants(gpu_bandwidth=0.835, layer_s=0.000119)
+LLAMACPP_ERROR = 0.10  # of generation, of the rows that it was fitted to

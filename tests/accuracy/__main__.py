@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.accuracy.folds import speed_report
 from tests.accuracy.judge import judge
+from tests.accuracy.llamacpp_speed import llamacpp_report
 from tests.accuracy.other_gpus import other_gpus_report
 from tests.accuracy.report import report
 from tests.accuracy.rows import MEASUREMENTS, read_rows
@@ -20,6 +21,7 @@ def main() -> None:
         *speed_report(),
         *other_gpus_report(),
         *rtx4090_report(),
+        *llamacpp_report(),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

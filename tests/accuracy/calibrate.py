@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import mean
 
 import placement.fitted
-from placement.fitted import Constants, Errors
+from placement.fitted import Constants, Errors, LlamaConstants
 from tests.accuracy.fitting import fit
 from tests.accuracy.folds import folds
 from tests.accuracy.latency import kept, read_runs
+from tests.accuracy.llamacpp_speed import fit_llamacpp, llamacpp_error
 from tests.accuracy.other_gpus import Speed, read_speeds
 
 FITTED = Path(placement.fitted.__file__)
@@ -34,6 +35,15 @@ def written(source: str, constants: Constants, known: Errors, unknown: Errors) -
         values_of = f"tpot={errors.tpot:.2f}, ttft={errors.ttft:.2f}"
         source = re.sub(rf"(?m)^{name} = .*$", f"{name} = Errors({values_of})", source)
     return source
+
+
+def llamacpp_written(source: str, constants: LlamaConstants) -> str:
+    """`source` of fitted.py with llama.cpp's values."""
+    share, layer_s = _rounded(constants.gpu_bandwidth), _rounded(constants.layer_s)
+    values = f"LlamaConstants(gpu_bandwidth={share!r}, layer_s={layer_s!r})"
+    source = re.sub(r"(?m)^LLAMACPP = .*$", f"LLAMACPP = {values}", source)
+    error = f"LLAMACPP_ERROR = {llamacpp_error(constants):.2f}"
+    return re.sub(r"(?m)^LLAMACPP_ERROR = [0-9.]+", error, source)
 
 
 def known_errors() -> Errors:
@@ -66,6 +76,7 @@ def main() -> None:
     constants = fit(kept(read_runs()))
     source = FITTED.read_text(encoding="utf-8")
     text = written(source, constants, known_errors(), unknown_errors(constants))
+    text = llamacpp_written(text, fit_llamacpp())
     FITTED.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 

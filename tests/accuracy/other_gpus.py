@@ -33,7 +33,8 @@ class Speed:
 
 @cache
 def read_speeds(constants: Constants = FITTED) -> tuple[Speed, ...]:
-    return tuple(_speed(row, constants) for row in read_rows(SPEED, KINDS))
+    rows = read_rows(SPEED, KINDS)
+    return tuple(_speed(row, constants) for row in rows if row.engine.startswith("vLLM"))
 
 
 def other_gpus_report() -> Iterator[str]:

@@ -6,11 +6,12 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from placement.fitted import FITTED, KNOWN, UNKNOWN
+from placement.fitted import FITTED, KNOWN, LLAMACPP, LLAMACPP_ERROR, UNKNOWN
 from tests.accuracy.calibrate import known_errors, unknown_errors
 from tests.accuracy.fitting import fit
 from tests.accuracy.folds import Score, by, folds, score, speed_report
 from tests.accuracy.latency import kept, read_runs
+from tests.accuracy.llamacpp_speed import fit_llamacpp, llamacpp_error
 from tests.accuracy.other_gpus import read_speeds
 from tests.accuracy.speed_baselines import SPEED_BASELINES
 
@@ -82,6 +83,14 @@ def test_one_request_alone_on_gpus_and_models_that_nothing_was_fitted_to() -> No
 
     assert {each.row.gpu for each in alone} == {"A100-40", "A100-80", "H100-80", "V100-32"}
     assert sum(abs(each.error) for each in alone) / len(alone) < 0.05
+
+
+def test_llamacpp_follows_from_its_runs_too() -> None:
+    constants = fit_llamacpp()
+
+    assert astuple(constants) == pytest.approx(astuple(LLAMACPP), rel=0.01)
+    assert llamacpp_error(constants) == pytest.approx(LLAMACPP_ERROR, abs=0.006)
+    assert llamacpp_error(constants) < 0.15
 
 
 def test_what_is_left_out_is_said_with_its_reason() -> None:
