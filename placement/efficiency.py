@@ -92,10 +92,11 @@ _FOUR_BIT_BANDWIDTH = 0.75  # unpacking AWQ and GPTQ: a guess; 0.57 in one old r
 # above, ranks reduce a part each and gather. Bytes by ranks.
 _TWO_SHOT_BYTES: Mapping[int, int] = {4: 512 * 1024, 6: 256 * 1024, 8: 256 * 1024}
 # Latency of a small message, of NVLink by `fitted.py`, and the share of the link's bandwidth that a
-# large one reaches. PCIe: 20, 5 and 1 of 32 GB/s at 2, 4 and 8 L40S.
+# large one reaches. PCIe: 20, 5 and 1 of 32 GB/s at 2, 4 and 8 L40S in one table; taken to halve
+# with each doubling, as other boxes lose less.
 _NVLINK_SHARE = 0.7
 _PCIE_LATENCY_S = 11e-6
-_PCIE_SHARE, _PCIE_FALL = 0.62, 2.0
+_PCIE_SHARE, _PCIE_FALL = 0.62, 1.0
 _NO_PEER_LATENCY_S, _NO_PEER_SHARE = 25e-6, 0.3
 _NCCL_S: Mapping[int, float] = {1: 6e-6, 2: 9.5e-6, 3: 16e-6}  # NVLink, by doublings
 _HOST_LATENCY_S = 200e-6

@@ -158,7 +158,7 @@ def _run(cell: dict[str, str]) -> Run:
     known = other_model(model)
     assert known is not None
     # MiniMax's rows of `attention_dp_size` 4 are called c4_tp4_ep4 as the others are, with the batch
-    # of a fourth; 13 of 15 have the others' times within 2 %: four GPUs, not sixteen.
+    # of a fourth; 13 of 15 have the others' TPOT within 2 %: four GPUs, not sixteen.
     told = Load(
         int(cell["batch_size"]) * int(cell["attention_dp_size"] or 1),
         float(cell["isl"]),
