@@ -8,8 +8,8 @@ attention each reach their own share of the peak. Between two tokens of a reques
 those that arrive meanwhile are waited for: TPOT = step + (running - 1) / output x their time.
 Requests for which cache or slots have no room wait for others to end.
 
-A pipeline of p stages works on p micro-batches at once, so that each gets a step in the time of a
-pass of a p-th of the requests. Data-parallel copies share out the requests, and exchange tokens
+A pipeline of p stages works on p micro-batches at once, so that each gets a step in p times that of
+the slowest stage with a p-th of the requests; the last has the head and the sampler, too. Data-parallel copies share out the requests, and exchange tokens
 before and after their experts. A draft of n tokens, each accepted with probability a, makes
 (1 - a^(n+1)) / (1 - a) tokens a step (Leviathan et al., arXiv 2211.17192, eq. 1), in a step that
 verifies n + 1 tokens of each request and runs the draft n times.
@@ -80,7 +80,19 @@ def step_s(
         + max(_weights_s(speed, tokens) + kv_s, compute)
         + _messages_s(speed, tokens)
     )
-    return one_pass * (speed.stage_imbalance if batches > 1 else 1.0)
+    if batches == 1:
+        return one_pass
+    return max(one_pass, batches * _slowest_stage_s(speed, one_pass, batch))
+
+
+def _slowest_stage_s(speed: ReplicaSpeed, one_pass: float, batch: float) -> float:
+    """Of a pass through all stages: the longest, or the last, which has head and sampler too."""
+    efficiency = speed.efficiency
+    head = speed.head_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
+    last = min(one_pass, efficiency.step_s + batch * efficiency.sequence_s + head)
+    layers = one_pass - last
+    longest = layers * speed.stage_imbalance / speed.pipeline_parallel_size
+    return max(longest, layers * speed.last_stage_share + last)
 
 
 def prefill_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:

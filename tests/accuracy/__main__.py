@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.accuracy.folds import speed_report
 from tests.accuracy.judge import judge
 from tests.accuracy.llamacpp_speed import llamacpp_report
+from tests.accuracy.max_throughput import max_throughput_report
 from tests.accuracy.other_gpus import other_gpus_report
 from tests.accuracy.report import report
 from tests.accuracy.rows import MEASUREMENTS, read_rows
@@ -22,6 +23,7 @@ def main() -> None:
         *other_gpus_report(),
         *rtx4090_report(),
         *llamacpp_report(),
+        *max_throughput_report(),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -12,6 +12,7 @@ from tests.accuracy.fitting import fit
 from tests.accuracy.folds import Score, by, folds, score, speed_report
 from tests.accuracy.latency import kept, read_runs
 from tests.accuracy.llamacpp_speed import fit_llamacpp, llamacpp_error
+from tests.accuracy.max_throughput import read_throughputs
 from tests.accuracy.other_gpus import read_speeds
 from tests.accuracy.speed_baselines import SPEED_BASELINES
 
@@ -91,6 +92,14 @@ def test_llamacpp_follows_from_its_runs_too() -> None:
     assert astuple(constants) == pytest.approx(astuple(LLAMACPP), rel=0.01)
     assert llamacpp_error(constants) == pytest.approx(LLAMACPP_ERROR, abs=0.006)
     assert llamacpp_error(constants) < 0.15
+
+
+def test_dense_models_have_the_published_throughput_of_another_engine_to_a_half() -> None:
+    dense = [each for each in read_throughputs() if each.row.model.startswith("Llama")]
+
+    assert len(dense) > 8
+    for each in dense:
+        assert abs(each.error) < 0.5, each.row.label
 
 
 def test_what_is_left_out_is_said_with_its_reason() -> None:

@@ -165,9 +165,25 @@ def test_an_uneven_split_makes_the_longest_stage_the_pace() -> None:
     even = a_speed(pipeline_parallel_size=2)
     uneven = a_speed(pipeline_parallel_size=2, layer_partition=(30, 10))
 
-    assert predict(uneven, crowd).tpot_ms == pytest.approx(
-        1.5 * predict(even, crowd).tpot_ms, rel=0.1
-    )
+    slower = predict(uneven, crowd).tpot_ms / predict(even, crowd).tpot_ms
+    assert 1.25 < slower < 1.5  # head and sampler do not grow with the layers
+
+
+def test_the_stage_with_the_head_keeps_the_others_waiting() -> None:
+    """TensorRT-LLM, Llama-3.3-70B: eight stages gave 4.6 times the throughput of one GPU."""
+    crowd = Load(concurrency=64, input_tokens=512, output_tokens=512)
+    eight = a_speed(pipeline_parallel_size=8)
+    headless = replace(eight, head_bytes=0.0)
+
+    assert predict(eight, crowd).tpot_ms > 1.1 * predict(headless, crowd).tpot_ms
+
+
+def test_a_pipeline_that_is_not_full_answers_in_the_time_of_a_pass() -> None:
+    four = a_speed(pipeline_parallel_size=4)
+
+    alone, two = (step_s(four, concurrency=count, context=512) for count in (1, 2))
+
+    assert two == pytest.approx(alone, rel=0.02)
 
 
 def test_stages_on_two_nodes_pay_for_the_network() -> None:
