@@ -40,10 +40,13 @@ _STEPS = 25
 _CONVERGED = 1e-5
 
 
-def fit(runs: Sequence[Run]) -> Constants:
-    """Constants that explain `runs` best: Levenberg-Marquardt on logarithms, pulled to `PRIORS`."""
+def fit(runs: Sequence[Run], *, prior_width: float = 1.0) -> Constants:
+    """Constants that explain `runs` best: Levenberg-Marquardt on logarithms, pulled to `PRIORS`.
+
+    `prior_width`: how many times as wide the priors are taken to be.
+    """
     centre = np.log([PRIORS[field.name][0] for field in fields(Constants)])
-    width = np.array([PRIORS[field.name][1] for field in fields(Constants)])
+    width = prior_width * np.array([PRIORS[field.name][1] for field in fields(Constants)])
 
     def residuals(logarithms: Vector) -> Vector:
         errors = _errors(runs, constants_of(logarithms))

@@ -41,13 +41,14 @@ HEADER = f"  {'':<34} runs   TPOT: mean and   TTFT: the same  order of pairs\n{'
 
 
 @cache
-def folds() -> tuple[Score, ...]:
+def folds(prior_width: float = 1.0) -> tuple[Score, ...]:
     """Of each model and each GPU type: constants fitted to all other runs."""
     runs = kept(read_runs())
     scores = []
     for title, of in (("model", _model), ("GPU", _gpu)):
         for left_out in sorted({of(run) for run in runs}):
-            constants = fit([run for run in runs if of(run) != left_out])
+            others = [run for run in runs if of(run) != left_out]
+            constants = fit(others, prior_width=prior_width)
             tested = [run for run in runs if of(run) == left_out]
             scores.append(score(f"{title} {left_out}", tested, by(constants)))
     return tuple(scores)
@@ -83,6 +84,9 @@ def speed_report() -> Iterator[str]:
     yield "\nspeed of runs that the constants were not fitted to (each line: fitted to all others)"
     yield HEADER
     yield from (each.line() for each in folds())
+    for width in (0.5, 2.0):
+        yield f"  the same with priors {width:g} times as wide"
+        yield from (each.line() for each in folds(width))
     yield "\nall runs, constants as shipped (fitted to them), by group"
     for group in sorted({run.group for run in used}):
         members = [run for run in used if run.group == group]

@@ -45,6 +45,14 @@ def test_the_faster_configuration_is_known(fold: Score) -> None:
     assert fold.order >= 0.95
 
 
+@pytest.mark.parametrize("width", [0.5, 2.0])
+def test_it_does_not_hang_on_how_far_the_priors_are_trusted(width: float) -> None:
+    for fold in folds(width):
+        assert fold.tpot <= 0.10, fold.line()
+        assert fold.ttft <= 0.30, fold.line()
+        assert fold.order >= 0.95, fold.line()
+
+
 def test_the_constants_follow_from_the_runs() -> None:
     assert astuple(fit(KEPT)) == pytest.approx(astuple(FITTED), rel=0.01)
 
