@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-grpc bench-streams bench-fairness drill-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-grpc bench-streams bench-fairness drill-gateway format proto docs accuracy calibrate lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ docs: install  ## configs/README.md from the descriptions in the code
 
 accuracy: install  ## predicted against measured memory and speed, beside other estimators
 	$(BIN)/python -m tests.accuracy
+
+calibrate: install  ## placement/fitted.py from measured latency, by least squares
+	$(BIN)/python -m tests.accuracy.calibrate
 
 bench-gateway: install  ## CPU per request and per streamed chunk, beside other gateways
 	$(BIN)/python -m loadtests.bench_gateway

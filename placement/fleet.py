@@ -37,6 +37,9 @@ class Demand(Spec):
     output_tokens: TokenLengths = Field(
         default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
     )
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
+    )
 
 
 class Objective(Spec):

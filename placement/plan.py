@@ -31,6 +31,10 @@ class Prediction(Spec):
     ttft_s: float
     tpot_ms: float
     output_tokens_per_s: float = Field(description="Of the whole replica.")
+    ttft_error: float | None = Field(
+        default=None, description="Relative, as runs differed that were not fitted to, on average."
+    )
+    tpot_error: float | None = Field(default=None, description="The same of tpot_ms.")
 
 
 class Shape(Spec):
