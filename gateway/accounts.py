@@ -45,7 +45,7 @@ class Account:
 
     __slots__ = (
         *("_cells", "_lock", "_period", "_requests", "_tenant", "_tokens", "_unflushed"),
-        *("_flushing", "_is_shared", "_page_ends", "_spent"),
+        *("_flushing", "_is_shared", "_page_ends", "_spent", "has_limits"),
     )
 
     def __init__(
@@ -55,6 +55,7 @@ class Account:
         self._is_shared = lock is not _UNLOCKED
         self._period = ""
         self._page_ends = 0.0  # seconds since the epoch; no period ends before
+        self.has_limits = True
         self._spent = self._unflushed = self._flushing = 0
         self._tenant = tenant
         self._requests: TokenBucket | None = None
@@ -68,6 +69,7 @@ class Account:
         self._tokens = TokenBucket(tpm, self._cells, _TOKENS) if tpm else None
         self._tenant = tenant
         self._page_ends = 0.0
+        self.has_limits = tenant.has_limits
 
     @property
     def in_flight(self) -> int:
@@ -216,13 +218,13 @@ class Accounts:
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = self._new_account(tenant)
-        visit = Visit(account, tenant, model, call)
-        if tenant.has_limits:
-            visit.reserved = self.predicted(call, model)
-            if context is not None:
-                visit.reserved = min(visit.reserved, context)
-        account.enter(visit.reserved, self._clock(), self._wall_clock())
-        return visit
+        reserved = 0
+        if account.has_limits:
+            reserved = self.predicted(call, model)
+            if context is not None and context < reserved:
+                reserved = context
+        account.enter(reserved, self._clock(), self._wall_clock())
+        return Visit(account, tenant, model, call, reserved)
 
     def leave(self, visit: Visit, record: Record) -> None:
         """The request is over: count what it used. A second call does nothing."""

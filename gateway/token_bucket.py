@@ -68,7 +68,8 @@ class TokenBucket:
         return True
 
     def correct(self, amount: float, now: float) -> None:
-        """Take `amount`; give it back if it is negative."""
-        level = self.level(now) - amount
-        self._cells[self._level] = min(self.capacity, level)
-        self._cells[self._at] = now or 1e-9
+        """Take `amount`; give it back if it is negative. What fills it until `now` comes later."""
+        cells = self._cells
+        if not cells[self._at]:
+            cells[self._level], cells[self._at] = self.capacity, now or 1e-9
+        cells[self._level] -= amount

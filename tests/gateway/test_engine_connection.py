@@ -64,7 +64,11 @@ class Heard:
 
 def asked(kept: list[EngineConnection]) -> tuple[EngineConnection, EnginePipe, Heard]:
     """A connection on which a request has gone out."""
-    connection, pipe, heard = EngineConnection("engine", kept.append, AnswerCache()), EnginePipe(), Heard()
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Heard(),
+    )
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
     return connection, pipe, heard
