@@ -16,8 +16,9 @@ from gateway.admission import Admission
 from gateway.call import Call
 from gateway.engine import EngineClient
 from gateway.errors import GatewayError
-from gateway.exchange import Client, Exchange, Plant, shutting_down
+from gateway.exchange import Exchange
 from gateway.metering import Meter
+from gateway.plant import Client, Plant, shutting_down
 from gateway.pull import Pull
 from gateway.record import Record
 from gateway.tracing import Tracing
