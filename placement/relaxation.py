@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from placement.candidate import GIB, Candidate
-from placement.first_fit import FreeGpus
 from placement.kv_cache import longest_context
 from placement.memory import kv_layout, memory_use
 from placement.options import Option, Options, furthest
+from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
 
@@ -59,16 +59,16 @@ def replica_limit(option: Option, options: Options) -> Unmet:
     )
 
 
-def not_enough_gpus(option: Option, options: Options, free: FreeGpus) -> Unmet:
-    """The GPUs are there, but other models have them."""
-    pool, each = option.pool, option.gpus_per_replica
-    room = free.replicas_that_fit(pool, each)
+def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
+    """The GPUs are there, but other models have them; `free` are those that they leave."""
+    each = option.gpus_per_replica
+    room = free.room(each)
     missing = (option.replicas - room) * each
     return Unmet(
         model=options.wish.name,
         constraint=f"{option.replicas} replicas need {option.gpus} GPUs on {_on(option)}, of which "
-        f"{free.in_pool(pool)} are free: room for {room} replicas",
-        cheapest_relaxation=f"{missing} more GPUs in pool {pool.name}, {each} to a node",
+        f"{free.gpus} are free: room for {room} replicas",
+        cheapest_relaxation=f"{missing} more GPUs in pool {option.pool.name}, {each} to a node",
     )
 
 

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.catalogue import CONFIGS, Catalogue, Checkpoint, ModelSpec
@@ -340,6 +340,7 @@ def pool_lists(draw: st.DrawFn) -> list[Pool]:
     ]
 
 
+@settings(deadline=None)
 @given(wishes=fleets(), pools=pool_lists())
 def test_no_gpu_is_used_twice_and_nothing_is_lost(
     wishes: list[FleetModel], pools: list[Pool]
@@ -366,6 +367,7 @@ def test_no_gpu_is_used_twice_and_nothing_is_lost(
     assert plan.objective >= plan.bound or plan.unmet
 
 
+@settings(deadline=None)
 @given(wishes=fleets(), pools=pool_lists(), random=st.randoms(use_true_random=False))
 def test_the_order_of_models_and_pools_does_not_matter(
     wishes: list[FleetModel], pools: list[Pool], random: Random
