@@ -159,3 +159,18 @@ class Plan(Spec):
     rejected: tuple[Rejection, ...] = ()
     robustness: Robustness | None = None
     gateway: GatewaySpec = GatewaySpec()
+
+    @classmethod
+    def empty(cls) -> Plan:
+        """Of a cluster that serves nothing."""
+        return cls(
+            fleet="none",
+            status="optimal",
+            objective=0.0,
+            bound=0.0,
+            gap=0.0,
+            cost_per_hour=0.0,
+            gpus_used=0,
+            gpus_total=0,
+            variants=(),
+        )
