@@ -1,8 +1,9 @@
 """Which GPUs each replica gets: counted replicas onto named nodes.
 
-What runs stays where it is as long as everything else fits. Larger replicas first; a model's
-replicas on different nodes where there is room; then the fullest node that has room, so that whole
-nodes stay free; GPUs that lie together, from an index that their number divides.
+What runs stays where it is as long as everything else fits. Larger replicas first; of a model's
+replicas no node gets more than a quarter (of two or three: one) where there is room elsewhere, so
+that the loss of a node is bearable; then the fullest node that has room, so that whole nodes stay
+free; GPUs that lie together, from an index that their number divides.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class _Nodes:
     """Free GPUs of each node, and what is on it."""
 
     free: dict[str, list[int]]
+    share: dict[str, int] = field(default_factory=dict)  # of a model's replicas, for one node
     placed: dict[str, list[_Replica]] = field(default_factory=dict)
     models: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -64,21 +66,27 @@ def assign(nodes: Mapping[str, int], wanted: Sequence[Wanted]) -> dict[int, tupl
     Raises:
         ValueError: the replicas do not fit.
     """
-    sizes = {each.gpus for each in wanted if each.replicas}
-    state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()})
-    if divisible(sizes) or len(set(nodes.values())) > 1:
+    share = _shares(wanted)
+    state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share)
+    try:
         _place(state, wanted)
-    else:
-        try:
-            _place(state, wanted)
-        except ValueError:
-            state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()})
-            _place_by_patterns(state, wanted)
+    except ValueError:
+        if divisible({each.gpus for each in wanted if each.replicas}):
+            raise
+        state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share)
+        _place_by_patterns(state, wanted)
     found: dict[int, list[NodeGpus]] = {each.key: [] for each in wanted}
     for name in nodes:
         for replica in sorted(state.placed.get(name, ()), key=lambda each: each.gpus):
             found[replica.key].append(NodeGpus(node=name, gpus=replica.gpus))
     return {key: tuple(replicas) for key, replicas in found.items()}
+
+
+def _shares(wanted: Sequence[Wanted]) -> dict[str, int]:
+    replicas: Counter[str] = Counter()
+    for each in wanted:
+        replicas[each.model] += each.replicas
+    return {model: max(1, -(-count // 4)) for model, count in replicas.items()}
 
 
 def _place(state: _Nodes, wanted: Sequence[Wanted]) -> None:
@@ -122,8 +130,8 @@ def _best_node(state: _Nodes, wanted: Wanted) -> str | None:
     for name, free in state.free.items():
         if len(free) < wanted.gpus:
             continue
-        alike = state.models[wanted.model, name] if wanted.spread else 0
-        rank = (alike, len(free))
+        beyond = state.models[wanted.model, name] + 1 - state.share[wanted.model]
+        rank = (max(0, beyond) if wanted.spread else 0, len(free))
         if best is None or rank < best:
             best, chosen = rank, name
         if rank == (0, wanted.gpus):

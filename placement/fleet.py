@@ -141,7 +141,9 @@ class FleetModel(Spec):
     )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
     spread: bool = Field(
-        default=True, description="Replicas on different nodes, where there is room."
+        default=True,
+        description="At most a quarter of the replicas on one node (of two or three: one), where "
+        "there is room.",
     )
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."

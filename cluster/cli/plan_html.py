@@ -21,7 +21,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10
 @media (prefers-color-scheme: dark) { .bad { color: #ff7b72; } .good { color: #56d364; } }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 28px; }
 .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  padding: 10px 16px; min-width: 120px; }
+  padding: 8px 14px; min-width: 90px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; }
 .scroll { overflow-x: auto; } svg { display: block; max-width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -29,6 +29,7 @@ th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 1px
 th, td { padding: 6px 14px 6px 0; vertical-align: top; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td { border-bottom: 1px solid var(--line); }
+.words td { white-space: normal; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
 .use { display: inline-block; width: 70px; height: 8px; border-radius: 4px; background: var(--empty);
   overflow: hidden; margin-right: 8px; } .use i { display: block; height: 100%; background: #1f77b4; }
@@ -72,11 +73,11 @@ def _head(plan: Plan) -> Iterator[str]:
     yield _tile(f"{plan.gpus_used:,} of {plan.gpus_total:,}", "GPUs used")
     yield _tile(str(sum(variant.replicas for variant in plan.variants)), "replicas")
     fullest = max((variant.predicted.utilization for variant in plan.variants), default=0.0)
-    yield _tile(f"{100 * (1 - fullest):.0f} %", "headroom of the fullest model")
-    yield _tile(f"{100 * plan.gap:.2f} %", "from the best, at most")
+    yield _tile(f"{100 * (1 - fullest):.0f} %", "least headroom")
+    yield _tile(f"{100 * plan.gap:.2f} %", "gap to the best")
     if plan.robustness is not None:
         told = "holds" if plan.robustness.holds else "falls short"
-        yield _tile(told, "15 % slower, 5 % less memory")
+        yield _tile(told, "if 15 % slower")
     yield "</div>"
     if plan.robustness is not None and plan.robustness.short:
         short = escape(", ".join(plan.robustness.short))
@@ -178,7 +179,7 @@ def _reasons(explanation: Explanation, currency: str) -> Iterator[str]:
             runner_up += f" ({reason.runner_up_costs or 0.0:+.2f} {escape(currency)}/h)"
         chosen = "<br>".join(map(escape, reason.chosen))
         rows.append((escape(reason.model), chosen, runner_up, escape(reason.binding)))
-    yield _table(("model", "chosen", "runner-up", "limit"), rows)
+    yield f'<div class="words">{_table(("model", "chosen", "runner-up", "limit"), rows)}</div>'
     yield from _list("What if", [f"{each.change}: {each.effect}" for each in explanation.what_if])
     ways = [
         f"{way.change}: then {way.cost_per_hour:.2f} {currency}/h" for way in explanation.ways_out
