@@ -127,11 +127,12 @@ def _with_a_node_more(question: Question, now: Selection, currency: str) -> Iter
 def _with_other_levels(setting: Setting, now: Selection, currency: str) -> Iterator[WhatIf]:
     """Each promise of each model, halved and doubled."""
     problem = setting.question.problem
-    for options in setting.found:
+    for model, options in enumerate(setting.found):
         wish = options.wish
         for change, slo in _other_levels(wish):
             question = setting.with_model(wish.model_copy(update={"slo": slo})).question
-            found = select_all_met(question.problem, _LIMITS)
+            possible = question.problem.of_model(model) and not question.beyond_limit[model]
+            found = select_all_met(question.problem, _LIMITS) if possible else None
             if found is None:
                 yield WhatIf(change=change, effect="is more than these pools can do")
             elif _matters(question.problem, found, now, before=problem):
