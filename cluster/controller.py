@@ -258,7 +258,8 @@ class Controller:
 
     async def _follow_load(self, variant: Variant) -> None:
         ready = self._registry.ready(variant)
-        decision = self._autoscaler.decide(variant, ready, time.monotonic())
+        siblings = self._variants_of(variant.model)
+        decision = self._autoscaler.decide(variant, ready, time.monotonic(), siblings)
         if decision is None:
             return
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from placement.candidate import Candidate
 from placement.memory import memory_use
+from placement.options import Option
 from placement.plan import Variant
 
 # Guesses: an NVMe disk that feeds all GPUs of a node; profiling, compiling and CUDA graphs.
@@ -21,7 +21,7 @@ def variant_load_s(variant: Variant) -> float:
     return ENGINE_START_S + load_bytes(variant) / DISK_BYTES_PER_S
 
 
-def load_s(candidate: Candidate) -> float:
-    """As `variant_load_s`, for a candidate."""
-    weights = memory_use(candidate).per_gpu.weights_bytes * candidate.num_ranks
-    return ENGINE_START_S + weights / DISK_BYTES_PER_S
+def load_s(option: Option) -> float:
+    """As `variant_load_s`, for an option."""
+    gpu = option.shape.per_gpu if option.shape else memory_use(option.candidate).per_gpu
+    return ENGINE_START_S + gpu.weights_bytes * option.candidate.num_ranks / DISK_BYTES_PER_S

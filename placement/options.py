@@ -16,7 +16,7 @@ from placement.legality import RULES, describe, first_rejection
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup
 from placement.performance import ReplicaSpeed, replica_speed
-from placement.plan import Rejection
+from placement.plan import Rejection, Shape
 
 SPEED_ERROR = 0.15  # what predictions may be wrong by, for `robust` in a fleet
 MEMORY_ERROR = 0.05
@@ -38,6 +38,7 @@ class Option:
     replicas: int  # to start with
     price_per_gpu_hour: float
     price_known: bool  # otherwise taken to be that of the dearest pool
+    shape: Shape | None = None  # where it does not follow from `candidate`
 
     @property
     def gpus(self) -> int:
@@ -159,28 +160,31 @@ def _rate(option: Option) -> float:
     return option.capacity.requests_per_s
 
 
-def stressed(candidate: Candidate, wish: FleetModel) -> Capacity:
+def stressed(option: Option, wish: FleetModel) -> Capacity:
     """What a replica carries whose engine is 15 % slower and finds 5 % less memory.
 
     Slower by a factor: every prediction grows by it, so the service level is that much nearer.
     """
+    candidate, speed, legal = option.candidate, option.speed, True
     device = candidate.device
-    if device.memory_bytes is not None and not device.is_cpu:
+    if option.shape is None and device.memory_bytes is not None and not device.is_cpu:
         less = int(device.memory_bytes * (1 - MEMORY_ERROR))
         candidate = replace(candidate, device=replace(device, memory_bytes=less))
-    speed = 1 - SPEED_ERROR
+        speed = replica_speed(candidate)
+        legal = first_rejection(candidate) is None
+    slower = 1 - SPEED_ERROR
     slo = Objective(
-        ttft_p95_s=wish.slo.ttft_p95_s and wish.slo.ttft_p95_s * speed,
-        tpot_p95_ms=wish.slo.tpot_p95_ms and wish.slo.tpot_p95_ms * speed,
+        ttft_p95_s=wish.slo.ttft_p95_s and wish.slo.ttft_p95_s * slower,
+        tpot_p95_ms=wish.slo.tpot_p95_ms and wish.slo.tpot_p95_ms * slower,
     )
-    carried = _carried(wish, candidate, replica_speed(candidate), slo)
-    if first_rejection(candidate) is not None:
+    carried = _carried(wish, candidate, speed, slo)
+    if not legal:
         return replace(carried, concurrency=0, requests_per_s=0.0)
-    return replace(carried, requests_per_s=speed * carried.requests_per_s)
+    return replace(carried, requests_per_s=slower * carried.requests_per_s)
 
 
 def _as_stressed(option: Option, wish: FleetModel) -> Option:
-    carried = stressed(option.candidate, wish)
+    carried = stressed(option, wish)
     needed = _needed(wish, carried)
     replicas = min(max(wish.replicas.min, needed), wish.replicas.max)
     return replace(option, capacity=carried, replicas_needed=needed, replicas=replicas)
@@ -198,7 +202,7 @@ def _carried(
     return capacity(
         speed,
         max_num_seqs=candidate.max_num_seqs,
-        kv_cache_tokens=memory_use(candidate).kv.tokens,
+        kv_cache_tokens=speed.kv_cache_tokens,
         demand=wish.demand,
         slo=slo,
     )

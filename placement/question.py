@@ -30,7 +30,7 @@ class Question:
         columns = [
             replace(
                 column,
-                rate=stressed(option.candidate, self.options[column.model].wish).requests_per_s,
+                rate=stressed(option, self.options[column.model].wish).requests_per_s,
             )
             for column, option in zip(self.problem.columns, self.choices, strict=True)
         ]
@@ -153,7 +153,7 @@ def _column(
         tie=tie,
         spot=option.pool.spot,
         running=sum(len(variant.placement) for variant in there),
-        move=unit * load_s(option.candidate) / fleet.horizon_s if before else 0.0,
+        move=unit * load_s(option) / fleet.horizon_s if before else 0.0,
     )
 
 

@@ -77,7 +77,7 @@ def _best_checkpoint(question: Question, counts: Sequence[int], index: int) -> O
         return chosen
 
     def rank(option: Option) -> tuple[object, ...]:
-        slow = stressed(option.candidate, options.wish).requests_per_s
+        slow = stressed(option, options.wish).requests_per_s
         return (others + counts[index] * slow < need.rate, quality(option))
 
     return min(enough, key=rank)
@@ -232,7 +232,7 @@ def _variant(
         pool=pool,
         gpu=option.gpu.name,
         simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
-        shape=make_shape(candidate, extra_args=wish.engine_args),
+        shape=option.shape or make_shape(candidate, extra_args=wish.engine_args),
         replicas=len(placement),
         bounds=bounds,
         scaling=wish.scaling,
