@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-planner format proto docs accuracy lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,10 @@ accuracy: install  ## predicted against measured memory and speed, beside other 
 
 bench-gateway: install  ## CPU per request and per streamed chunk, beside other gateways
 	$(BIN)/python -m loadtests.bench_gateway
+
+bench-planner: install  ## the planner: time, gap and memory over size; cost beside plans made by hand
+	$(BIN)/python -m loadtests.bench_planner
+	$(BIN)/python -m loadtests.bench_placement
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh
