@@ -19,19 +19,26 @@ _SCALE = (
 class Limits:
     """When the solver stops: at a relative gap, after nodes of its tree, or, at worst, seconds.
 
-    The first two stop it at the same place every time. Without a `gap`, small programs are solved
-    to the end, and others to half a percent, which is less than predictions are worth.
+    The first two stop it at the same place every time. Small programs are solved to the end unless
+    a `gap` is given, others to half a percent or, should that be hard, a few hundred nodes: less
+    than predictions are worth, within seconds.
     """
 
     time_s: float = 30.0
     gap: float | None = None
-    nodes: int = 10_000
+    nodes: int | None = None
 
     def gap_for(self, columns: int) -> float:
         """The gap at which a program of so many columns is done."""
         if self.gap is not None:
             return self.gap
         return 0.0 if columns <= _SMALL else 0.005
+
+    def nodes_for(self, columns: int) -> int:
+        """The most nodes that are looked at for a program of so many columns."""
+        if self.nodes is not None:
+            return self.nodes
+        return 10_000 if columns <= _SMALL else 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class Program:
         reference = sum(c * v for c, v in zip(self._costs, start or (), strict=False))
         size = abs(reference) or max((abs(cost) for cost in self._costs), default=0.0)
         scale = _SCALE / size if size > 0 else 1.0
-        solver = _solver(limits, limits.gap_for(len(self._costs)))
+        solver = _solver(limits, len(self._costs))
         solver.passModel(self._problem(scale))
         if start is not None:
             given = highspy.HighsSolution()
@@ -131,17 +138,17 @@ class Program:
         return problem
 
 
-def _solver(limits: Limits, gap: float) -> highspy.Highs:
+def _solver(limits: Limits, columns: int) -> highspy.Highs:
     solver = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.silent()
     for option, value in (
         ("threads", 1),
         ("random_seed", 0),
-        ("mip_rel_gap", gap),
+        ("mip_rel_gap", limits.gap_for(columns)),
         ("mip_abs_gap", 1e-7),
         ("mip_feasibility_tolerance", 1e-7),
         ("primal_feasibility_tolerance", 1e-8),
-        ("mip_max_nodes", limits.nodes),
+        ("mip_max_nodes", limits.nodes_for(columns)),
         ("time_limit", limits.time_s),
     ):
         solver.setOptionValue(option, value)
