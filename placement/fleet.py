@@ -143,7 +143,7 @@ class FleetModel(Spec):
     spread: bool = Field(
         default=True,
         description="At most a quarter of the replicas on one node (of two or three: one), where "
-        "there is room.",
+        "there is room, and not all in one `zone` (a label of pools), where that costs nothing.",
     )
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."

@@ -21,6 +21,7 @@ class Column:
     price: float  # per hour
     tie: float = 0.0  # less is better where nothing else differs
     spot: bool = False
+    zone: str = ""
     running: int = 0  # replicas that are there already
     move: float = 0.0  # what starting one beyond them costs, in the objective's unit
 
@@ -33,6 +34,7 @@ class Need:
     least: int  # replicas
     most: int
     firm_rate: float = 0.0  # requests/s that must not be on spot nodes
+    spread: bool = False  # over zones, where that costs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,17 @@ class Problem:
     def meets(self, counts: Sequence[int]) -> bool:
         """Whether every model gets what it needs."""
         return all(self.met(counts, model) for model in range(len(self.needs)))
+
+    def zones(self, model: int) -> tuple[str, ...]:
+        """Over which a model's replicas should be spread; none where there is no choice."""
+        zones = sorted({self.columns[index].zone for index in self.of_model(model)})
+        need = self.needs[model]
+        return tuple(zones) if need.spread and need.most > 1 and len(zones) > 1 else ()
+
+    def in_one_zone(self, counts: Sequence[int], model: int) -> bool:
+        """Whether the loss of one zone would take all of a model's replicas."""
+        used = {self.columns[index].zone for index in self.of_model(model) if counts[index]}
+        return len(used) <= 1
 
     def load_factor(self, counts: Sequence[int]) -> float:
         """How many times the demand could grow before the first model is full."""

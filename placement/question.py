@@ -152,6 +152,7 @@ def _column(
         price=price,
         tie=tie,
         spot=option.pool.spot,
+        zone=option.pool.labels.get("zone", ""),
         running=sum(len(variant.placement) for variant in there),
         move=unit * load_s(option) / fleet.horizon_s if before else 0.0,
     )
@@ -163,7 +164,8 @@ def _need(wish: FleetModel, mine: Sequence[Column], fleet: FleetSpec) -> tuple[N
         return Need(rate=0.0, least=0, most=0), False
     most = wish.replicas.max
     if wish.demand is None:
-        return Need(rate=0.0, least=max(1, wish.replicas.min), most=most), False
+        least = max(1, wish.replicas.min)
+        return Need(rate=0.0, least=least, most=most, spread=wish.spread), False
     rate = wish.demand.requests_per_s
     carried = most * max(column.rate for column in mine)
     firm = most * max((column.rate for column in mine if not column.spot), default=0.0)
@@ -173,5 +175,6 @@ def _need(wish: FleetModel, mine: Sequence[Column], fleet: FleetSpec) -> tuple[N
         least=least,
         most=most,
         firm_rate=min(rate, carried) * (1 - fleet.max_spot_share) if firm > 0 else 0.0,
+        spread=wish.spread,
     )
     return need, rate > carried * (1 + 1e-9)

@@ -147,6 +147,7 @@ class _Form:
     ) -> None:
         self.program = Program()
         self.exact = True
+        self._tie = 0.0
         self._problem = problem
         self._soft = soft
         seeks = problem.objective == "headroom" and load_factor is None and not soft
@@ -159,6 +160,7 @@ class _Form:
         if seeks and any(need.rate > 0 for need in problem.needs):
             self.load_factor = self.program.column(-1.0, whole=False)
         self._patterns: list[tuple[int, list[dict[int, int]]]] = []
+        self._zoned = [] if soft else self._add_zones()
         for model, need in enumerate(problem.needs):
             self._add_need(model, need, load_factor or 1.0)
         for group in range(len(problem.groups)):
@@ -179,6 +181,7 @@ class _Form:
         ]
         if self.load_factor is not None:
             values.append(self._problem.load_factor(counts))
+        values += [float(self._problem.in_one_zone(counts, model)) for model in self._zoned]
         return values
 
     def _costs(self, start: Sequence[int] | None, *, seeks: bool) -> list[float]:
@@ -196,7 +199,8 @@ class _Form:
         counts = start or [1] * len(main)
         size = abs(sum(m * c for m, c in zip(main, counts, strict=True))) or 1.0
         tied = sum(t * c for t, c in zip(ties, counts, strict=True)) or 1.0
-        return [m + _TIE * size / tied * t for m, t in zip(main, ties, strict=True)]
+        self._tie = _TIE * size / tied
+        return [m + self._tie * t for m, t in zip(main, ties, strict=True)]
 
     def _add_moves(self, *, free: bool) -> list[int]:
         """A column for each of the problem's that costs something to start: replicas not running."""
@@ -207,6 +211,24 @@ class _Form:
                 self.program.row([(self._counts[index], 1.0), (new, -1.0)], upper=column.running)
                 moved.append(index)
         return moved
+
+    def _add_zones(self) -> list[int]:
+        """A small price for models whose replicas would all be in one zone; those models."""
+        zoned = []
+        for model in range(len(self._problem.needs)):
+            zones = self._problem.zones(model)
+            if not zones:
+                continue
+            zoned.append(model)
+            alone = self.program.column(self._tie, upper=1)
+            for zone in zones:
+                others = [
+                    (self._counts[index], 1.0)
+                    for index in self._problem.of_model(model)
+                    if self._problem.columns[index].zone != zone
+                ]
+                self.program.row([*others, (alone, 1.0)], lower=1.0)
+        return zoned
 
     def _add_need(self, model: int, need: Need, factor: float) -> None:
         mine = self._problem.of_model(model)
