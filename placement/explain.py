@@ -206,9 +206,13 @@ def _in_words(question: Question, selection: Selection, model: int) -> str:
 
 
 def _option_in_words(option: Option, replicas: int) -> str:
+    candidate = option.candidate
+    ranks = f"tp{candidate.tensor_parallel_size}"
+    if candidate.pipeline_parallel_size > 1:
+        ranks += f"-pp{candidate.pipeline_parallel_size}"
     return (
-        f"{replicas} x {option.candidate.checkpoint.precision} on {option.gpus_per_replica} x "
-        f"{option.gpu.name} (pool {option.pool.name})"
+        f"{replicas} x {candidate.checkpoint.precision} on {option.gpus_per_replica} x "
+        f"{option.gpu.name} ({ranks}, pool {option.pool.name})"
     )
 
 

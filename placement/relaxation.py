@@ -24,7 +24,7 @@ def nothing_legal(options: Options) -> Unmet:
             cheapest_relaxation="allow another precision (`precision: any`)",
         )
     candidate, rejection = closest
-    shape = f"{candidate.checkpoint.precision} on {candidate.tensor_parallel_size} x"
+    shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
     return Unmet(
         model=model,
         constraint=f"{rejection.rule}: {shape} {candidate.device.gpu.name}: {rejection.reason}",

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.candidates import candidates
 from placement.catalogue import CONFIGS, Catalogue, Checkpoint, ModelSpec
 from placement.errors import UnknownName
 from placement.fleet import Demand, FleetModel, FleetSpec, Objective, ReplicaBounds
@@ -410,6 +411,16 @@ def test_a_plan_that_must_hold_when_engines_are_slower_costs_what_the_other_says
     assert rosy.robustness.short == ("chat",)
     assert rosy.robustness.objective_to_hold == pytest.approx(careful.cost_per_hour)
     assert careful.cost_per_hour > rosy.cost_per_hour
+
+
+def test_pipelines_are_looked_at_where_gpus_have_no_nvlink() -> None:
+    def stages(pool: Pool) -> set[object]:
+        found = candidates(a_wish(model="mistral-small-3.2"), pool, CATALOGUE)
+        assert all(each.num_ranks <= pool.gpus_per_node for each in found)
+        return {each.pipeline_parallel_size for each in found}
+
+    assert stages(a_pool("box", "RTX-4090", gpus_per_node=4)) == {1, 2, 4}
+    assert stages(a_pool("h100")) == {1}
 
 
 def test_a_shape_that_another_can_always_replace_is_told_as_dominated() -> None:
