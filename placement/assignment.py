@@ -42,7 +42,8 @@ class _Nodes:
     """Free GPUs of each node, and what is on it."""
 
     free: dict[str, list[int]]
-    share: dict[str, int] = field(default_factory=dict)  # of a model's replicas, for one node
+    share: dict[str, int]  # of a model's replicas, for one node
+    busy: frozenset[tuple[str, int]]  # GPUs of what runs and will go
     placed: dict[str, list[_Replica]] = field(default_factory=dict)
     models: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -60,20 +61,27 @@ class _Nodes:
         self.models[replica.model, replica.node] -= 1
 
 
-def assign(nodes: Mapping[str, int], wanted: Sequence[Wanted]) -> dict[int, tuple[NodeGpus, ...]]:
+def assign(
+    nodes: Mapping[str, int],
+    wanted: Sequence[Wanted],
+    busy: frozenset[tuple[str, int]] = frozenset(),
+) -> dict[int, tuple[NodeGpus, ...]]:
     """GPUs of each replica, by key; `nodes` are the group's with their numbers of GPUs.
+
+    What is new starts on GPUs that are not `busy` where it can, so that it need not wait for
+    what goes.
 
     Raises:
         ValueError: the replicas do not fit.
     """
     share = _shares(wanted)
-    state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share)
+    state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share, busy)
     try:
         _place(state, wanted)
     except ValueError:
         if divisible({each.gpus for each in wanted if each.replicas}):
             raise
-        state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share)
+        state = _Nodes({name: list(range(gpus)) for name, gpus in nodes.items()}, share, busy)
         _place_by_patterns(state, wanted)
     found: dict[int, list[NodeGpus]] = {each.key: [] for each in wanted}
     for name in nodes:
@@ -103,7 +111,7 @@ def _place(state: _Nodes, wanted: Sequence[Wanted]) -> None:
                 state.evict(replica)
                 left[replica.key] += 1
             continue
-        state.put(largest, node, _together(state.free[node], largest.gpus))
+        state.put(largest, node, _together(state, node, largest.gpus))
         left[largest.key] -= 1
 
 
@@ -125,16 +133,19 @@ def _keep(state: _Nodes, wanted: Wanted) -> int:
 
 
 def _best_node(state: _Nodes, wanted: Wanted) -> str | None:
-    best: tuple[int, int] | None = None
+    best: tuple[int, bool, int] | None = None
     chosen = None
     for name, free in state.free.items():
         if len(free) < wanted.gpus:
             continue
+        idle = len(free)
+        if state.busy:
+            idle -= sum((name, gpu) in state.busy for gpu in free)
         beyond = state.models[wanted.model, name] + 1 - state.share[wanted.model]
-        rank = (max(0, beyond) if wanted.spread else 0, len(free))
+        rank = (max(0, beyond) if wanted.spread else 0, idle < wanted.gpus, len(free))
         if best is None or rank < best:
             best, chosen = rank, name
-        if rank == (0, wanted.gpus):
+        if rank == (0, False, wanted.gpus):
             break
     return chosen
 
@@ -166,14 +177,15 @@ def _in_the_way(state: _Nodes, size: int) -> list[_Replica]:
     return best[1]
 
 
-def _together(free: Sequence[int], size: int) -> tuple[int, ...]:
-    """GPUs that lie together where there are such; else the first."""
-    there = set(free)
-    for first in sorted(there):
+def _together(state: _Nodes, node: str, size: int) -> tuple[int, ...]:
+    """Idle GPUs that lie together where there are such; else the first idle ones, then others."""
+    free = state.free[node]
+    idle = {gpu for gpu in free if (node, gpu) not in state.busy}
+    for first in sorted(idle):
         block = range(first, first + size)
-        if first % size == 0 and there.issuperset(block):
+        if first % size == 0 and idle.issuperset(block):
             return tuple(block)
-    return tuple(sorted(free)[:size])
+    return tuple(sorted(sorted(free, key=lambda gpu: (gpu not in idle, gpu))[:size]))
 
 
 def _place_by_patterns(state: _Nodes, wanted: Sequence[Wanted]) -> None:
@@ -198,5 +210,5 @@ def _place_by_patterns(state: _Nodes, wanted: Sequence[Wanted]) -> None:
         for size in sorted(node_sizes, reverse=True):
             fitting = [each for each in wanted if each.gpus == size and left[each.key] > 0]
             chosen = min(fitting, key=lambda each: state.models[each.model, name])
-            state.put(chosen, name, _together(state.free[name], size))
+            state.put(chosen, name, _together(state, name, size))
             left[chosen.key] -= 1

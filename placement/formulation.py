@@ -117,12 +117,10 @@ class Formulation:
     def _add_need(self, model: int, need: Need, factor: float) -> None:
         mine = self._problem.of_model(model)
         each = [(self._counts[index], 1.0) for index in mine]
-        short: list[tuple[int, float]] = []
+        missed = None
         if self._soft:
             missed = self.program.column(_FEWER_SHORT * len(self._problem.needs), upper=1)
-            share = self.program.column(1.0, upper=1.0, whole=False)
-            self.program.row([(share, 1.0), (missed, -1.0)], upper=0.0)
-            short = [(share, 1.0)]
+        short = self._share_of(missed)
         if need.rate > 0:
             self._add_rate(mine, need.rate, short, factor=factor)
             if self.load_factor is not None:
@@ -130,7 +128,7 @@ class Formulation:
                 self.program.row([*carried, (self.load_factor, -1.0)], lower=0.0)
         firm = [index for index in mine if not self._problem.columns[index].spot]
         if need.firm_rate > 0 and len(firm) < len(mine):
-            self._add_rate(firm, need.firm_rate, short)
+            self._add_rate(firm, need.firm_rate, self._share_of(missed))
         if need.least > 0 or need.most < INFINITY:
             least = [(index, value * need.least) for index, value in short] if need.least else []
             if least:
@@ -138,6 +136,14 @@ class Formulation:
                 self.program.row(each, upper=need.most)
             else:
                 self.program.row(each, lower=need.least, upper=need.most)
+
+    def _share_of(self, missed: int | None) -> list[tuple[int, float]]:
+        """The share of a need that may be missed, if the model may go short at all."""
+        if missed is None:
+            return []
+        share = self.program.column(1.0, upper=1.0, whole=False)
+        self.program.row([(share, 1.0), (missed, -1.0)], upper=0.0)
+        return [(share, 1.0)]
 
     def _add_rate(
         self,

@@ -9,13 +9,14 @@ from placement.milp import Limits
 from placement.node_groups import node_groups
 from placement.options import Options, find_options
 from placement.plan import Plan, Robustness, Unmet
-from placement.problem import score
+from placement.problem import MET, score
 from placement.question import Question, make_question
 from placement.relaxation import (
     not_enough_gpus,
     nothing_legal,
     replica_limit,
     service_level,
+    too_much_on_spot,
 )
 from placement.selection import Selection, select, select_all_met
 from placement.variants import make_variants, refine
@@ -122,6 +123,12 @@ def _unmet(question: Question, chosen: Selection, model: int, options: Options) 
     best = quick[0]
     if question.problem.met(chosen.counts, model):
         return replica_limit(best, options) if question.beyond_limit[model] else None
+    need, firm = (
+        question.problem.needs[model],
+        question.problem.rate(chosen.counts, model, firm_only=True),
+    )
+    if firm < need.firm_rate * MET and question.problem.rate(chosen.counts, model) > firm:
+        return too_much_on_spot(options, firm_rate=need.firm_rate, firm=firm)
     if question.problem.replicas(chosen.counts, model) >= options.wish.replicas.max:
         return replica_limit(best, options)
     return not_enough_gpus(best, options, question.places_beside(chosen.counts, model, best))

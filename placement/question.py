@@ -168,13 +168,12 @@ def _need(wish: FleetModel, mine: Sequence[Column], fleet: FleetSpec) -> tuple[N
         return Need(rate=0.0, least=least, most=most, spread=wish.spread), False
     rate = wish.demand.requests_per_s
     carried = most * max(column.rate for column in mine)
-    firm = most * max((column.rate for column in mine if not column.spot), default=0.0)
     least = max(wish.replicas.min, 1 if rate > 0 else 0)
     need = Need(
         rate=min(rate, carried),
         least=least,
         most=most,
-        firm_rate=min(rate, carried) * (1 - fleet.max_spot_share) if firm > 0 else 0.0,
+        firm_rate=min(rate, carried) * (1 - fleet.max_spot_share),
         spread=wish.spread,
     )
     return need, rate > carried * (1 + 1e-9)

@@ -63,12 +63,25 @@ def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
     """The GPUs are there, but other models have them; `free` are those that they leave."""
     each = option.gpus_per_replica
     room = free.room(each)
-    missing = (option.replicas - room) * each
+    missing = max(1, option.replicas - room) * each
     return Unmet(
         model=options.wish.name,
         constraint=f"{option.replicas} replicas need {option.gpus} GPUs on {_on(option)}, of which "
         f"{free.gpus} are free: room for {room} replicas",
         cheapest_relaxation=f"{missing} more GPUs in pool {option.pool.name}, {each} to a node",
+    )
+
+
+def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unmet:
+    """Nodes that cannot be taken away carry less than `max_spot_share` leaves to them."""
+    wish = options.wish
+    rate = wish.demand.requests_per_s if wish.demand else firm_rate
+    share = math.ceil(100 * (1 - firm / rate)) / 100
+    return Unmet(
+        model=wish.name,
+        constraint=f"{firm_rate:.3g} requests/s must not depend on spot nodes; the others carry "
+        f"{firm:.3g}",
+        cheapest_relaxation=f"max_spot_share: {share:g}, or more nodes that are not spot",
     )
 
 

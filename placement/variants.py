@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from placement.assignment import Wanted, assign
@@ -135,36 +135,47 @@ def _placements(
     """For each picked option, by pool, the GPUs of its replicas."""
     found: list[dict[str, list[ReplicaGpus]]] = [defaultdict(list) for _ in picked]
     before = running.variants if running is not None else ()
+    busy = frozenset((node.node, gpu) for node in _all_gpus(before) for gpu in node.gpus)
     for index, group in enumerate(question.groups):
-        mine = [at for at, each in enumerate(picked) if each.option.group == index]
         pools = group.usable_nodes()
-        wanted = []
-        for at in mine:
-            wish = question.options[picked[at].model].wish
-            there = [
-                node
-                for variant in running_here(picked[at].option, wish, before, question.groups)
-                for replica in variant.placement
-                for node in replica
-            ]
-            wanted.append(
-                Wanted(
-                    key=at,
-                    model=wish.name,
-                    gpus=picked[at].option.gpus_per_replica,
-                    replicas=picked[at].replicas,
-                    spread=wish.spread,
-                    running=tuple(there),
-                )
-            )
+        wanted = [
+            _wanted(question, at, each, before)
+            for at, each in enumerate(picked)
+            if each.option.group == index
+        ]
         nodes = dict.fromkeys(pools, group.pool.gpus_per_node)
-        for at, replicas in assign(nodes, wanted).items():
+        for at, replicas in assign(nodes, wanted, busy).items():
             for node in replicas:
                 found[at][pools[node.node]].append((node,))
     for at, each in enumerate(picked):
         if not found[at]:
             found[at][each.option.pool.name] = []
     return [{pool: tuple(replicas) for pool, replicas in by_pool.items()} for by_pool in found]
+
+
+def _wanted(question: Question, key: int, picked: Picked, before: Sequence[Variant]) -> Wanted:
+    """The replicas to place; those whose engines need not start anew stay where they are."""
+    wish, option = question.options[picked.model].wish, picked.option
+    there = running_here(option, wish, before, question.groups)
+    if there:
+        flags = (
+            option.shape or make_shape(option.candidate, extra_args=wish.engine_args)
+        ).engine_args
+        there = [variant for variant in there if variant.shape.engine_args == flags]
+    return Wanted(
+        key=key,
+        model=wish.name,
+        gpus=option.gpus_per_replica,
+        replicas=picked.replicas,
+        spread=wish.spread,
+        running=tuple(_all_gpus(there)),
+    )
+
+
+def _all_gpus(variants: Sequence[Variant]) -> Iterator[NodeGpus]:
+    for variant in variants:
+        for replica in variant.placement:
+            yield from replica
 
 
 def _names(question: Question, parts: Sequence[_Part]) -> list[str]:

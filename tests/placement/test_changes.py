@@ -106,6 +106,7 @@ def test_another_context_replaces_replicas_and_says_why() -> None:
 
     assert isinstance(change, Replace)
     assert change.why == "max_model_len 8192 -> 16384"
+    assert change.reduced_capacity_s == 0  # free GPUs take the new ones first
 
 
 def test_without_a_free_gpu_the_time_of_reduced_capacity_is_told() -> None:

@@ -372,6 +372,16 @@ def test_no_more_of_a_demand_depends_on_spot_nodes_than_allowed() -> None:
     assert {v.pool for v in half.variants} == {"spot", "firm"}
 
 
+def test_a_demand_that_only_spot_nodes_could_carry_says_so() -> None:
+    wish = a_wish(model="mistral-7b", demand=Demand(requests_per_s=5.0))
+
+    plan = plan_for(wish, pools=[a_pool(spot=True)], max_spot_share=0.5)
+
+    (unmet,) = plan.unmet
+    assert "2.5 requests/s must not depend on spot nodes" in unmet.constraint
+    assert unmet.cheapest_relaxation.startswith("max_spot_share: 1")
+
+
 def test_throughput_fills_what_there_is_up_to_the_replica_limit() -> None:
     wish = a_wish(model="mistral-7b", replicas=ReplicaBounds(max=6), tensor_parallel_size=1)
 
