@@ -78,6 +78,8 @@ def _solve(problem: Problem, limits: Limits, start: Sequence[int] | None) -> Sel
         return None
     counts = form.counts(answer)
     seconds, bound = answer.seconds, answer.bound
+    # Compared with the answer's own cost, which like the bound counts what breaks ties.
+    proven = form.exact and answer.cost - bound <= TIE * max(abs(answer.cost), 1e-9)
     if problem.objective == "headroom" and form.load_factor is not None:
         factor = answer.values[form.load_factor]
         bound = -answer.bound
@@ -89,12 +91,10 @@ def _solve(problem: Problem, limits: Limits, start: Sequence[int] | None) -> Sel
     reached = score(problem, counts)
     if not form.exact:
         bound = min(bound, best_without_limits(problem))
-    if abs(reached - bound) <= 3 * TIE * max(abs(reached), 1e-9):
-        bound = reached
     return Selection(
         counts=tuple(counts),
         objective=reached,
-        bound=min(reached, bound),
+        bound=reached if proven else min(reached, bound),
         seconds=seconds,
         needs=problem.needs,
     )
