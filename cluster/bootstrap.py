@@ -124,6 +124,7 @@ def start(
     )
     arguments = ["--controller", f"http://{host}:{port}", "--host", gateway.host]
     arguments += ["--http-port", str(gateway.http_port), "--grpc-port", str(gateway.grpc_port)]
+    arguments += ["--auth", gateway.auth]
     log_file = str(run_dir / "logs" / "gateway.log")
     host_actor = _actor(GatewayActor, GATEWAY, arguments, token, log_file)
     ray.get([controller.start.remote(), host_actor.start.remote()])

@@ -24,6 +24,7 @@ from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.files import replace_text
+from cluster.key_keeper import KeyKeeper
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -31,7 +32,8 @@ from cluster.registry import Registry
 from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
-from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
+from cluster.sync_desk import SyncDesk
+from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
 from placement.observation import observe
@@ -57,8 +59,7 @@ class Controller:
         self._plan: Plan | None = None
         self._registry = Registry()
         self._autoscaler = Autoscaler()
-        self._table = EndpointTable()
-        self._changed = asyncio.Event()
+        self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events: deque[Event] = deque(maxlen=200)
         self._failures: dict[str, str] = {}
         self._deployer = Deployer(
@@ -112,17 +113,15 @@ class Controller:
             self._publish()
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
-        """Take a gateway's load in; answer when the table is not the one it has."""
+        """Take a gateway's load and usage in; answer when it lacks a table or keys."""
         self._autoscaler.observe(request.gateway, request.loads, time.monotonic())
         self._gateway_failure = ""
-        deadline = time.monotonic() + request.wait_s
-        while request.version == self._table.version or self._settling():
-            changed, remaining = self._changed, deadline - time.monotonic()
-            if remaining <= 0:
-                return SyncResponse()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), remaining)
-        return SyncResponse(table=self._table)
+        return await self._desk.answer(request)
+
+    @property
+    def keys(self) -> KeyKeeper:
+        """Tenants, keys and usage."""
+        return self._desk.keys
 
     async def gateway_ended(self, log_tail: str) -> None:
         """A gateway process of ours ended by itself."""
@@ -203,7 +202,7 @@ class Controller:
         now_s = time.time()
         return FleetStatus(
             fleet=self._plan.fleet if self._plan else "",
-            table_version=self._table.version,
+            table_version=self._desk.table.version,
             variants=tuple(
                 variant_status(
                     variant,
@@ -290,14 +289,10 @@ class Controller:
         self._publish()
 
     def _publish(self) -> None:
-        """Put a new table before all waiting gateways, if anything in it differs."""
+        """Put the table before all waiting gateways, if anything in it differs."""
         # Milliseconds since the epoch keep growing over a restart of the controller.
-        version = max(self._table.version + 1, int(time.time() * 1000))
-        table = self._registry.table(self._variants(), version)
-        if table.model_copy(update={"version": self._table.version}) != self._table:
-            self._table = table
-            self._changed.set()
-            self._changed = asyncio.Event()
+        version = max(self._desk.table.version + 1, int(time.time() * 1000))
+        self._desk.publish(self._registry.table(self._variants(), version))
 
     def _note(self, model: str, text: str) -> None:
         self._events.append(Event(at_s=time.time(), model=model, text=text))

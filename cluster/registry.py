@@ -67,6 +67,8 @@ class Registry:
                     capabilities=variant.capabilities,
                     scalable=all(each.bounds.min == 0 for each in same),
                     managed=True,
+                    routing=variant.routing,
+                    fallback=variant.fallback,
                 ),
             )
         endpoints = tuple(
@@ -88,5 +90,7 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         # Beyond what runs at once an engine queues a little: it keeps its batch full.
         max_in_flight=2 * variant.shape.max_num_seqs,
         max_model_len=variant.shape.max_model_len,
+        engine=variant.shape.engine,
         api_key=report.api_key or None,
+        tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

@@ -12,9 +12,8 @@ from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
 
-from gateway.answer import Answer
 from gateway.endpoints import Endpoint
-from gateway.engine_connection import EngineConnection, StaleConnection
+from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineUnreachable
 
 # uvicorn, which vLLM uses, closes idle connections after 5 s; be the first to.
@@ -31,7 +30,7 @@ class _Origin:
 
 
 class EngineClient:
-    """Sends requests to endpoints. One per event loop, shared by all requests.
+    """Connections to endpoints. One per event loop, shared by all requests.
 
     Connections are as many as there are leases: `max_in_flight` bounds both.
     """
@@ -55,27 +54,9 @@ class EngineClient:
         self._idle.clear()
         await asyncio.sleep(0)  # so that the event loop closes the sockets
 
-    async def post(
-        self, endpoint: Endpoint, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> Answer:
-        """Send, and wait until the answer has begun.
-
-        Raises:
-            EngineUnreachable: no connection; nothing was sent.
-            EngineBroke: the connection broke before the answer began.
-        """
-        head = _head(endpoint.url, endpoint.api_key, path) + _lines(headers, len(body))
-        connection = self._pooled(endpoint.url)
-        if connection is not None:
-            try:
-                return await connection.ask(head, body)
-            except StaleConnection:
-                pass  # it was closed while we took it for alive: that is no failure
-        connection = await self._connect(endpoint)
-        return await connection.ask(head, body)
-
-    def _pooled(self, url: str) -> EngineConnection | None:
-        idle = self._idle.get(url)
+    def take(self, endpoint: Endpoint) -> EngineConnection | None:
+        """A connection that is idle, if there is one. It may turn out to be stale."""
+        idle = self._idle.get(endpoint.url)
         while idle:
             connection = idle.pop()
             if not connection.closed:
@@ -83,7 +64,12 @@ class EngineClient:
                 return connection
         return None
 
-    async def _connect(self, endpoint: Endpoint) -> EngineConnection:
+    async def connect(self, endpoint: Endpoint) -> EngineConnection:
+        """A new connection.
+
+        Raises:
+            EngineUnreachable: nobody answers there.
+        """
         loop, url = asyncio.get_running_loop(), endpoint.url
         origin = _origin(url)
 
@@ -94,7 +80,7 @@ class EngineClient:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 transport, connection = await loop.create_connection(
-                    lambda: EngineConnection(endpoint.key, loop, free),
+                    lambda: EngineConnection(endpoint.key, free),
                     origin.host,
                     origin.port,
                     ssl=self._tls_context() if origin.is_tls else None,
@@ -137,10 +123,19 @@ def _origin(url: str) -> _Origin:
     return _Origin(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
 
 
+def request_head(
+    endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str], num_body_bytes: int
+) -> bytes:
+    """A request to `endpoint`. `headers` hold no line breaks: `make_call` and tracing see to that."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    start = _head(endpoint.url, endpoint.api_key, method, path)
+    return start + f"{lines}content-length: {num_body_bytes}\r\n\r\n".encode()
+
+
 @lru_cache(maxsize=4096)
-def _head(url: str, api_key: str | None, path: str) -> bytes:
+def _head(url: str, api_key: str | None, method: str, path: str) -> bytes:
     lines = [
-        f"POST {path} HTTP/1.1",
+        f"{method} {path} HTTP/1.1",
         f"host: {urlsplit(url).netloc.rpartition('@')[2]}",
         "content-type: application/json",
         "accept-encoding: identity",
@@ -148,12 +143,6 @@ def _head(url: str, api_key: str | None, path: str) -> bytes:
     if api_key:
         lines.append(f"authorization: Bearer {api_key}")
     return "".join(_UNSAFE_IN_HEADER.sub("?", line) + "\r\n" for line in lines).encode()
-
-
-def _lines(headers: Mapping[str, str], num_body_bytes: int) -> bytes:
-    """The rest of the head. `headers` hold no line breaks: `make_call` and tracing see to that."""
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-    return f"{''.join(lines)}content-length: {num_body_bytes}\r\n\r\n".encode()
 
 
 def _keep_alive(connected: socket.socket) -> None:

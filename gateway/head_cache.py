@@ -14,6 +14,7 @@ _VARYING = re.compile(
     rb"\r\n([Cc]ontent-[Ll]ength|[Xx]-[Rr]equest-[Ii][Dd]|[Tt]raceparent): "
     rb"([0-9A-Za-z._:-]{1,128})(?=\r\n)"
 )
+_UNCUT = re.compile(rb"\r\n(content-length|x-request-id|traceparent):", re.IGNORECASE)
 _MAX_HEADS = 512
 _MAX_HEAD_BYTES = 4096
 _MAX_LENGTH_DIGITS = 9
@@ -22,13 +23,17 @@ _UNCACHED = ("transfer-encoding", "expect", "upgrade")
 
 @dataclass(slots=True)
 class Head:
-    """A request without its body. Header names are lower-case; it is never changed."""
+    """A request without its body. Header names are lower-case; it is never changed.
+
+    `content-length` is not among the headers: the body tells it.
+    """
 
     method: bytes
     path: str
     headers: dict[str, str]
     keep_alive: bool
     version: str
+    query: str = ""
 
 
 class HeadCache:
@@ -58,7 +63,8 @@ class HeadCache:
         if not others:
             return known, length
         headers = {**known.headers, **others}
-        return Head(known.method, known.path, headers, known.keep_alive, known.version), length
+        head = Head(known.method, known.path, headers, known.keep_alive, known.version, known.query)
+        return head, length
 
     def add(self, data: bytes, head: Head) -> None:
         """`data` was parsed, whole, as `head`."""
@@ -68,9 +74,8 @@ class HeadCache:
             return
         parts = _VARYING.split(data)
         del parts[2::3]
-        cut = {name.lower() for name in parts[1::2]}
-        if ("content-length" in head.headers) != (b"content-length" in cut):
-            return  # written in an unusual way
+        if any(_UNCUT.search(part) for part in parts[::2]):
+            return  # one is written in an unusual way: it might count, and the others not
         if len(self._heads) >= _MAX_HEADS:
             self._heads.clear()
         self._heads[tuple(parts)] = head

@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from placement.catalogue import Precision
+from placement.errors import nearest
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
 
@@ -34,6 +36,9 @@ class Demand(Spec):
     )
     output_tokens: TokenLengths = Field(
         default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
+    )
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
     )
 
 
@@ -148,6 +153,13 @@ class FleetModel(Spec):
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."
     )
+    routing: RoutingPolicy = Field(
+        default=RoutingPolicy(), description="How requests are spread over the replicas."
+    )
+    fallback: tuple[str, ...] = Field(
+        default=(),
+        description="Models of this fleet that answer in its place when it cannot, in this order.",
+    )
     simulate_gpu: str | None = Field(
         default=None, description="engine: sim only: the GPU type whose speed is simulated."
     )
@@ -179,9 +191,12 @@ class GatewaySpec(Spec):
     grpc_port: NonNegativeInt = Field(default=8001, le=65535, description="0: any free port.")
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Beyond loopback, put authentication in front.",
+        description="Address to listen on. Beyond loopback, set `auth: keys`.",
     )
-    auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
+    auth: Literal["none", "keys"] = Field(
+        default="none",
+        description="Who may ask. `none`: anybody; `keys`: who has a key, see `bora keys`.",
+    )
 
     @model_validator(mode="after")
     def _a_port_for_each(self) -> Self:
@@ -235,4 +250,16 @@ class FleetSpec(Spec):
                 if name in seen:
                     raise ValueError(f"two models of the fleet answer to the name {name!r}")
                 seen.add(name)
+        return self
+
+    @model_validator(mode="after")
+    def _fallbacks_exist(self) -> Self:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        for model in self.models:
+            for name in model.fallback:
+                if name not in names or name in (model.name, *model.aliases):
+                    hint = nearest(name, [each for each in names if each != model.name])
+                    raise ValueError(
+                        f"{model.name}: fallback {name!r} is no other model of the fleet{hint}"
+                    )
         return self

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
 
@@ -30,6 +31,10 @@ class Prediction(Spec):
     ttft_s: float
     tpot_ms: float
     output_tokens_per_s: float = Field(description="Of the whole replica.")
+    ttft_error: float | None = Field(
+        default=None, description="Relative, as runs differed that were not fitted to, on average."
+    )
+    tpot_error: float | None = Field(default=None, description="The same of tpot_ms.")
 
 
 class Shape(Spec):
@@ -121,6 +126,8 @@ class Variant(Spec):
     )
     predicted: Predicted
     capabilities: tuple[str, ...] = ()
+    routing: RoutingPolicy = RoutingPolicy()
+    fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")
 
 
 class Unmet(Spec):

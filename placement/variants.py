@@ -255,6 +255,8 @@ def _variant(
         limited_by=option.capacity.broken_promise,
         predicted=_predicted(wish, option, total_rate),
         capabilities=model.capabilities,
+        routing=wish.routing,
+        fallback=wish.fallback,
     )
 
 

@@ -53,7 +53,9 @@ def deploy(
     before = client.plan()
     plan = feasible(solve(fleet, inventory, before), console)
     if before is not None and before.gateway != plan.gateway:
-        console.print("note: the gateway keeps its address until `bora down`", markup=False)
+        console.print(
+            "note: the gateway keeps its address and its `auth` until `bora down`", markup=False
+        )
     try:
         client.apply(plan)
         wait_until_ready(client, plan, console, still_up=lambda: True)

@@ -7,6 +7,7 @@ import pytest
 from cluster.registry import Registry
 from cluster.shape_version import shape_version
 from placement.fleet import ReplicaBounds
+from placement.routing_policy import RoutingPolicy
 from tests.builders import a_report, a_shape, a_variant
 
 
@@ -31,6 +32,26 @@ def test_an_endpoint_carries_what_the_gateway_needs():
     assert endpoint.api_key == "secret"
     assert endpoint.max_in_flight == 16
     assert endpoint.max_model_len == 4096
+
+
+def test_an_endpoint_says_which_engine_it_is_and_how_fast_it_should_be():
+    registry = Registry()
+    registry.report(a_report(), now_s=0)
+    variant = a_variant()
+
+    [endpoint] = registry.table([variant], version=1).endpoints
+
+    assert endpoint.engine == variant.shape.engine
+    assert endpoint.tokens_per_s == variant.shape.prediction.output_tokens_per_s
+
+
+def test_how_requests_are_spread_and_what_they_fall_back_to_goes_to_gateways():
+    policy = RoutingPolicy(policy="session", weights={"chat@local-sim": 1})
+    variant = a_variant(routing=policy, fallback=("small",))
+
+    [model] = Registry().table([variant], version=1).models
+
+    assert (model.routing, model.fallback) == (policy, ("small",))
 
 
 def test_a_model_without_replicas_stays_in_the_table():

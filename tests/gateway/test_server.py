@@ -12,10 +12,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import grpc
 import pytest
 
 from gateway.errors import GatewayError, StartupFailed
 from gateway.ports import hold_port
+from gateway.proto import inference_pb2 as pb
+from gateway.proto import inference_pb2_grpc
 from gateway.server import run
 from tests.gateway.engines import (
     CHAT,
@@ -164,6 +167,31 @@ async def test_sigterm_drains_the_process_and_it_ends_well(tmp_path: Path) -> No
 
     access = [json.loads(line) for line in log if line.startswith("{")]
     assert sorted(line["status"] for line in access) == [200, 503]
+    assert "Traceback" not in "".join(log)
+
+
+async def test_sigterm_lets_grpc_streams_finish_and_refuses_new_calls(tmp_path: Path) -> None:
+    request = pb.CompletionRequest(model="chat", prompt="Say")
+    async with (
+        an_engine(word_gate=asyncio.Event()) as engine,
+        a_process(tmp_path, engine.url) as (process, log),
+    ):
+        await until(lambda: ports(log) != [], 20)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports(log)[0][1]}") as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            stream = stub.CompletionStream(request)
+            words = [(await stream.read()).choices[0].text]
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: "draining" in "".join(log))
+            refused = stub.Completion(request)
+            assert await refused.code() == grpc.StatusCode.UNAVAILABLE
+            assert dict(await refused.trailing_metadata())["retry-after"] == "1"
+            engine.word_gate.set()
+            while (chunk := await stream.read()) is not grpc.aio.EOF:
+                words.append(chunk.choices[0].text)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+    assert "".join(words) == "Hello big world"
     assert "Traceback" not in "".join(log)
 
 

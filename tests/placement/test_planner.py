@@ -17,6 +17,7 @@ from placement.fleet import Demand, FleetModel, FleetSpec, Objective, ReplicaBou
 from placement.inventory import Inventory, Pool
 from placement.plan import Plan, Variant
 from placement.planner import make_plan
+from placement.routing_policy import RoutingPolicy
 from placement.spec import dump_yaml, load_yaml, parse_yaml
 from tests.placement.builders import (
     CATALOGUE,
@@ -109,6 +110,17 @@ def test_a_simulation_on_real_gpus_is_of_those_gpus() -> None:
     variant = the_only(plan_for(wish))
 
     assert variant.simulated_gpu == "H100-SXM"
+
+
+def test_a_plan_carries_how_requests_are_spread_and_survives_yaml() -> None:
+    policy = RoutingPolicy(policy="prefix", weights={"chat@a": 0.5})
+    wish = a_wish("chat", "mistral-7b", routing=policy, fallback=("small",))
+
+    plan = plan_for(wish, a_wish("small", "mistral-7b"), pools=[a_pool("h100")])
+
+    chat = next(variant for variant in plan.variants if variant.model == "chat")
+    assert (chat.routing, chat.fallback) == (policy, ("small",))
+    assert parse_yaml(dump_yaml(plan), Plan, source="plan") == plan
 
 
 def test_the_cheapest_pool_that_carries_the_demand_wins() -> None:
