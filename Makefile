@@ -62,6 +62,7 @@ bench-gateway: install  ## CPU per request and per streamed chunk, beside other 
 bench-planner: install  ## the planner: time, gap and memory over size; cost beside plans made by hand
 	$(BIN)/python -m loadtests.bench_planner
 	$(BIN)/python -m loadtests.bench_placement
+	$(BIN)/python -m loadtests.bench_helix
 
 bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
 	$(BIN)/python -m loadtests.bench_grpc
