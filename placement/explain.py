@@ -18,8 +18,7 @@ from placement.question import Question, make_question
 from placement.selection import Selection, select_all_met
 from placement.ways_out import ways_out
 
-_LITTLE = 5e-3  # of the cost: less is within what larger problems are solved to
-_LIMITS = Limits(time_s=5.0)
+_SMALL = 100  # columns; beyond, answers are quick rather than exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def explain(
     found = tuple(find_options(wish, fleet, groups, catalogue) for wish in wishes)
     setting = Setting(fleet, catalogue, groups, found)
     question = setting.question
-    now = select_all_met(question.problem, _LIMITS)
+    now = select_all_met(question.problem, _limits(question.problem))
     if plan.unmet or now is None:
         reasons = tuple(_reason(question, None, plan, model) for model in range(len(wishes)))
         return Explanation(reasons=reasons, ways_out=ways_out(fleet, inventory, catalogue, plan))
@@ -72,12 +71,23 @@ def explain(
     )
 
 
+def _limits(problem: Problem) -> Limits:
+    if len(problem.columns) <= _SMALL:
+        return Limits(time_s=5.0)
+    return Limits(time_s=5.0, gap=0.01, nodes=20)
+
+
+def _little(problem: Problem) -> float:
+    """Share of the cost that is within what the problem is solved to."""
+    return 1e-3 if len(problem.columns) <= _SMALL else 0.02
+
+
 def _reason(question: Question, now: Selection | None, plan: Plan, model: int) -> Reason:
     name = question.options[model].wish.name
     mine = [variant for variant in plan.variants if variant.model == name]
     runner_up, costs = None, None
     if now is not None and any(variant.replicas for variant in mine):
-        other = select_all_met(_without(question, now, model), _LIMITS)
+        other = select_all_met(_without(question, now, model), _limits(question.problem))
         if other is not None:
             runner_up = _in_words(question, other, model)
             costs = _cost(question.problem, other) - _cost(question.problem, now)
@@ -117,7 +127,8 @@ def _with_a_node_more(question: Question, now: Selection, currency: str) -> Iter
         nodes = question.problem.groups[index]
         groups = list(question.problem.groups)
         groups[index] = Nodes(nodes.nodes + 1, nodes.gpus_per_node)
-        found = select_all_met(replace(question.problem, groups=tuple(groups)), _LIMITS)
+        larger = replace(question.problem, groups=tuple(groups))
+        found = select_all_met(larger, _limits(larger))
         gpus = f"{group.pool.gpus_per_node} x {group.pool.gpu}"
         change = f"one more node in pool {group.name} ({gpus})"
         if found is not None and _matters(question.problem, found, now):
@@ -132,7 +143,8 @@ def _with_other_levels(setting: Setting, now: Selection, currency: str) -> Itera
         for change, slo in _other_levels(wish):
             question = setting.with_model(wish.model_copy(update={"slo": slo})).question
             possible = question.problem.of_model(model) and not question.beyond_limit[model]
-            found = select_all_met(question.problem, _LIMITS) if possible else None
+            limits = _limits(question.problem)
+            found = select_all_met(question.problem, limits) if possible else None
             if found is None:
                 yield WhatIf(change=change, effect="is more than these pools can do")
             elif _matters(question.problem, found, now, before=problem):
@@ -182,9 +194,11 @@ def _matters(
     problem: Problem, then: Selection, now: Selection, *, before: Problem | None = None
 ) -> bool:
     if problem.objective != "cost":
-        return abs(then.objective - now.objective) > _LITTLE * max(abs(now.objective), 1e-9)
+        return abs(then.objective - now.objective) > _little(problem) * max(
+            abs(now.objective), 1e-9
+        )
     cost = _cost(before or problem, now)
-    return abs(_cost(problem, then) - cost) > _LITTLE * max(cost, 1e-9)
+    return abs(_cost(problem, then) - cost) > _little(problem) * max(cost, 1e-9)
 
 
 def _cost(problem: Problem, selection: Selection) -> float:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import re
 from xml.etree import ElementTree as ET
 
 import pytest
+from rich.console import Console
 
 from cluster.cli.plan_html import plan_html
 from cluster.cli.plan_svg import plan_svg
+from cluster.cli.render import plan_page
+from placement.catalogue import CONFIGS
 from placement.changes import migration
 from placement.explain import explain
 from placement.fleet import Demand, FleetSpec, ReplicaBounds
 from placement.inventory import Inventory
-from placement.plan import Plan
+from placement.plan import Plan, Robustness
 from placement.planner import make_plan
+from placement.spec import load_yaml
 from tests.placement.builders import CATALOGUE, a_fleet, a_pool, a_wish, an_inventory
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -69,6 +74,31 @@ def test_what_is_not_possible_stands_on_the_page_with_the_way_out() -> None:
 
     assert plan.status == "infeasible"
     assert plan.unmet[0].cheapest_relaxation in page
+
+
+def test_an_example_is_printed_with_its_variants_prices_and_places() -> None:
+    folder = CONFIGS / "fleets"
+    fleet = load_yaml(folder / "large-3-a100.yaml", FleetSpec)
+    inventory = load_yaml(folder / "large-3-a100.inventory.yaml", Inventory)
+    console = Console(width=200, record=True, file=io.StringIO())
+
+    console.print(plan_page(make_plan(fleet, inventory, CATALOGUE)))
+    head, columns, row = console.export_text().strip().splitlines()
+
+    assert head == "fleet large-3-a100: optimal, 8 of 8 GPUs, 14.32 USD/h"
+    assert columns.split()[:3] == ["model", "variant", "replicas"]
+    assert row.split()[:7] == ["large", "large@a100-tp8-ep", "1", "(1-1)", "8", "x", "A100-80-SXM"]
+    assert "a100-0" in row
+
+
+def test_a_plan_that_hangs_on_predictions_says_so() -> None:
+    slow = Robustness(holds=False, short=("chat",), objective_to_hold=99.0)
+    plan = a_case()[2].model_copy(update={"robustness": slow})
+    console = Console(width=200, record=True, file=io.StringIO())
+
+    console.print(plan_page(plan))
+
+    assert "15 % slower than predicted chat would go short" in console.export_text()
 
 
 def test_names_do_not_become_markup() -> None:
