@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
 
+from gateway.answer_cache import AnswerCache
 from gateway.endpoints import Endpoint
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineUnreachable
@@ -37,6 +38,7 @@ class EngineClient:
 
     def __init__(self, *, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._known = AnswerCache()
         self._idle: dict[str, list[EngineConnection]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -80,7 +82,7 @@ class EngineClient:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 transport, connection = await loop.create_connection(
-                    lambda: EngineConnection(endpoint.key, free),
+                    lambda: EngineConnection(endpoint.key, free, self._known),
                     origin.host,
                     origin.port,
                     ssl=self._tls_context() if origin.is_tls else None,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httptools
 
 from gateway.answer import Answer, Listener
+from gateway.answer_cache import AnswerCache
 from gateway.errors import EngineBroke
 
 _MAX_HEAD_BYTES = 256 * 1024
@@ -19,15 +20,27 @@ class EngineConnection(asyncio.Protocol):
 
     __slots__ = (
         *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard"),
-        *("_informational", "_keep_alive", "_listener", "_name", "_on_free", "_parser", "_paused"),
+        *(
+            "_informational",
+            "_keep_alive",
+            "_known",
+            "_listener",
+            "_name",
+            "_on_free",
+            "_parser",
+            "_paused",
+        ),
         *("_transport", "_until_close", "closed", "idle_since", "reused"),
     )
 
-    def __init__(self, name: str, on_free: Callable[[EngineConnection], None]) -> None:
+    def __init__(
+        self, name: str, on_free: Callable[[EngineConnection], None], known: AnswerCache
+    ) -> None:
         self.closed = self.reused = False
         self.idle_since = 0.0
         self._name = name
         self._on_free = on_free
+        self._known = known
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._listener: Listener | None = None
@@ -74,7 +87,16 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._heard = True
+        is_first = not self._heard
+        if is_first:
+            self._heard = True
+            known = self._known.find(data) if self._listener is not None else None
+            if known is not None:
+                self._answer, body = known
+                self._body.append(body)
+                self._keep_alive = True
+                self._complete()
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -90,6 +112,8 @@ class EngineConnection(asyncio.Protocol):
         if self._body and not self._answer.is_json:
             self._pass_on()
         if self._done:
+            if is_first and self._answer.is_json and self._keep_alive:
+                self._known.add(data, self._answer)
             self._complete()
 
     def eof_received(self) -> None:
@@ -159,7 +183,7 @@ class EngineConnection(asyncio.Protocol):
     def _complete(self) -> None:
         listener, self._listener = self._listener, None
         answer, begun = self._answer, self._begun
-        body = b"".join(self._body)
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._done = self._until_close = False
         if self.closed:

@@ -9,37 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Coroutine
+from typing import TYPE_CHECKING, Any
 
-from gateway.access import Access, may_use
 from gateway.accounts import Visit
-from gateway.admission import Admission
 from gateway.answer import Answer
-from gateway.call import Call, parse_object
-from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
-from gateway.engine import EngineClient, request_head
+from gateway.call import Call
+from gateway.continuation import CannotContinue
 from gateway.engine_connection import EngineConnection
+from gateway.engine_request import engine_request, transcript_of
 from gateway.errors import (
     DeadlineExceeded,
     EngineBroke,
     EngineUnreachable,
     GatewayError,
     NotSupported,
-    Overloaded,
-    Unavailable,
 )
-from gateway.metering import Meter
-from gateway.migration import Migration
 from gateway.missing_path import refuse_if_missing
+from gateway.plant import Client, Plant, shutting_down
 from gateway.record import Record
+from gateway.recovery import RETRIED_STATUSES, Recovery, is_hopeless
 from gateway.relay import Relay
 from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
 from gateway.routing import Lease
 from gateway.tenants import ANONYMOUS
-from gateway.tracing import Tracing
-from gateway.transcript import Transcript
 from gateway.usage import find_usage
 
 if TYPE_CHECKING:
@@ -47,80 +40,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLIENT_LEFT = 499
-# Answers that another replica may well not give.
-_RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
-_NO_ENGINE = (Unavailable, Overloaded, EngineBroke)
 _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\n"
-_ASK_FOR_IDS = b',"return_token_ids":true}'
-_LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0  # between attempts to go on with a stream
 _HEARTBEAT = b": the request waits\n\n"
-
-
-class Client(Protocol):
-    """Who asked. Gets either a `whole` answer, or `start`, `write` ... and `finish`.
-
-    `fail` may come at any time, and ends it.
-    """
-
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        """Takes a part of a body, not empty."""
-
-    def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """All of an answer. `headers` are lines that each end in CRLF."""
-
-    def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:
-        """The head of an answer whose body comes with `write`, up to `finish`."""
-
-    def finish(self) -> None:
-        """The body is complete."""
-
-    def fail(self, error: GatewayError) -> None:
-        """There is no answer, or no more of it."""
-
-
-@dataclass(slots=True)
-class Plant:
-    """What all exchanges share. `running` are those under way."""
-
-    admission: Admission
-    engines: EngineClient
-    meter: Meter
-    tracing: Tracing
-    access: Access
-    loop: asyncio.AbstractEventLoop
-    draining: bool = False
-    running: set[Exchange] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Exchange:
     """Carries `call` to an engine and its answer to `client`. Hears of both, see `Listener`."""
 
     __slots__ = (
-        *(
-            "_answer",
-            "_call",
-            "_client",
-            "_client_is_slow",
-            "_connection",
-            "_heartbeat",
-            "_lease",
-            "_lost",
-        ),
-        *(
-            "_migration",
-            "_moved",
-            "_num_misses",
-            "_num_stalls",
-            "_over",
-            "_plant",
-            "_relay",
-            "_span",
-            "_started",
-        ),
-        *("_stranded_at", "_task", "_timer", "_tried", "_visit", "received", "record"),
+        *("_answer", "_call", "_client", "_client_is_slow", "_connection", "_heartbeat", "_lease"),
+        *("_over", "_plant", "_recovery", "_relay", "_span", "_started", "_task", "_timer"),
+        *("_visit", "received", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call, client: Client) -> None:
@@ -132,18 +62,12 @@ class Exchange:
         self._plant = plant
         self._call = call
         self._client = client
-        self._tried: set[str] = set()
         self._lease: Lease | None = None
-        self._lost = ""  # the endpoint that failed last
         self._connection: EngineConnection | None = None
         self._answer = Answer()
         self._relay: Relay | None = None
-        self._migration: Migration | None = None
+        self._recovery: Recovery | None = None  # nothing has gone wrong
         self._started = False  # the client has a status
-        self._moved = False  # once after an engine's 5xx
-        self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
-        self._num_stalls = 0  # engines that were left because they fell silent
-        self._num_misses = 0  # engines that did not go on with it since
         self._over = self._client_is_slow = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -176,19 +100,10 @@ class Exchange:
         if lease is not None:
             self._occupy(lease)
             self._ask()
-        elif self._is_hopeless():
+        elif is_hopeless(plant, self.record.model):
             self._fail(plant.admission.no_replica(self.record.model))
         else:
             self._run(self._take_place())
-
-    def _is_hopeless(self) -> bool:
-        """Nobody serves the model, waiting does not start it, and another may stand in for it."""
-        admission, model = self._plant.admission, self.record.model
-        return (
-            bool(admission.router.fallbacks(model))
-            and not admission.router.can_serve(model)
-            and not admission.resolve(model).scalable
-        )
 
     def end(self, reason: GatewayError) -> None:
         """Stop it now, with `reason` as the client's error."""
@@ -223,11 +138,12 @@ class Exchange:
         relay, lease, router = self._relay, self._lease, self._plant.admission.router
         if relay is None or lease is None or self._connection is None or self._client_is_slow:
             return
-        patience_s = self._plant.admission.limits.stall_timeout_s * 2**self._num_stalls
+        recovery = self._recover()
+        patience_s = recovery.patience_s()
         if not relay.wrote or now - relay.last_at <= patience_s:
             return
         if router.can_serve(self.record.model, {lease.endpoint.key}):
-            self._num_stalls += 1
+            recovery.stalled()
             self.give_up(f"it was silent for {patience_s:g} s")
 
     def give_up(self, reason: str) -> None:
@@ -255,7 +171,7 @@ class Exchange:
         except NotSupported as error:
             self._fail(error)
             return
-        if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
+        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         if self._started:
             self._fail(_refused(answer, body))
@@ -270,7 +186,7 @@ class Exchange:
 
     def began(self, answer: Answer) -> None:
         """The first bytes of a stream come next."""
-        if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
+        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         if self._started and not (answer.status == 200 and answer.is_event_stream):
             self._hang_up()
@@ -278,14 +194,13 @@ class Exchange:
             return
         self._answer = answer
         self.received = self._write_first
-        if self._stranded_at:
-            self._stranded_at, self._num_misses = 0.0, 0
-            self.record.migrations += 1
-            self._plant.meter.migrated(self.record.model)
+        if self._recovery is not None:
+            self._recovery.went_on()
         if answer.is_event_stream:
-            if self._relay is None:
-                self._relay = self._new_relay()
-            self.received = self._relay.feed
+            if self._relay is None and self._lease is not None:
+                self._relay = self._new_relay(self._lease)
+            if self._relay is not None:
+                self.received = self._relay.feed
 
     def ended(self) -> None:
         """The stream is complete."""
@@ -313,15 +228,10 @@ class Exchange:
         if self._over:
             return
         if self._lease is not None:
-            self._plant.admission.failed(self._lease, error)
-            self._tried.add(self._lease.endpoint.key)
-            self._lost = self._lease.endpoint.key
+            self._recover().lost(self._lease, error)
         self._leave_place()
         try:
-            if self._relay is not None and self._relay.wrote:
-                self._migrate(error)
-            else:
-                self._move_on(error)
+            self._recover_from(error)
         except GatewayError as final:
             self._fail(final)
 
@@ -377,51 +287,25 @@ class Exchange:
         if lease is None or self._over:
             connection.abort()
             return
-        endpoint = lease.endpoint
-        name = endpoint.served_model_name or endpoint.model
-        if self._migration is not None:
-            try:
-                path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
-            except CannotContinue as reason:
-                connection.abort()
-                self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
-                return
-        else:
-            path, body = call.path, call.body_at(endpoint)
-            if self._hides_ids(lease):
-                body = body.rstrip()[:-1] + _ASK_FOR_IDS
-        headers = {**call.headers, "x-request-id": call.request_id}
+        migration = self._recovery.migration if self._recovery is not None else None
+        try:
+            head, body = engine_request(call, lease, migration)
+        except CannotContinue as reason:
+            connection.abort()
+            self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
+            return
         self._connection = connection
         if self._client_is_slow:
             connection.pause()
-        connection.ask(request_head(endpoint, call.method, path, headers, len(body)), body, self)
+        connection.ask(head, body, self)
 
-    def _new_relay(self) -> Relay:
-        call, lease = self._call, self._lease
-        transcript = None
-        if can_be_continued(call.path):
-            hides_ids = lease is not None and self._hides_ids(lease)
-            held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
-            transcript = Transcript(
-                is_chat=call.path == CHAT_PATH, hides_ids=hides_ids, num_held=held
-            )
+    def _new_relay(self, lease: Lease) -> Relay:
         return Relay(
             self.record,
             self._write_first,
-            transcript=transcript,
+            transcript=transcript_of(self._call, lease),
             rename=self._renamer(),
             on_fault=self._told_of_fault,
-        )
-
-    def _hides_ids(self, lease: Lease) -> bool:
-        """Whether the engine is asked for token ids that the client does not want to see."""
-        call = self._call
-        return (
-            call.is_stream
-            and tells_token_ids(lease)
-            and can_be_continued(call.path)
-            and len(call.body) <= _LONGEST_WITH_IDS_BYTES
-            and not call.wants_ids
         )
 
     def _write_first(self, data: bytes) -> None:
@@ -465,95 +349,62 @@ class Exchange:
             self._heartbeat.cancel()
             self._heartbeat = None
 
-    def _move_on(self, error: GatewayError) -> None:
-        """To an endpoint that has not failed yet, waiting for one if somebody replaces the lost.
+    @property
+    def _tried(self) -> Collection[str]:
+        return self._recovery.tried if self._recovery is not None else ()
+
+    def _recover(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = Recovery(self._plant, self._call, self.record)
+        return self._recovery
+
+    def _recover_from(self, error: GatewayError) -> None:
+        """Go on elsewhere.
 
         Raises:
-            GatewayError: `error` again, if there is none and will be none, or after enough attempts.
+            GatewayError: there is nowhere to go, or it would not be faithful.
         """
-        admission, model = self._plant.admission, self.record.model
-        pinned = self._call.endpoint_key is not None
-        if pinned or self.record.attempts >= admission.limits.max_attempts:
-            raise error
-        managed = admission.resolve(model).managed
-        if not managed and not admission.router.can_serve(model, self._tried):
-            raise error
-        self._plant.meter.retried(model, error.code or "")
-        self._run(self._take_place())
+        relay, recovery = self._relay, self._recover()
+        if relay is None or not relay.wrote:
+            recovery.retry(error)
+            self._run(self._take_place())
+            return
+        pause_s = recovery.go_on(relay, error)
+        if pause_s is None:
+            self._complete()
+        else:
+            self._run(self._take_place(pause_s))
 
     def _moved_after_status(self, status: int) -> bool:
         """Whether the call has now, for the first time, a place at another endpoint that was free."""
-        admission, model = self._plant.admission, self.record.model
         if self._lease is None:
             return False
-        admission.failed(self._lease, status)
-        if self._moved or self._started:
+        self._plant.admission.failed(self._lease, status)
+        if self._started:
             return False
-        if self.record.attempts >= admission.limits.max_attempts:
-            return False
-        tried = self._tried | {self._lease.endpoint.key}
-        other = admission.try_acquire(model, tried, self._call)
-        if other is None:
-            return False
-        self._plant.meter.retried(model, str(status))
-        self._moved, self._tried = True, tried
-        self._hang_up()
-        self._leave_place()
-        self._occupy(other)
-        self._ask()
-        return True
-
-    def _migrate(self, error: GatewayError) -> None:
-        """Go on elsewhere after what the client has so far.
-
-        Raises:
-            GatewayError: it cannot be continued faithfully, or there is nowhere to go.
-        """
-        record, relay, admission = self.record, self._relay, self._plant.admission
-        limits, now = admission.limits, time.monotonic()
-        if relay is None or record.migrations >= limits.max_migrations:
-            raise error
-        if not self._stranded_at:
-            self._stranded_at = now
-            try:
-                if self._migration is None:
-                    self._migration = Migration(self._call, relay)
-                if self._migration.prepare():
-                    self._complete()
-                    return
-            except CannotContinue as reason:
-                raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
-        else:
-            self._num_misses += 1
-        # Whoever failed before may be well again: only the last one is passed over.
-        self._tried = {self._lost}
-        elsewhere = admission.router.can_serve(record.model, self._tried)
-        if not elsewhere and not admission.resolve(record.model).managed:
-            raise error
-        if now > self._stranded_at + limits.replacement_timeout_s:
-            raise error
-        pause_s = min(_FIRST_PAUSE_S * 2**self._num_misses, _LONGEST_PAUSE_S)
-        self._run(self._take_place(pause_s if self._num_misses else 0.0))
+        other = self._recover().place_after(status, self._lease)
+        if other is not None:
+            self._move(other)
+        return other is not None
 
     def _fell_back(self, error: GatewayError) -> bool:
         """Whether another model, of those that may stand in for this one, takes the call instead."""
-        plant, record = self._plant, self.record
-        if self._started or plant.draining or not isinstance(error, _NO_ENGINE):
+        if self._started:
             return False
-        for name in plant.admission.router.fallbacks(self._call.model):
-            lease = None
-            if name != record.model and may_use(self._call.tenant, plant.admission.resolve(name)):
-                lease = plant.admission.try_acquire(name, (), self._call)
-            if lease is not None:
-                self._hang_up()
-                self._leave_place()
-                plant.meter.retried(record.model, "fallback")
-                record.model = record.fallback = name
-                self._tried = set()
-                self._occupy(lease)
-                self._ask()
-                return True
-        return False
+        lease = self._recover().stand_in(error)
+        if lease is None:
+            return False
+        self._move(lease, to_model=lease.endpoint.model)
+        return True
+
+    def _move(self, lease: Lease, to_model: str = "") -> None:
+        """Leave the engine for the place `lease`."""
+        self._hang_up()
+        self._leave_place()
+        if to_model:
+            self.record.model = self.record.fallback = to_model
+        self._occupy(lease)
+        self._ask()
 
     # How it ends
 
@@ -589,9 +440,7 @@ class Exchange:
         if self._relay is not None:
             self._relay.count()
         plant.access.leave(self._visit, self.record)
-        plant.running.discard(self)
-        if plant.draining and not plant.running:
-            plant.idle.set()
+        plant.left(self)
         plant.meter.finished(self.record)
         if self._span is not None:
             plant.tracing.finish(self._span, self.record)
@@ -627,16 +476,6 @@ class Exchange:
             _log.exception("request %s failed", self._call.request_id)
             self._task = None
             self.end(GatewayError("internal error; the gateway's log has more"))
-
-
-def tells_token_ids(lease: Lease) -> bool:
-    """Whether the engine there tells token ids when asked, and takes them as a prompt."""
-    return lease.state.engine in {"vllm", "sim"}
-
-
-def shutting_down() -> Unavailable:
-    """What clients hear from a gateway that is about to end."""
-    return Unavailable("the gateway is shutting down", retry_after_s=1)
 
 
 def _refused(answer: Answer, body: bytes) -> EngineBroke:

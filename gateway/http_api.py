@@ -48,7 +48,7 @@ class HttpClient:
         self._is_event_stream = False
 
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """See `gateway.exchange.Client`, as for what follows."""
+        """See `gateway.plant.Client`, as for what follows."""
         self._to.respond(status, headers, body)
 
     def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_IMAGE = 1000
@@ -40,6 +41,7 @@ def max_tokens(body: bytes) -> int | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def generates(path: str) -> bool:
     """Whether requests to `path` are answered with new tokens."""
     return path.endswith(_GENERATING)

@@ -22,8 +22,8 @@ import msgspec
 from gateway.call import Call, make_call
 from gateway.endpoints import Endpoint, EndpointTable
 from gateway.errors import BadRequest, GatewayError, NoSuchResponse, NoSuchRoute, Unavailable
-from gateway.exchange import Client
 from gateway.http_parser import Request
+from gateway.plant import Client
 from gateway.record import Record
 from gateway.routes import RESPONSES_PATH, response_id_in
 
@@ -143,7 +143,7 @@ class Noting:
         self._found = False
 
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """See `gateway.exchange.Client`, as for what follows."""
+        """See `gateway.plant.Client`, as for what follows."""
         self._stored.note(self._call, self.record, body)
         self._to.whole(status, headers, body)
 

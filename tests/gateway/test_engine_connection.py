@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.answer import Answer
+from gateway.answer_cache import AnswerCache
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineBroke
 from tests.gateway.test_http_torture import Pipe, bytewise
@@ -63,7 +64,11 @@ class Heard:
 
 def asked(kept: list[EngineConnection]) -> tuple[EngineConnection, EnginePipe, Heard]:
     """A connection on which a request has gone out."""
-    connection, pipe, heard = EngineConnection("engine", kept.append), EnginePipe(), Heard()
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Heard(),
+    )
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
     return connection, pipe, heard
