@@ -123,43 +123,6 @@ def _price(pool: Pool, catalogue: Catalogue) -> float | None:
     return catalogue.gpu(pool.gpu).price_per_hour
 
 
-def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, ...]]:
-    """The options that a plan may need, and why not the others.
-
-    An option is dominated where another on the same nodes takes no more GPUs and carries no less:
-    it can stand in its place, always. Among equals the first, which is preferred, stays.
-    """
-    kept: list[Option] = []
-    dropped = []
-    quick = [option for option in options.legal if option.capacity.concurrency > 0]
-    for option in sorted(quick, key=lambda each: (each.gpus_per_replica, -_rate(each))):
-        better = next((each for each in kept if _dominates(each, option)), None)
-        if better is None:
-            kept.append(option)
-            continue
-        shape = {**describe(option.candidate), "model": options.wish.name, "pool": option.pool.name}
-        reason = (
-            f"{better.candidate.checkpoint.precision} on {better.gpus_per_replica} x "
-            f"{better.gpu.name} carries {_rate(better):.3g} requests/s, this {_rate(option):.3g} on "
-            f"{option.gpus_per_replica}"
-        )
-        dropped.append(Rejection(shape=shape, rule="dominated", reason=reason))
-    order = {id(option): index for index, option in enumerate(options.legal)}
-    return tuple(sorted(kept, key=lambda each: order[id(each)])), tuple(dropped)
-
-
-def _dominates(one: Option, other: Option) -> bool:
-    return (
-        one.group == other.group
-        and one.gpus_per_replica <= other.gpus_per_replica
-        and _rate(one) >= _rate(other)
-    )
-
-
-def _rate(option: Option) -> float:
-    return option.capacity.requests_per_s
-
-
 def stressed(option: Option, wish: FleetModel) -> Capacity:
     """What a replica carries whose engine is 15 % slower and finds 5 % less memory.
 
@@ -217,17 +180,37 @@ def _option(
     *,
     dearest: float,
 ) -> Option:
-    pool = group.pool
-    gpu = catalogue.gpu(pool.gpu)
-    speed = replica_speed(candidate)
+    simulated = candidate.device.gpu.name != catalogue.gpu(group.pool.gpu).name
+    return _carrying(
+        wish,
+        group,
+        candidate,
+        replica_speed(candidate),
+        catalogue,
+        index=index,
+        slots=1 if simulated else candidate.num_ranks,
+        dearest=dearest,
+    )
+
+
+def _carrying(
+    wish: FleetModel,
+    group: NodeGroup,
+    candidate: Candidate,
+    speed: ReplicaSpeed,
+    catalogue: Catalogue,
+    *,
+    index: int,
+    slots: int,
+    dearest: float,
+) -> Option:
     carried = _carried(wish, candidate, speed, wish.slo)
     needed = _needed(wish, carried)
-    slots = 1 if candidate.device.gpu.name != gpu.name else candidate.num_ranks
-    price = _price(pool, catalogue)
+    price = _price(group.pool, catalogue)
     return Option(
         group=index,
-        pool=pool,
-        gpu=gpu,
+        pool=group.pool,
+        gpu=catalogue.gpu(group.pool.gpu),
         candidate=candidate,
         speed=speed,
         capacity=carried,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from placement.dominance import undominated
 from placement.fleet import FleetModel, FleetSpec
 from placement.loading import load_s
 from placement.node_groups import NodeGroup
-from placement.options import Option, Options, stressed, undominated
+from placement.options import Option, Options, stressed
 from placement.packing import Places
 from placement.plan import Plan, Rejection, Variant
 from placement.problem import Column, Need, Problem
