@@ -168,7 +168,8 @@ class Admission:
 
     def no_replica(self, model: str) -> Unavailable:
         """The error of a request that found no endpoint of `model` to go to."""
-        starting = self.resolve(model).scalable
+        served = self.router.resolve(model)
+        starting = served is not None and served.scalable
         state = "is still starting" if starting else "has no running replica"
         return Unavailable(f"the model {model!r} {state}", retry_after_s=10 if starting else 5)
 
