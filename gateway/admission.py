@@ -140,7 +140,8 @@ class Admission:
             lane = self._lanes[model]
             lane.load.ended(now)
             lane.shares.ended(lease.tenant, now)
-            self._pump(model)
+            if lane.length:
+                self._pump(model)
 
     def failed(self, lease: Lease, reason: GatewayError | int) -> None:
         """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.
