@@ -147,19 +147,24 @@ class Controller:
             self._note(model, "deployed" if model in served else "deleted")
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Set the replica count of a model's first variant, until the load says otherwise.
+        """Set a model's replica count, until the load says otherwise; its first variant first.
 
         Raises:
             UnknownName: the fleet has no such model.
         """
-        variant = self._variants_of(model)[0]
-        bounds = variant.bounds
-        if not bounds.min <= replicas <= bounds.max:
+        variants = self._variants_of(model)
+        least = sum(variant.bounds.min for variant in variants)
+        most = sum(variant.bounds.max for variant in variants)
+        if not least <= replicas <= most:
             raise ConfigError(
-                f"{model}: {replicas} replicas are outside of {bounds.min}..{bounds.max}, which "
+                f"{model}: {replicas} replicas are outside of {least}..{most}, which "
                 f"the fleet allows; change `replicas` there and deploy it"
             )
-        await self._scale(variant, replicas, "asked for")
+        left = replicas - least
+        for variant in variants:
+            more = min(left, variant.bounds.max - variant.bounds.min)
+            await self._scale(variant, variant.bounds.min + more, "asked for")
+            left -= more
 
     async def delete(self, model: str) -> None:
         """Take a model out of the fleet.
@@ -257,7 +262,8 @@ class Controller:
 
     async def _follow_load(self, variant: Variant) -> None:
         ready = self._registry.ready(variant)
-        decision = self._autoscaler.decide(variant, ready, time.monotonic())
+        siblings = self._variants_of(variant.model)
+        decision = self._autoscaler.decide(variant, ready, time.monotonic(), siblings)
         if decision is None:
             return
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import httptools
 
 from gateway.answer import Answer, Listener
+from gateway.answer_cache import AnswerCache
 from gateway.errors import EngineBroke
 
 _log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ class EngineConnection(asyncio.Protocol):
 
     __slots__ = (
         *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard", "_held_bytes"),
-        "_max_answer_bytes",
-        *("_informational", "_keep_alive", "_listener", "_name", "_on_free", "_parser", "_paused"),
+        *("_informational", "_keep_alive", "_known", "_listener", "_max_answer_bytes", "_name"),
+        *("_on_free", "_parser", "_paused"),
         *("_transport", "_until_close", "closed", "idle_since", "reused"),
     )
 
@@ -30,6 +31,7 @@ class EngineConnection(asyncio.Protocol):
         self,
         name: str,
         on_free: Callable[[EngineConnection], None],
+        known: AnswerCache,
         *,
         max_answer_bytes: int = 1 << 30,
     ) -> None:
@@ -38,6 +40,7 @@ class EngineConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self._name = name
         self._on_free = on_free
+        self._known = known
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._listener: Listener | None = None
@@ -85,7 +88,16 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._heard = True
+        is_first = not self._heard
+        if is_first:
+            self._heard = True
+            known = self._known.find(data) if self._listener is not None else None
+            if known is not None:
+                self._answer, body = known
+                self._body.append(body)
+                self._keep_alive = True
+                self._complete()
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -93,19 +105,17 @@ class EngineConnection(asyncio.Protocol):
                 self._fail(f"no valid HTTP: {error}")
                 return
             self._keep_alive = False  # more than was asked for
-        if not self._answer.status:  # llhttp keeps what is not whole
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self._fail("its headers are too large")
-                return
+        if not self._answer.status and self._is_endless(len(data)):
+            self._fail("its headers are too large")
+            return
         if self._body and not self._answer.is_json:
             self._pass_on()
         if self._done:
+            if is_first and self._answer.is_json and self._keep_alive:
+                self._known.add(data, self._answer)
             self._complete()
         elif self._answer.is_json:
-            self._held_bytes += len(data)
-            if self._held_bytes > self._max_answer_bytes:
-                self._fail(f"its answer is larger than {self._max_answer_bytes} bytes")
+            self._hold(len(data))
 
     def eof_received(self) -> None:
         """The engine sends no more: an answer without a length is complete now."""
@@ -171,12 +181,23 @@ class EngineConnection(asyncio.Protocol):
         if listener is not None:
             listener.received(data)
 
+    def _is_endless(self, num_bytes: int) -> bool:
+        """More of a head has come, and llhttp keeps what is not whole."""
+        self._head_bytes += num_bytes
+        return self._head_bytes > _MAX_HEAD_BYTES
+
+    def _hold(self, num_bytes: int) -> None:
+        """More of an answer has come that is held until it is whole."""
+        self._held_bytes += num_bytes
+        if self._held_bytes > self._max_answer_bytes:
+            self._fail(f"its answer is larger than {self._max_answer_bytes} bytes")
+
     def _complete(self) -> None:
         answer = self._answer
         if not self._begun and not answer.is_json and self._listener is not None:
             self._listener.began(answer)  # which may hang up
         listener, self._listener = self._listener, None
-        body = b"".join(self._body)
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._done = self._until_close = False
         if self.closed:

@@ -32,8 +32,8 @@ def engine_request(call: Call, lease: Lease, migration: Migration | None) -> tup
         path, body = call.path, call.body_at(endpoint)
         if _hides_ids(call, lease):
             body = body.rstrip()[:-1] + _ASK_FOR_IDS
-    headers = {**call.headers, "x-request-id": call.request_id}
-    return request_head(endpoint, call.method, path, headers, len(body)), body
+    head = request_head(endpoint, call, path, len(body))
+    return head, body
 
 
 def transcript_of(call: Call, lease: Lease) -> Transcript | None:

@@ -37,6 +37,9 @@ class Demand(Spec):
     output_tokens: TokenLengths = Field(
         default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
     )
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
+    )
 
 
 class Objective(Spec):
@@ -142,6 +145,11 @@ class FleetModel(Spec):
         default=ReplicaBounds(), description="Between these the count follows the load."
     )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
+    spread: bool = Field(
+        default=True,
+        description="At most a quarter of the replicas on one node (of two or three: one), where "
+        "there is room, and not all in one `zone` (a label of pools), where that costs nothing.",
+    )
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."
     )
@@ -208,7 +216,29 @@ class FleetSpec(Spec):
     models: tuple[FleetModel, ...] = Field(min_length=1, description="At least one.")
     objective: Literal["cost", "throughput", "headroom"] = Field(
         default="cost",
-        description="Among plans that meet the demand: cheapest, fastest, or with most to spare.",
+        description="Among plans that meet the demand: cheapest; most requests/s of all models "
+        "together; or most to spare, for the model that has least.",
+    )
+    spare_nodes: NonNegativeInt = Field(
+        default=0,
+        description="Nodes of each pool that stay empty, so that the replicas of a lost node can "
+        "start again: 1 survives the loss of one node of each pool.",
+    )
+    max_spot_share: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of a model's demand that may depend on pools marked `spot`.",
+    )
+    robust: Literal["off", "prefer", "require"] = Field(
+        default="prefer",
+        description="Whether the plan must hold with engines 15 % slower and 5 % less memory: "
+        "`prefer` takes such a plan when it is as good as the best.",
+    )
+    horizon_s: PositiveFloat = Field(
+        default=3600.0,
+        description="How long a plan is expected to last: moving a running replica must pay for "
+        "itself within it.",
     )
     gateway: GatewaySpec = Field(default=GatewaySpec(), description="The front door.")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from placement.catalogue import GpuType
+from placement.efficiency import bandwidth_beside_hopper
 from placement.fit_request import FitRequest
+from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, LlamaConstants
 from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
 from placement.parameters import count_parameters
 from placement.plan import Prediction
@@ -13,19 +15,22 @@ from placement.plan import Prediction
 HOST_BYTES_PER_S = 90e9
 HOST_FLOPS = 1.4e12
 PAGING_BYTES_PER_S = 3e9  # a fast NVMe disk
-# RTX 4090: F16 0.82 of the bandwidth, Q4_K_M 0.60 to 0.81 with the model's size.
-_GPU_SHARE = 0.7
 _PROMPT_SHARE = 0.35  # of the FLOPS, on quantised weights
-_LAYER_S = 30e-6
 
 
 def predict_llamacpp(
-    task: LlamaTask, placement: Placement, gpu: GpuType, request: FitRequest
+    task: LlamaTask,
+    placement: Placement,
+    gpu: GpuType,
+    request: FitRequest,
+    *,
+    constants: LlamaConstants = LLAMACPP,
 ) -> Prediction:
     """Means for the request's load. GPUs work one after the other: layers are not shared.
 
-    decode step = bytes read on GPUs / (0.7 bandwidth) + bytes read in host memory / 90 GB/s + 30 us
-    a layer; of experts as many are read as the requests use: E x (1 - (1 - k/E)^requests).
+    decode step = bytes read on GPUs / their share of the bandwidth + bytes read in host memory /
+    its bandwidth (90 GB/s unless told) + a fixed time a layer (`fitted.py`); of experts as many are
+    read as the requests use: E x (1 - (1 - k/E)^requests).
     """
     slots = min(request.concurrency or 1, task.num_slots)
     gpu_bytes, host_bytes = _bytes_read(task, placement, slots)
@@ -33,16 +38,23 @@ def predict_llamacpp(
     kv = slots * tokens * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
     on_gpu = placement.gpu_layers / task.architecture.num_layers
     layers = task.architecture.num_layers
-    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * _GPU_SHARE)
-    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / HOST_BYTES_PER_S
-    step = gpu_s + host_s + layers * _LAYER_S
-    ttft = request.input_tokens * _prompt_s_per_token(task, placement, gpu) + step
+    share = constants.gpu_bandwidth * bandwidth_beside_hopper(gpu)
+    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * share)
+    host = HOST_BYTES_PER_S
+    if request.host_bandwidth_gb_s is not None:
+        host = request.host_bandwidth_gb_s * 1e9
+    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / host
+    step = gpu_s + host_s + layers * constants.layer_s
+    new = request.input_tokens * (1 - request.prefix_hit)
+    ttft = new * _prompt_s_per_token(task, placement, gpu) + step
     tpot = step + (slots - 1) / request.output_tokens * ttft
     duration = ttft + (request.output_tokens - 1) * tpot
     return Prediction(
         ttft_s=ttft,
         tpot_ms=tpot * 1000,
         output_tokens_per_s=slots * request.output_tokens / duration,
+        ttft_error=UNKNOWN.ttft,
+        tpot_error=LLAMACPP_ERROR,
     )
 
 

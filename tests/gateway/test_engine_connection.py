@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.answer import Answer
+from gateway.answer_cache import AnswerCache
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineBroke
 from tests.gateway.test_http_torture import Pipe, bytewise
@@ -63,7 +64,11 @@ class Heard:
 
 def asked(kept: list[EngineConnection]) -> tuple[EngineConnection, EnginePipe, Heard]:
     """A connection on which a request has gone out."""
-    connection, pipe, heard = EngineConnection("engine", kept.append), EnginePipe(), Heard()
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Heard(),
+    )
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
     return connection, pipe, heard
@@ -236,7 +241,11 @@ class Refusing(Heard):
 
 def test_who_hangs_up_when_an_empty_answer_begins_hears_nothing_of_its_end() -> None:
     kept: list[EngineConnection] = []
-    connection, pipe, heard = EngineConnection("engine", kept.append), EnginePipe(), Refusing()
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Refusing(),
+    )
     heard.connection = connection
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
@@ -247,7 +256,10 @@ def test_who_hangs_up_when_an_empty_answer_begins_hears_nothing_of_its_end() -> 
 
 
 def test_a_json_answer_without_an_end_is_cut_off() -> None:
-    connection, pipe = EngineConnection("engine", list, max_answer_bytes=1000), EnginePipe()
+    connection, pipe = (
+        EngineConnection("engine", list, AnswerCache(), max_answer_bytes=1000),
+        EnginePipe(),
+    )
     heard = Heard()
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
@@ -268,7 +280,11 @@ def test_a_listener_with_a_bug_hears_that_there_is_no_answer(
         def answered(self, answer: Answer, body: bytes) -> None:
             raise KeyError(body)
 
-    connection, pipe, heard = EngineConnection("engine", lambda _: None), EnginePipe(), Buggy()
+    connection, pipe, heard = (
+        EngineConnection("engine", lambda _: None, AnswerCache()),
+        EnginePipe(),
+        Buggy(),
+    )
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
 
