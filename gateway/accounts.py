@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gateway.call import Call
 from gateway.errors import QuotaSpent, RateLimited
 from gateway.ledger import Ledger, period_end_s, period_of
-from gateway.prediction import RunningMean, generates, max_tokens, prompt_tokens
+from gateway.prediction import RunningMean, generates, prompt_tokens
 from gateway.record import Record
 from gateway.shared_cells import NUM_CELLS, SharedCells
 from gateway.tenants import Tenant
@@ -231,11 +231,14 @@ class Accounts:
         if visit.left:
             return
         visit.left = True
-        usage, estimated = self._used(visit.call, record)
+        usage, estimated = record.usage, False
+        if usage is None:
+            usage = self._guessed(visit.call, record)
+            estimated = bool(usage.completion_tokens)
+        elif generates(visit.call.path):
+            self._mean(record.model).add(usage.completion_tokens)
         used = usage.prompt_tokens + usage.completion_tokens
         visit.account.leave(visit.reserved, used, self._clock(), self._wall_clock())
-        if record.usage and generates(visit.call.path):
-            self._mean(record.model).add(usage.completion_tokens)
         if record.status < 400 or used:
             self.ledger.add(visit.tenant.name, record.model, usage, estimated=estimated)
 
@@ -243,9 +246,8 @@ class Accounts:
         """Tokens in and out that a request will take."""
         tokens = prompt_tokens(call.body)
         if generates(call.path):
-            mean = self._mean(model).value
-            most = max_tokens(call.body)
-            tokens += int(mean) if most is None else most
+            most = call.max_tokens
+            tokens += int(self._mean(model).value) if most is None else most
         return tokens
 
     def flushing(self) -> None:
@@ -262,13 +264,11 @@ class Accounts:
         for name in self._accounts.keys() - spent.keys():
             self._accounts[name].flushed(0, "")
 
-    def _used(self, call: Call, record: Record) -> tuple[Usage, bool]:
-        """What the engine says it used; else what went in and the chunks that came out."""
-        if record.usage is not None:
-            return record.usage, False
+    def _guessed(self, call: Call, record: Record) -> Usage:
+        """What was used, where the engine did not say: what went in and the chunks that came out."""
         if not record.answer_chunks or not generates(call.path):
-            return Usage(0, 0), False
-        return Usage(prompt_tokens(call.body), record.answer_chunks), True
+            return Usage(0, 0)
+        return Usage(prompt_tokens(call.body), record.answer_chunks)
 
     def _mean(self, model: str) -> RunningMean:
         mean = self._means.get(model)

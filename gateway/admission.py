@@ -140,7 +140,8 @@ class Admission:
             lane = self._lanes[model]
             lane.load.ended(now)
             lane.shares.ended(lease.tenant, now)
-            self._pump(model)
+            if lane.length:
+                self._pump(model)
 
     def failed(self, lease: Lease, reason: GatewayError | int) -> None:
         """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.
@@ -168,7 +169,8 @@ class Admission:
 
     def no_replica(self, model: str) -> Unavailable:
         """The error of a request that found no endpoint of `model` to go to."""
-        starting = self.resolve(model).scalable
+        served = self.router.resolve(model)
+        starting = served is not None and served.scalable
         state = "is still starting" if starting else "has no running replica"
         return Unavailable(f"the model {model!r} {state}", retry_after_s=10 if starting else 5)
 

@@ -7,7 +7,7 @@ put into the form of the stream. Else by text: chat goes on with its last messag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gateway.lenient_json import json_bytes, quoted, read_json
@@ -209,14 +209,16 @@ class Splice:
     def _chunk(self, chunk: dict[str, Any]) -> bytes:
         told = self._told
         choices = []
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
+        for choice, delta in _choices(chunk):
             reason = choice.get("finish_reason")
             if reason == "abort":
                 told.fault = "it gave the request up"
                 return b""
             text = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids") or []
+            if not isinstance(text, str) or not isinstance(ids, list):
+                told.fault = "it sent a choice that is none"
+                return b""
             is_again, num_out = self.again.num_tokens > 0, len(text)
             text = self._without_again(text, len(ids))
             if ids or num_out or not (delta.get("role") or reason):
@@ -281,6 +283,15 @@ class Splice:
         if usage is not None:
             chunk["usage"] = usage
         return b"data: " + json_bytes(chunk) + b"\n\n"
+
+
+def _choices(chunk: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each choice that is one, and its delta."""
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        delta = choice.get("delta") or {} if isinstance(choice, dict) else None
+        if isinstance(delta, dict):
+            yield choice, delta
 
 
 def _without_role(delta: dict[str, Any]) -> dict[str, Any]:

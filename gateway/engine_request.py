@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gateway.call import Call, parse_object
-from gateway.continuation import CHAT_PATH, can_be_continued, num_held
+from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
 from gateway.engine import request_head
+from gateway.errors import BadRequest, EngineBroke
 from gateway.migration import Migration
 from gateway.routing import Lease
 from gateway.transcript import Transcript
@@ -18,25 +19,31 @@ def engine_request(call: Call, lease: Lease, migration: Migration | None) -> tup
 
     Raises:
         BadRequest: the client's body cannot be read, which its new name of the model would need.
-        CannotContinue: that engine cannot go on with the stream.
+        EngineBroke: that engine cannot go on with the stream.
     """
     endpoint = lease.endpoint
     if migration is not None:
         name = endpoint.served_model_name or endpoint.model
-        path, body = migration.request(name, by_ids=_tells_token_ids(lease))
+        try:
+            path, body = migration.request(name, by_ids=_tells_token_ids(lease))
+        except CannotContinue as reason:
+            raise EngineBroke(f"its engine broke off, and it cannot go on: {reason}") from None
     else:
         path, body = call.path, call.body_at(endpoint)
         if _hides_ids(call, lease):
             body = body.rstrip()[:-1] + _ASK_FOR_IDS
-    headers = {**call.headers, "x-request-id": call.request_id}
-    return request_head(endpoint, call.method, path, headers, len(body)), body
+    head = request_head(endpoint, call, path, len(body))
+    return head, body
 
 
 def transcript_of(call: Call, lease: Lease) -> Transcript | None:
     """Where what the engine at `lease` says is noted, if streams of this kind can go on elsewhere."""
     if not can_be_continued(call.path):
         return None
-    held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
+    try:
+        held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
+    except BadRequest:
+        return None  # the engine can read it, but we cannot
     return Transcript(
         is_chat=call.path == CHAT_PATH, hides_ids=_hides_ids(call, lease), num_held=held
     )

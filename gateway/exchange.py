@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from gateway.accounts import Visit
 from gateway.answer import Answer
 from gateway.call import Call
-from gateway.continuation import CannotContinue
 from gateway.engine_connection import EngineConnection
 from gateway.engine_request import engine_request, transcript_of
 from gateway.errors import (
@@ -135,24 +134,23 @@ class Exchange:
 
         The engine may only be busy: so each time it must be silent for twice as long.
         """
-        relay, lease, router = self._relay, self._lease, self._plant.admission.router
+        relay, lease, admission = self._relay, self._lease, self._plant.admission
         if relay is None or lease is None or self._connection is None or self._client_is_slow:
             return
-        recovery = self._recover()
-        patience_s = recovery.patience_s()
-        if not relay.wrote or now - relay.last_at <= patience_s:
+        since, patience_s = relay.last_at, admission.limits.stall_timeout_s
+        if self._recovery is not None:
+            since, patience_s = self._recovery.patience(since)
+        if not relay.wrote or now - since <= patience_s:
             return
-        if router.can_serve(self.record.model, {lease.endpoint.key}):
-            recovery.stalled()
+        if admission.router.can_serve(self.record.model, {lease.endpoint.key}):
+            self._recover().stalled()
             self.give_up(f"it was silent for {patience_s:g} s")
 
     def give_up(self, reason: str) -> None:
         """Leave the engine that this is at, and go on elsewhere."""
         if self._lease is None or self._over:
             return
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._stop_task()
         self._hang_up()
         key = self._lease.endpoint.key
         self.broke(EngineBroke(f"the engine at {key} was left: {reason}"))
@@ -171,10 +169,10 @@ class Exchange:
         except NotSupported as error:
             self._fail(error)
             return
-        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
-            return
         if self._started:
-            self._fail(_refused(answer, body))
+            self._was_refused(answer, body)
+            return
+        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         record, rename = self.record, self._renamer()
         record.status, record.usage = answer.status, find_usage(body)
@@ -186,21 +184,24 @@ class Exchange:
 
     def began(self, answer: Answer) -> None:
         """The first bytes of a stream come next."""
-        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
+        lease = self._lease
+        if lease is None:
             return
-        if self._started and not (answer.status == 200 and answer.is_event_stream):
-            self._hang_up()
-            self._fail(_refused(answer, b""))
+        if self._started:
+            if answer.status != 200 or not answer.is_event_stream:
+                self._hang_up()
+                self._was_refused(answer, b"")
+                return
+        elif answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         self._answer = answer
-        self.received = self._write_first
-        if self._recovery is not None:
-            self._recovery.went_on()
-        if answer.is_event_stream:
-            if self._relay is None and self._lease is not None:
-                self._relay = self._new_relay(self._lease)
-            if self._relay is not None:
-                self.received = self._relay.feed
+        relay = self._relay
+        if relay is None or not relay.wrote:  # what an engine before said to nobody counts no more
+            relay = self._new_relay(lease) if answer.is_event_stream else None
+            self._relay = relay
+        elif self._recovery is not None:
+            self._recovery.goes_on(relay)
+        self.received = self._write_first if relay is None else relay.feed
 
     def ended(self) -> None:
         """The stream is complete."""
@@ -210,8 +211,9 @@ class Exchange:
             relay.end()
             if self._over or self._lease is not lease:
                 return  # its last words told of a fault
-            if not relay.wrote:
-                self.broke(EngineBroke(f"the engine at {self.record.endpoint} said nothing"))
+            if not relay.is_whole:
+                said = "before its answer was whole" if relay.wrote else "and said nothing"
+                self.broke(EngineBroke(f"the engine at {self.record.endpoint} ended {said}"))
                 return
         elif not self._started:
             self._start_client()
@@ -225,17 +227,28 @@ class Exchange:
     def broke(self, error: GatewayError) -> None:
         """The engine broke off, or cannot be reached."""
         self._connection = None
-        if self._over:
-            return
+        if not self._over:
+            self._go_elsewhere(error, error)
+
+    # How it goes on
+
+    def _was_refused(self, answer: Answer, body: bytes) -> None:
+        """An answer has begun, and an engine says something that cannot be a part of it."""
+        status, told = answer.status, body[:300].decode(errors="replace")
+        error = EngineBroke(f"the engine answered {status}: {told}")
+        if status in RETRIED_STATUSES:
+            self._go_elsewhere(error, status)
+        else:
+            self._fail(error)
+
+    def _go_elsewhere(self, error: GatewayError, fault: GatewayError | int) -> None:
         if self._lease is not None:
-            self._recover().lost(self._lease, error)
+            self._recover().lost(self._lease, fault)
         self._leave_place()
         try:
             self._recover_from(error)
         except GatewayError as final:
             self._fail(final)
-
-    # How it goes on
 
     async def _take_place(self, pause_s: float = 0.0) -> None:
         admission, model = self._plant.admission, self.record.model
@@ -287,12 +300,14 @@ class Exchange:
         if lease is None or self._over:
             connection.abort()
             return
-        migration = self._recovery.migration if self._recovery is not None else None
+        migration = None
+        if self._recovery is not None:
+            migration, self._recovery.asked_at = self._recovery.migration, time.monotonic()
         try:
             head, body = engine_request(call, lease, migration)
-        except CannotContinue as reason:
+        except GatewayError as error:
             connection.abort()
-            self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
+            self._fail(error)
             return
         self._connection = connection
         if self._client_is_slow:
@@ -399,6 +414,7 @@ class Exchange:
 
     def _move(self, lease: Lease, to_model: str = "") -> None:
         """Leave the engine for the place `lease`."""
+        self._stop_task()
         self._hang_up()
         self._leave_place()
         if to_model:
@@ -410,18 +426,20 @@ class Exchange:
 
     def _out_of_time(self) -> None:
         admission, model = self._plant.admission, self.record.model
+        error: GatewayError = DeadlineExceeded(f"not finished within {self._call.timeout_s:g} s")
         if self._lease is None and not admission.router.can_serve(model, self._tried):
-            self.end(admission.no_replica(model))
-        else:
-            self.end(DeadlineExceeded(f"not finished within {self._call.timeout_s:g} s"))
+            error = admission.no_replica(model)
+        self._conclude(error)
 
     def _complete(self) -> None:
         self._leave()
         self._client.finish()
 
     def _fail(self, error: GatewayError) -> None:
-        if self._fell_back(error):
-            return
+        if not self._fell_back(error):
+            self._conclude(error)
+
+    def _conclude(self, error: GatewayError) -> None:
         self.record.status, self.record.error = error.status, error.message
         self.record.refusal = error.code or ""
         self._leave()
@@ -432,9 +450,7 @@ class Exchange:
         if self._timer is not None:
             self._timer.cancel()
         self._stop_heartbeat()
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._stop_task()
         self._hang_up()
         self._leave_place()
         if self._relay is not None:
@@ -444,6 +460,11 @@ class Exchange:
         plant.meter.finished(self.record)
         if self._span is not None:
             plant.tracing.finish(self._span, self.record)
+
+    def _stop_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -476,10 +497,3 @@ class Exchange:
             _log.exception("request %s failed", self._call.request_id)
             self._task = None
             self.end(GatewayError("internal error; the gateway's log has more"))
-
-
-def _refused(answer: Answer, body: bytes) -> EngineBroke:
-    """For a client whose answer has begun: what its engine, or the next one, says instead."""
-    return EngineBroke(
-        f"the engine answered {answer.status}: {body[:300].decode(errors='replace')}"
-    )

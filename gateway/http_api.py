@@ -8,7 +8,7 @@ from typing import Any
 
 from gateway.access import require_use, visible
 from gateway.bodies import ModelCard
-from gateway.call import Call, make_call, request_id
+from gateway.call import Call, new_call, request_id, terms_of
 from gateway.catalog import model_card, model_cards
 from gateway.console import Console
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
@@ -122,7 +122,7 @@ class HttpApi:
         try:
             tenant = self._forwarder.access.identify(headers)
             call = self._call(request, told_id)
-            call.belongs_to(tenant, headers)
+            call.belongs_to(tenant)
         except GatewayError as error:
             record = Record(api="http", path=request.head.path, request_id=told_id)
             self._forwarder.rejected(record, error)
@@ -140,7 +140,10 @@ class HttpApi:
     def _call(self, request: Request, told_id: str) -> Call:
         head = request.head
         if head.path in _FORWARDED_PATHS and head.path != RESPONSES_PATH:
-            return make_call("http", head.path, request.body, head.headers, told_id)
+            terms = head.terms
+            if terms is None:
+                terms = head.terms = terms_of(head.headers)
+            return new_call("http", head.path, request.body, terms, told_id)
         return self._responses.make_call(request, told_id)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:

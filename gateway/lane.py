@@ -11,7 +11,7 @@ from gateway.call import Call
 from gateway.config import Limits
 from gateway.fair_queue import FairQueue
 from gateway.load import LoadMeter
-from gateway.prediction import USUAL_COMPLETION_TOKENS, max_tokens, prompt_tokens
+from gateway.prediction import USUAL_COMPLETION_TOKENS, prompt_tokens
 from gateway.routing import Lease
 from gateway.shares import Shares
 from gateway.tenants import ANONYMOUS, Tenant
@@ -75,7 +75,7 @@ class Lane:
         cost, size = 1.0, 0
         if waiter.call is not None:
             body = waiter.call.body
-            most = max_tokens(body)
+            most = waiter.call.max_tokens
             cost = prompt_tokens(body) + (USUAL_COMPLETION_TOKENS if most is None else most)
             size = len(body)
         return self.queue.push(

@@ -30,12 +30,13 @@ class Recovery:
 
     __slots__ = (
         *("_call", "_lost", "_moved", "_num_misses", "_num_stalls", "_plant", "_record"),
-        *("_stranded_at", "migration", "tried"),
+        *("_stranded_at", "asked_at", "migration", "tried"),
     )
 
     def __init__(self, plant: Plant, call: Call, record: Record) -> None:
         self.tried: set[str] = set()
         self.migration: Migration | None = None
+        self.asked_at = 0.0  # when an engine was asked last
         self._plant, self._call, self._record = plant, call, record
         self._lost = ""  # the endpoint that failed last
         self._moved = False  # once after an engine's 5xx
@@ -43,9 +44,9 @@ class Recovery:
         self._num_stalls = 0  # engines that were left because they fell silent
         self._num_misses = 0  # engines that did not go on with it since
 
-    def lost(self, lease: Lease, error: GatewayError) -> None:
-        """The engine at `lease` broke off, or cannot be reached."""
-        self._plant.admission.failed(lease, error)
+    def lost(self, lease: Lease, fault: GatewayError | int) -> None:
+        """The engine at `lease` broke off, cannot be reached, or gave that HTTP status."""
+        self._plant.admission.failed(lease, fault)
         self._lost = lease.endpoint.key
         self.tried.add(self._lost)
 
@@ -88,17 +89,17 @@ class Recovery:
         limits, now = admission.limits, time.monotonic()
         if record.migrations >= limits.max_migrations:
             raise error
-        if not self._stranded_at:
-            self._stranded_at = now
-            try:
-                if self.migration is None:
-                    self.migration = Migration(self._call, relay)
-                if self.migration.prepare():
-                    return None
-            except CannotContinue as reason:
-                raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
-        else:
+        if self._stranded_at:
             self._num_misses += 1
+        else:
+            self._stranded_at = now
+        try:
+            if self.migration is None:
+                self.migration = Migration(self._call, relay)
+            if self.migration.prepare():
+                return None
+        except CannotContinue as reason:
+            raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
         # Whoever failed before may be well again: only the last one is passed over.
         self.tried = {self._lost}
         elsewhere = admission.router.can_serve(record.model, self.tried)
@@ -110,12 +111,22 @@ class Recovery:
             return 0.0
         return min(_FIRST_PAUSE_S * 2.0**self._num_misses, _LONGEST_PAUSE_S)
 
-    def went_on(self) -> None:
-        """An engine goes on with the stream, if it had lost its own."""
-        if self._stranded_at:
-            self._stranded_at, self._num_misses = 0.0, 0
-            self._record.migrations += 1
-            self._plant.meter.migrated(self._record.model)
+    def goes_on(self, relay: Relay) -> None:
+        """Another engine has begun. Only once it adds to the stream has this one moved."""
+        splice = relay.splice
+        if splice is None or not self._stranded_at:
+            return
+
+        def first(events: bytes) -> bytes:
+            added = splice(events)
+            if added:
+                relay.splice = splice
+                self._stranded_at, self._num_misses = 0.0, 0
+                self._record.migrations += 1
+                self._plant.meter.migrated(self._record.model)
+            return added
+
+        relay.splice = first
 
     def stand_in(self, error: GatewayError) -> Lease | None:
         """A place of another model, of those that may stand in for this one after `error`."""
@@ -133,12 +144,13 @@ class Recovery:
                     return lease
         return None
 
-    def patience_s(self) -> float:
-        """How long an engine may be silent in a stream.
+    def patience(self, last_at: float) -> tuple[float, float]:
+        """Since when, and for how long, an engine may be silent that was heard at `last_at`.
 
         It may only be busy: so twice as long each time that one was left for that.
         """
-        return self._plant.admission.limits.stall_timeout_s * 2.0**self._num_stalls
+        patience_s = self._plant.admission.limits.stall_timeout_s * 2.0**self._num_stalls
+        return max(last_at, self.asked_at), patience_s
 
     def stalled(self) -> None:
         """An engine is left because it fell silent."""

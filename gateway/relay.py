@@ -56,6 +56,11 @@ class Relay:
         if tail:
             self._pass_on(tail)
 
+    @property
+    def is_whole(self) -> bool:
+        """The client has all of an answer, as far as can be told."""
+        return self.wrote and (self.transcript is None or self.transcript.finished)
+
     def count(self) -> None:
         """Where the engine told no usage, note what the events tell of it."""
         record, transcript = self._record, self.transcript

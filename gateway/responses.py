@@ -82,7 +82,8 @@ class StoredResponses:
             pinned = self._followed(call)
             return ResponsesCall(
                 call.api, call.path, call.model, call.body, call.request_id, call.headers,
-                call.timeout_s, call.is_stream, endpoint_key=pinned.key if pinned else None,
+                call.lines, call.timeout_s, call.is_stream, call.max_tokens,
+                endpoint_key=pinned.key if pinned else None, priority=call.priority,
             )  # fmt: skip
         response_id = response_id_in(head.path)
         if response_id is None:
