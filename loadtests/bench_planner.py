@@ -42,11 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(gpus: int, models: int, load: float, objective: str) -> str:
     """Plan one fleet; the line of the table."""
     inventory, catalogue = an_inventory(gpus), load_catalogue()
-    demand = load
-    for _ in range(6):  # until about this share of the GPUs is used, at least cost
+    demand, fitting = load, load
+    for _ in range(8):  # until about this share of the GPUs is used, at least cost
         plan = make_plan(a_fleet(models, gpus, demand), inventory, catalogue)
-        demand *= load * plan.gpus_total / plan.gpus_used
-    fleet = a_fleet(models, gpus, demand, objective)
+        share = plan.gpus_used / plan.gpus_total
+        if not plan.unmet:
+            fitting = demand
+            if share > 0.8 * load:
+                break
+        demand *= 0.7 if plan.unmet else min(2.0, load / share)
+    fleet = a_fleet(models, gpus, fitting, objective)
     started = time.perf_counter()
     plan = make_plan(fleet, inventory, catalogue)
     seconds = time.perf_counter() - started
