@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,7 @@ check: install  ## format, lint, types, imports, generated files: no test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check test-fast test-engine test-ray test-system  ## everything that CI runs
+test: check test-fast test-engine test-ray test-system test-drill  ## everything that CI runs
 
 test-fast: install  ## seconds: no engine, no Ray
 	$(BIN)/python -m pytest
@@ -36,6 +36,9 @@ test-engine: install  ## minutes: real vLLM processes
 
 test-ray: install  ## minutes: Ray with simulated engines
 	$(BIN)/python -m pytest -m ray
+
+test-drill: install  ## a minute: engines that fail under streams, which no client may notice
+	$(BIN)/python -m loadtests.drill_gateway --quick
 
 test-system: install  ## minutes: all of bora, as a user starts it
 	$(BIN)/python -m pytest -m system
