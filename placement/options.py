@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
@@ -12,9 +12,11 @@ from placement.catalogue import Catalogue, GpuType
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory, Pool
 from placement.legality import RULES, describe, first_rejection
+from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
 from placement.performance import ReplicaSpeed, replica_speed
-from placement.plan import Rejection
+from placement.plan import Rejection, Shape
+from placement.weight_bytes import GGUF_BITS
 
 _FIDELITY = ("bf16", "fp16", "fp32", "fp8", "nvfp4", "gptq", "awq")
 
@@ -33,6 +35,8 @@ class Option:
     replicas: int  # to start with
     price_per_gpu_hour: float
     price_known: bool  # otherwise taken to be that of the dearest pool
+    offloaded: bool = False
+    shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
 
     @property
     def gpus(self) -> int:
@@ -67,6 +71,14 @@ def find_options(
     dearest = max((_price(pool, catalogue) or 0.0 for pool in inventory.pools), default=0.0)
     legal, illegal, rejected = [], [], []
     for _, pool in sorted({pool.name: pool for pool in pools}.items()):
+        if wish.engine == "llamacpp":
+            found, refused = llamacpp_options(wish, pool, catalogue)
+            legal += [_llamacpp(wish, pool, each, catalogue, dearest=dearest) for each in found]
+            rejected += [
+                entry.model_copy(update={"shape": {**entry.shape, "pool": pool.name}})
+                for entry in refused
+            ]
+            continue
         for candidate in candidates(wish, pool, catalogue):
             rejection = first_rejection(candidate)
             if rejection is None:
@@ -75,7 +87,8 @@ def find_options(
             shape = {**rejection.shape, "model": wish.name, "pool": pool.name}
             illegal.append((candidate, rejection))
             rejected.append(rejection.model_copy(update={"shape": shape}))
-    rejected += _missing_checkpoints(wish, catalogue)
+    if wish.engine != "llamacpp":
+        rejected += _missing_checkpoints(wish, catalogue)
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(wish=wish, legal=tuple(legal), illegal=tuple(illegal), rejected=tuple(rejected))
 
@@ -116,23 +129,46 @@ def _price(pool: Pool, catalogue: Catalogue) -> float | None:
 def _option(
     wish: FleetModel, pool: Pool, candidate: Candidate, catalogue: Catalogue, *, dearest: float
 ) -> Option:
-    gpu = catalogue.gpu(pool.gpu)
+    simulated = candidate.device.gpu.name != catalogue.gpu(pool.gpu).name
+    slots = 1 if simulated else candidate.tensor_parallel_size
     speed = replica_speed(candidate)
+    return _carrying(wish, pool, candidate, speed, catalogue, slots=slots, dearest=dearest)
+
+
+def _llamacpp(
+    wish: FleetModel, pool: Pool, found: LlamacppOption, catalogue: Catalogue, *, dearest: float
+) -> Option:
+    slots = found.gpus_per_replica
+    option = _carrying(
+        wish, pool, found.candidate, found.speed, catalogue, slots=slots, dearest=dearest
+    )
+    return replace(option, shape=found.shape, offloaded=found.offloaded)
+
+
+def _carrying(
+    wish: FleetModel,
+    pool: Pool,
+    candidate: Candidate,
+    speed: ReplicaSpeed,
+    catalogue: Catalogue,
+    *,
+    slots: int,
+    dearest: float,
+) -> Option:
     carried = capacity(
         speed,
         max_num_seqs=candidate.max_num_seqs,
-        kv_cache_tokens=memory_use(candidate).kv.tokens,
+        kv_cache_tokens=speed.kv_cache_tokens,
         demand=wish.demand,
         slo=wish.slo,
     )
     needed = 1
     if wish.demand is not None and carried.requests_per_s > 0:
         needed = math.ceil(wish.demand.requests_per_s / carried.requests_per_s)
-    slots = 1 if candidate.device.gpu.name != gpu.name else candidate.tensor_parallel_size
     price = _price(pool, catalogue)
     return Option(
         pool=pool,
-        gpu=gpu,
+        gpu=catalogue.gpu(pool.gpu),
         candidate=candidate,
         speed=speed,
         capacity=carried,
@@ -154,8 +190,10 @@ def _preference(option: Option, wish: FleetModel, fleet: FleetSpec) -> tuple[obj
         option.price_per_hour,
         not option.price_known,
         option.gpus,
+        option.offloaded,
         -option.candidate.max_model_len,
         _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
+        -GGUF_BITS.get(precision, 0.0),
         option.candidate.tensor_parallel_size,
         option.pool.name,
         option.candidate.checkpoint.source,

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from placement.candidate import Candidate
 from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
 from placement.first_fit import FreeGpus, ReplicaGpus
@@ -118,7 +119,7 @@ def _variant(choice: _Choice, option: Option, safe_name: str, catalogue: Catalog
     model = catalogue.model(wish.model)
     return Variant(
         model=wish.name,
-        variant=f"{safe_name}@{option.pool.name}-tp{candidate.tensor_parallel_size}{spread}",
+        variant=f"{safe_name}@{option.pool.name}-{_ranks(candidate)}{spread}",
         aliases=wish.aliases,
         catalogue_model=model.name,
         checkpoint=candidate.checkpoint.source,
@@ -126,7 +127,7 @@ def _variant(choice: _Choice, option: Option, safe_name: str, catalogue: Catalog
         pool=option.pool.name,
         gpu=option.gpu.name,
         simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
-        shape=make_shape(candidate, extra_args=wish.engine_args),
+        shape=option.shape or make_shape(candidate, extra_args=wish.engine_args),
         replicas=len(placement),
         bounds=wish.replicas,
         scaling=wish.scaling,
@@ -137,6 +138,12 @@ def _variant(choice: _Choice, option: Option, safe_name: str, catalogue: Catalog
         predicted=_predicted(wish, option, len(placement)),
         capabilities=model.capabilities,
     )
+
+
+def _ranks(candidate: Candidate) -> str:
+    if candidate.engine == "llamacpp":
+        return f"gguf-{candidate.checkpoint.precision}-pp{candidate.pipeline_parallel_size}"
+    return f"tp{candidate.tensor_parallel_size}"
 
 
 def _predicted(wish: FleetModel, option: Option, replicas: int) -> Predicted:
