@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-multihost bench-gateway format proto docs accuracy lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test-ray: install  ## minutes: Ray with simulated engines
 
 test-system: install  ## minutes: all of bora, as a user starts it
 	$(BIN)/python -m pytest -m system
+
+test-multihost: install  ## minutes: ray up on hosts with networks of their own (root; needs sshd, rsync)
+	$(BIN)/python -m pytest -m multihost
 
 format: install  ## write the code the way `check` wants it
 	$(BIN)/ruff format .

@@ -198,6 +198,9 @@ class GatewaySpec(Spec):
         default="127.0.0.1",
         description="Address to listen on. Beyond loopback, put authentication in front.",
     )
+    replicas: PositiveInt = Field(
+        default=1, description="Gateways, each on a host of its own, all on the same ports."
+    )
     auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
 
     @model_validator(mode="after")
