@@ -45,7 +45,10 @@ _PROVIDER = """\
 # how long streams may go on when a host is stopped.
 """
 _AUTH = "# EDIT: an account that may log in everywhere. The key is copied to the head.\n"
-_TYPES = "# EDIT: CPUs and GPUs of a host. min_workers 0: hosts start when replicas ask for them.\n"
+_TYPES = """\
+# EDIT: CPUs and GPUs of a host. With a smaller min_workers the others start when replicas ask for them
+# (`bora deploy FLEET --inventory FILE`, which names all).
+"""
 _CODE = "# bora's code, and the token without which Ray answers nobody.\n"
 _SETUP = """\
 # From the lock file; again only when that changes. EDIT: `PYTHON=python3.11 sh ...` where python3 is

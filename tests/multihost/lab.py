@@ -91,17 +91,14 @@ class Lab:
                 start_new_session=True,
             )
         host.init = self._wait_for_sshd(host)
+        self._link(host, "up")
 
     def power_off(self, name: str) -> None:
         """As pulling the plug: the link goes first, so that nobody is told."""
         host = self.hosts[name]
         if host.process is None:
             return
-        if name != OPERATOR:
-            switch = self.hosts[OPERATOR].namespace
-            port = f"p{host.address.rpartition('.')[2]}"
-            command = ["ip", "-n", switch, "link", "set", port, "down"]
-            subprocess.run(command, check=False, capture_output=True)
+        self._link(host, "down")
         host.process.kill()  # --kill-child: the kernel ends the whole process table with it
         host.process.wait(10)
         host.init, host.process = 0, None
@@ -147,6 +144,13 @@ class Lab:
         _run("ip", "-n", switch, "link", "set", port, "master", _SWITCH, "up")
         _run("ip", "-n", host.namespace, "addr", "add", address, "dev", "eth0")
         _run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
+
+    def _link(self, host: Host, state: str) -> None:
+        """At the switch, which goes on without the host."""
+        if host.name != OPERATOR:
+            port = f"p{host.address.rpartition('.')[2]}"
+            command = ["ip", "-n", self.hosts[OPERATOR].namespace, "link", "set", port, state]
+            subprocess.run(command, check=False, capture_output=True)
 
     def _furnish(self, host: Host, key: Path) -> None:
         """Home and configuration files; only the operator holds the key."""

@@ -39,7 +39,8 @@ HOST_OF = {"small": "r1", "chat": "a1", "large": "h2"}
 
 def nodes(cluster: Cluster) -> list[dict[str, Any]]:
     said = cluster.lab.run("head", f"RAY_AUTH_MODE=token {PYTHON} nodes.py", timeout_s=40)
-    found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+    answer = next(line for line in said.splitlines() if line.startswith("[{"))  # Ray talks too
+    found: list[dict[str, Any]] = json.loads(answer)
     return sorted(found, key=lambda node: node["host"])
 
 
