@@ -34,6 +34,12 @@ models:
      max_model_len: 8192}
 gateway: {http_port: 8000, grpc_port: 8001, host: 0.0.0.0, replicas: 2}
 """
+INVENTORY = """
+pools:
+  - {name: rtx4090, gpu: RTX-4090, gpus_per_node: 4}
+  - {name: a100, gpu: A100-80-SXM, gpus_per_node: 8}
+  - {name: h100, gpu: H100-SXM, gpus_per_node: 8, nodes: 2}
+"""
 HOST_OF = {"small": "r1", "chat": "a1", "large": "h2"}
 
 
@@ -155,6 +161,23 @@ def stream(cluster: Cluster, model: str, *, to: str) -> None:
     eventually(lambda: "data:" in cluster.lab.run(OPERATOR, f"cat {to}"), 10)
 
 
+def test_a_host_is_started_when_replicas_ask_for_one(cluster: Cluster):
+    """The inventory names two hosts of the pool, of which one runs and is full."""
+    cluster.lab.boot("h2")
+    home = cluster.lab.hosts["head"].folder / "root"
+    (home / "inventory.yaml").write_text(INVENTORY)
+    fleet = textwrap.dedent(FLEET).replace(
+        "[h100], tensor", "[h100], replicas: {min: 2, max: 2}, tensor"
+    )
+    (home / "fleet.yaml").write_text(fleet)
+    started_s = time.monotonic()
+
+    cluster.bora("deploy ~/fleet.yaml --inventory ~/inventory.yaml")
+
+    told("bora deploy, with a host started for it", started_s)
+    assert serving(cluster, "large") == {"h1", "h2"}
+
+
 def test_ray_down_lets_streams_finish_and_leaves_no_process(cluster: Cluster):
     stream(cluster, "chat", to="chat.stream")
     started_s = time.monotonic()
@@ -164,5 +187,5 @@ def test_ray_down_lets_streams_finish_and_leaves_no_process(cluster: Cluster):
     told("ray down", started_s)
     assert "No nodes remaining" in said
     assert cluster.lab.run(OPERATOR, "tail -n 2 chat.stream").strip() == "data: [DONE]"
-    for host in ("head", "r1", "a1", "h1"):
+    for host in ("head", "r1", "a1", "h1", "h2"):
         assert cluster.lab.processes(host) == []
