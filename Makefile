@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system test-multihost bench-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-multihost bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,8 +56,28 @@ docs: install  ## configs/README.md from the descriptions in the code
 accuracy: install  ## predicted against measured memory and speed, beside other estimators
 	$(BIN)/python -m tests.accuracy
 
+calibrate: install  ## placement/fitted.py from measured latency, by least squares
+	$(BIN)/python -m tests.accuracy.calibrate
+
 bench-gateway: install  ## CPU per request and per streamed chunk, beside other gateways
 	$(BIN)/python -m loadtests.bench_gateway
+
+bench-planner: install  ## the planner: time, gap and memory over size; cost beside plans made by hand
+	$(BIN)/python -m loadtests.bench_planner
+	$(BIN)/python -m loadtests.bench_placement
+	$(BIN)/python -m loadtests.bench_helix
+
+bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
+	$(BIN)/python -m loadtests.bench_grpc
+
+bench-streams: install  ## 10,000 streams through one gateway worker, 24,000 clients that come and go
+	$(BIN)/python -m loadtests.bench_streams
+
+bench-fairness: install  ## one tenant at 50 times the load: what another one waits
+	$(BIN)/python -m loadtests.bench_fairness
+
+drill-gateway: install  ## engines die, freeze and talk nonsense under streams: does a client notice?
+	$(BIN)/python -m loadtests.drill_gateway
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh

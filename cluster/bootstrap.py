@@ -132,6 +132,7 @@ def start(
     )
     arguments = ["--controller", f"http://{host}:{port}", "--host", gateway.host]
     arguments += ["--http-port", str(gateway.http_port), "--grpc-port", str(gateway.grpc_port)]
+    arguments += ["--auth", gateway.auth]
     log_file = str(run_dir / "logs" / "gateway.log")
     gateways = [
         _actor(GatewayActor, gateway_name(index), node, arguments, token, log_file)

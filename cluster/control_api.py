@@ -16,6 +16,15 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from cluster.errors import ClusterError, ClusterUnreachable
+from cluster.key_messages import (
+    CreateKeyRequest,
+    KeyList,
+    NewKey,
+    RevokedKeys,
+    RevokeKeyRequest,
+    UsageQuery,
+    UsageTotals,
+)
 from cluster.messages import DeleteRequest, FleetStatus, ScaleRequest
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import PlacementError, UnknownName
@@ -63,6 +72,31 @@ class Control(Protocol):
         """The state of the fleet."""
         ...
 
+    @property
+    def keys(self) -> KeyControl:
+        """Tenants, keys and usage."""
+        ...
+
+
+class KeyControl(Protocol):
+    """What the API asks about keys."""
+
+    async def create(self, request: CreateKeyRequest) -> NewKey:
+        """Make a key."""
+        ...
+
+    async def revoke(self, request: RevokeKeyRequest) -> RevokedKeys:
+        """Take a tenant or a key away."""
+        ...
+
+    async def list(self) -> KeyList:
+        """All tenants."""
+        ...
+
+    async def usage(self, query: UsageQuery) -> UsageTotals:
+        """What was used."""
+        ...
+
 
 async def serve_control_api(control: Control, host: str, port: int, token: str) -> web.AppRunner:
     """Listen on `host:port`; every request needs `Authorization: Bearer TOKEN`.
@@ -85,6 +119,10 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
             web.get("/v1/inventory", _no_body(control.inventory)),
             web.get("/v1/plan", _no_body(control.plan)),
             web.get("/v1/status", _status(control)),
+            web.get("/v1/keys", _no_body(control.keys.list)),
+            web.post("/v1/keys", _on_body(CreateKeyRequest, control.keys.create)),
+            web.post("/v1/keys/revoke", _on_body(RevokeKeyRequest, control.keys.revoke)),
+            web.post("/v1/usage", _on_body(UsageQuery, control.keys.usage)),
         ]
     )
     runner = web.AppRunner(app, access_log=None)
@@ -199,6 +237,23 @@ class ControlClient:
         """What the cluster serves; None: nothing yet."""
         text = self._call("GET", "/v1/plan")
         return None if text == "{}" else self._read(Plan, text)
+
+    def keys(self) -> KeyList:
+        """All tenants."""
+        return self._read(KeyList, self._call("GET", "/v1/keys"))
+
+    def create_key(self, request: CreateKeyRequest) -> NewKey:
+        """Make a key."""
+        return self._read(NewKey, self._call("POST", "/v1/keys", request))
+
+    def revoke_key(self, name: str) -> RevokedKeys:
+        """Take a tenant or a key away."""
+        answer = self._call("POST", "/v1/keys/revoke", RevokeKeyRequest(name=name))
+        return self._read(RevokedKeys, answer)
+
+    def usage(self, query: UsageQuery) -> UsageTotals:
+        """What was used."""
+        return self._read(UsageTotals, self._call("POST", "/v1/usage", query))
 
     def _call(self, method: str, path: str, body: BaseModel | None = None) -> str:
         request = urllib.request.Request(  # noqa: S310 - our own http:// URL

@@ -25,6 +25,7 @@ from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.files import replace_text
 from cluster.gateway_host import gateway_actors
+from cluster.key_keeper import KeyKeeper
 from cluster.messages import Event, FleetStatus, ReplicaReport
 from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -32,7 +33,8 @@ from cluster.registry import Registry
 from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
-from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
+from cluster.sync_desk import SyncDesk
+from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
 from placement.observation import observe
@@ -58,8 +60,7 @@ class Controller:
         self._plan: Plan | None = None
         self._registry = Registry()
         self._autoscaler = Autoscaler()
-        self._table = EndpointTable()
-        self._changed = asyncio.Event()
+        self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events: deque[Event] = deque(maxlen=200)
         self._failures: dict[str, str] = {}
         self._deployer = Deployer(
@@ -113,17 +114,15 @@ class Controller:
             self._publish()
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
-        """Take a gateway's load in; answer when the table is not the one it has."""
+        """Take a gateway's load and usage in; answer when it lacks a table or keys."""
         self._autoscaler.observe(request.gateway, request.loads, time.monotonic())
         self._gateway_failure = ""
-        deadline = time.monotonic() + request.wait_s
-        while request.version == self._table.version or self._settling():
-            changed, remaining = self._changed, deadline - time.monotonic()
-            if remaining <= 0:
-                return SyncResponse()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), remaining)
-        return SyncResponse(table=self._table)
+        return await self._desk.answer(request)
+
+    @property
+    def keys(self) -> KeyKeeper:
+        """Tenants, keys and usage."""
+        return self._desk.keys
 
     async def gateway_ended(self, log_tail: str) -> None:
         """A gateway process of ours ended by itself."""
@@ -149,19 +148,24 @@ class Controller:
             self._note(model, "deployed" if model in served else "deleted")
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Set the replica count of a model's first variant, until the load says otherwise.
+        """Set a model's replica count, until the load says otherwise; its first variant first.
 
         Raises:
             UnknownName: the fleet has no such model.
         """
-        variant = self._variants_of(model)[0]
-        bounds = variant.bounds
-        if not bounds.min <= replicas <= bounds.max:
+        variants = self._variants_of(model)
+        least = sum(variant.bounds.min for variant in variants)
+        most = sum(variant.bounds.max for variant in variants)
+        if not least <= replicas <= most:
             raise ConfigError(
-                f"{model}: {replicas} replicas are outside of {bounds.min}..{bounds.max}, which "
+                f"{model}: {replicas} replicas are outside of {least}..{most}, which "
                 f"the fleet allows; change `replicas` there and deploy it"
             )
-        await self._scale(variant, replicas, "asked for")
+        left = replicas - least
+        for variant in variants:
+            more = min(left, variant.bounds.max - variant.bounds.min)
+            await self._scale(variant, variant.bounds.min + more, "asked for")
+            left -= more
 
     async def delete(self, model: str) -> None:
         """Take a model out of the fleet.
@@ -202,7 +206,7 @@ class Controller:
         now_s = time.time()
         return FleetStatus(
             fleet=self._plan.fleet if self._plan else "",
-            table_version=self._table.version,
+            table_version=self._desk.table.version,
             variants=tuple(
                 variant_status(
                     variant,
@@ -262,7 +266,8 @@ class Controller:
 
     async def _follow_load(self, variant: Variant) -> None:
         ready = self._registry.ready(variant)
-        decision = self._autoscaler.decide(variant, ready, time.monotonic())
+        siblings = self._variants_of(variant.model)
+        decision = self._autoscaler.decide(variant, ready, time.monotonic(), siblings)
         if decision is None:
             return
         try:
@@ -288,14 +293,10 @@ class Controller:
         self._publish()
 
     def _publish(self) -> None:
-        """Put a new table before all waiting gateways, if anything in it differs."""
+        """Put the table before all waiting gateways, if anything in it differs."""
         # Milliseconds since the epoch keep growing over a restart of the controller.
-        version = max(self._table.version + 1, int(time.time() * 1000))
-        table = self._registry.table(self._variants(), version)
-        if table.model_copy(update={"version": self._table.version}) != self._table:
-            self._table = table
-            self._changed.set()
-            self._changed = asyncio.Event()
+        version = max(self._desk.table.version + 1, int(time.time() * 1000))
+        self._desk.publish(self._registry.table(self._variants(), version))
 
     def _note(self, model: str, text: str) -> None:
         self._events.append(Event(at_s=time.time(), model=model, text=text))

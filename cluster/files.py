@@ -13,6 +13,14 @@ def replace_text(path: Path, text: str) -> None:
     new.replace(path)
 
 
+def replace_private(path: Path, text: str) -> None:
+    """As `replace_text`, for a file that only its owner may read."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    write_private(new, text)
+    new.replace(path)
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

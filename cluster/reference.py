@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from gateway.endpoints import EndpointsFile
+from gateway.tenants import KeyFile
 from placement.catalogue import GpuType, ModelSpec, Precision
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
@@ -19,6 +20,7 @@ FILES: dict[str, type[BaseModel]] = {
     "Fleet (`bora up`, `bora plan`, `bora deploy`)": FleetSpec,
     "Inventory (`--inventory`)": Inventory,
     "Endpoints (`bora gateway --endpoints`)": EndpointsFile,
+    "Keys (`bora gateway --keys`, written by `bora keys`)": KeyFile,
     "Model (`configs/models/`)": ModelSpec,
     "GPU type (`configs/gpus/`)": GpuType,
 }

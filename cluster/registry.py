@@ -57,15 +57,18 @@ class Registry:
         variants = tuple(variants)
         models: dict[str, ServedModel] = {}
         for variant in variants:
+            same = [each for each in variants if each.model == variant.model]
             models.setdefault(
                 variant.model,
                 ServedModel(
                     name=variant.model,
                     aliases=variant.aliases,
-                    max_model_len=variant.shape.max_model_len,
+                    max_model_len=min(each.shape.max_model_len for each in same),
                     capabilities=variant.capabilities,
-                    scalable=variant.bounds.min == 0,
+                    scalable=all(each.bounds.min == 0 for each in same),
                     managed=True,
+                    routing=variant.routing,
+                    fallback=variant.fallback,
                 ),
             )
         endpoints = tuple(
@@ -87,5 +90,7 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         # Beyond what runs at once an engine queues a little: it keeps its batch full.
         max_in_flight=2 * variant.shape.max_num_seqs,
         max_model_len=variant.shape.max_model_len,
+        engine=variant.shape.engine,
         api_key=report.api_key or None,
+        tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

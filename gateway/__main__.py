@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=options.workers,
             drain_timeout_s=options.drain_timeout_s,
             access_log=not options.no_access_log,
+            keys=options.keys,
+            auth=options.auth,
             limits=defaults.model_copy(update=_given_limits(options)),
         )
     except GatewayError as error:
@@ -51,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--endpoints", type=Path, metavar="FILE", help="YAML list of endpoints")
     source.add_argument("--controller", metavar="URL", help="follow a cluster's controller")
     parser.add_argument("--token-file", type=Path, help="the controller's bearer token")
+    parser.add_argument("--keys", type=Path, metavar="FILE", help="tenants and API keys")
+    parser.add_argument(
+        "--auth", choices=("none", "keys"), default="none", help="keys: from the controller"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0: any free port")
@@ -60,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queue-timeout-s", type=float, help="wait while all replicas are busy")
     parser.add_argument("--hold-timeout-s", type=float, help="wait for a model that scales up")
     parser.add_argument("--max-queued", type=int, help="requests that wait, per model")
+    parser.add_argument("--health-interval-s", type=float, help="0: no health checks")
     parser.add_argument("--max-body-bytes", type=int)
     parser.add_argument("--no-access-log", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -43,12 +43,12 @@ def _line(record: Record, now: str) -> str:
     ttft = "null" if record.ttft_s is None else f"{record.ttft_s:.4f}"
     return (
         f'{{"time": "{now}", "request_id": "{record.request_id}", "api": "{record.api}",'
-        f' "path": {quoted(record.path)}, "model": {quoted(record.model)},'
+        f' "path": {quoted(record.path)}, "tenant": {quoted(record.tenant)}, "model": {quoted(record.model)},'
         f' "variant": {quoted(record.variant)}, "endpoint": {quoted(record.endpoint)},'
         f' "status": {record.status}, "duration_s": {record.duration_s:.4f},'
         f' "queued_s": {record.queued_s:.4f}, "ttft_s": {ttft},'
         f' "prompt_tokens": {usage.prompt_tokens if usage else "null"},'
         f' "completion_tokens": {usage.completion_tokens if usage else "null"},'
-        f' "attempts": {record.attempts},'
+        f' "attempts": {record.attempts}, "migrations": {record.migrations},'
         f' "error": {quoted(record.error) if record.error else "null"}}}'
     )

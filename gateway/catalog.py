@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gateway.admission import Admission
+from gateway.bodies import ModelCard
 from gateway.endpoints import ServedModel
 
 
-def model_cards(admission: Admission) -> list[dict[str, Any]]:
+def model_cards(admission: Admission) -> list[ModelCard]:
     """OpenAI's model objects, one per model, with our own fields added."""
     return [model_card(admission, model) for model in admission.router.models]
 
 
-def model_card(admission: Admission, model: ServedModel) -> dict[str, Any]:
-    """One model. `max_model_len` falls back to the smallest that its endpoints name."""
+def model_card(admission: Admission, model: ServedModel) -> ModelCard:
+    """One model. `max_model_len` falls back to the smallest that its endpoints name or say."""
     return {
         "id": model.name,
         "object": "model",
@@ -22,16 +21,6 @@ def model_card(admission: Admission, model: ServedModel) -> dict[str, Any]:
         "owned_by": "bora",
         "aliases": list(model.aliases),
         "capabilities": list(model.capabilities),
-        "max_model_len": model.max_model_len or _shortest_context(admission, model.name),
+        "max_model_len": model.max_model_len or admission.router.context(model.name),
         "ready_endpoints": admission.router.num_ready(model.name),
     }
-
-
-def _shortest_context(admission: Admission, name: str) -> int | None:
-    table = admission.table
-    lengths = [
-        endpoint.max_model_len
-        for endpoint in (table.endpoints if table else ())
-        if endpoint.model == name and endpoint.max_model_len
-    ]
-    return min(lengths, default=None)

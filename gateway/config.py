@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import (
     Field,
@@ -30,9 +30,41 @@ class Limits(Spec):
         default=60.0, description="A request waits this long for a lost replica's successor."
     )
     max_queued: NonNegativeInt = Field(default=1024, description="Requests that wait, per model.")
+    max_queued_bytes: PositiveInt = Field(
+        default=256 * 1024 * 1024, description="Bodies of requests that wait, per model."
+    )
     max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    max_migrations: NonNegativeInt = Field(
+        default=10, description="How often one stream may go on at another endpoint."
+    )
+    stall_timeout_s: PositiveFloat = Field(
+        default=10.0,
+        description="An engine that is silent for this long in a stream is left for another.",
+    )
+    heartbeat_s: PositiveFloat = Field(
+        default=10.0,
+        description="A stream without a first token gets a comment this often, so that it stays open.",
+    )
     suspect_s: NonNegativeFloat = Field(
-        default=2.0, description="An endpoint that failed is the last choice for this long."
+        default=2.0,
+        description="An endpoint that failed is the last choice for this long; should it then"
+        " fail again, twice as long, and so on.",
+    )
+    suspect_max_s: NonNegativeFloat = Field(default=30.0, description="At most so long.")
+    breaker_failures: PositiveInt = Field(
+        default=3,
+        description="Failed requests in a row after which an endpoint gets none, then one to try.",
+    )
+    health_interval_s: NonNegativeFloat = Field(
+        default=1.0, description="How often each engine's /health is asked; 0: never."
+    )
+    health_timeout_s: PositiveFloat = Field(
+        default=2.0, description="/health is answered within this time, or the check has failed."
+    )
+    health_failures: PositiveInt = Field(
+        default=4,
+        description="Failed checks in a row after which an endpoint gets no requests and its"
+        " streams are given up.",
     )
     connect_timeout_s: PositiveFloat = 5.0
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
@@ -62,6 +94,15 @@ class GatewayConfig(Spec):
     endpoints_file: Path | None = None
     controller_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
     controller_token: str | None = Field(default=None, repr=False)
+    auth: Literal["none", "keys"] = Field(
+        default="none", description="`keys`: only with an API key, see `bora keys`."
+    )
+    keys_file: Path | None = Field(
+        default=None, description="Tenants and their keys; with a controller they come from it."
+    )
+    shared_cells_file: Path | None = Field(
+        default=None, description="Of several workers: where they count limits together."
+    )
     host: str = "127.0.0.1"
     http_port: NonNegativeInt = Field(default=8000, le=65535, description="0: any free port.")
     grpc_port: NonNegativeInt | None = Field(default=8001, le=65535, description="None: no gRPC.")
@@ -85,4 +126,15 @@ class GatewayConfig(Spec):
     def _one_table_source(self) -> Self:
         if (self.endpoints_file is None) == (self.controller_url is None):
             raise ValueError("give an endpoints file or a controller's URL: one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_from_somewhere(self) -> Self:
+        if self.auth == "keys" and self.controller_url is None and self.keys_file is None:
+            raise ValueError(
+                "auth: keys needs a key file: give --keys FILE, which `bora keys create NAME"
+                " --file FILE` makes"
+            )
+        if self.keys_file is not None and (self.auth == "none" or self.controller_url is not None):
+            raise ValueError("a key file goes with `auth: keys` and without a controller")
         return self

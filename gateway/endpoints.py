@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from gateway.ledger import Spent, UsageReport
+from gateway.tenants import KeyTable
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
+
+EngineKind = Literal["vllm", "llamacpp", "sim"]
 
 
 class Endpoint(Spec):
@@ -26,6 +31,17 @@ class Endpoint(Spec):
     max_model_len: PositiveInt | None = Field(None, description="Context, tokens.")
     api_key: str | None = Field(None, description="Bearer token the engine asks for.", repr=False)
     state: Literal["ready", "draining"] = "ready"
+    engine: EngineKind | None = Field(
+        None, description="What runs there; None: the gateway asks it."
+    )
+    tokens_per_s: PositiveFloat | None = Field(
+        None,
+        description="Output tokens per second of the whole replica, as planned; None: in"
+        " proportion to `max_in_flight`. What is observed corrects it.",
+    )
+    capabilities: tuple[str, ...] = Field(
+        (), description="`vision`, `embeddings`, ...; empty: those of the model."
+    )
 
     @property
     def key(self) -> str:
@@ -46,6 +62,12 @@ class ServedModel(Spec):
     )
     managed: bool = Field(
         False, description="A lost replica is replaced: a request that lost its own may wait."
+    )
+    routing: RoutingPolicy = Field(
+        RoutingPolicy(), description="How its requests are spread over its endpoints."
+    )
+    fallback: tuple[str, ...] = Field(
+        (), description="Models that answer in its place when it cannot, in this order."
     )
 
 
@@ -79,9 +101,17 @@ class SyncRequest(Spec):
     version: int = Field(-1, description="Of the table it has; -1: none yet.")
     wait_s: NonNegativeFloat = Field(0.5, le=30.0)
     loads: Mapping[str, ModelLoad] = Field(default_factory=dict)
+    keys_version: int = Field(-1, description="Of the key table it has; -1: none yet.")
+    wants_keys: bool = Field(False, description="It lets nobody in without a key.")
+    usage: UsageReport | None = None
 
 
 class SyncResponse(Spec):
-    """The newest table, or None when nothing changed within `wait_s`."""
+    """The newest tables, or None for what did not change within `wait_s`."""
 
     table: EndpointTable | None = None
+    keys: KeyTable | None = None
+    usage_sequence: int | None = Field(None, description="Of the usage report that was taken.")
+    spent: Mapping[str, Spent] = Field(
+        default_factory=dict, description="By tenants with a budget, that report included."
+    )

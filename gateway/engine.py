@@ -6,20 +6,21 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
 
-from gateway.answer import Answer
+from gateway.answer_cache import AnswerCache
+from gateway.call import Call
 from gateway.endpoints import Endpoint
-from gateway.engine_connection import EngineConnection, StaleConnection
+from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineUnreachable
 
 # uvicorn, which vLLM uses, closes idle connections after 5 s; be the first to.
 _IDLE_S = 4.0
 _SWEEP_S = 1.0
+_MAX_KNOWN_ENGINES = 4096
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
 
 
@@ -31,13 +32,14 @@ class _Origin:
 
 
 class EngineClient:
-    """Sends requests to endpoints. One per event loop, shared by all requests.
+    """Connections to endpoints. One per event loop, shared by all requests.
 
     Connections are as many as there are leases: `max_in_flight` bounds both.
     """
 
     def __init__(self, *, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._known: dict[str, AnswerCache] = {}
         self._idle: dict[str, list[EngineConnection]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -55,27 +57,9 @@ class EngineClient:
         self._idle.clear()
         await asyncio.sleep(0)  # so that the event loop closes the sockets
 
-    async def post(
-        self, endpoint: Endpoint, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> Answer:
-        """Send, and wait until the answer has begun.
-
-        Raises:
-            EngineUnreachable: no connection; nothing was sent.
-            EngineBroke: the connection broke before the answer began.
-        """
-        head = _head(endpoint.url, endpoint.api_key, path) + _lines(headers, len(body))
-        connection = self._pooled(endpoint.url)
-        if connection is not None:
-            try:
-                return await connection.ask(head, body)
-            except StaleConnection:
-                pass  # it was closed while we took it for alive: that is no failure
-        connection = await self._connect(endpoint)
-        return await connection.ask(head, body)
-
-    def _pooled(self, url: str) -> EngineConnection | None:
-        idle = self._idle.get(url)
+    def take(self, endpoint: Endpoint) -> EngineConnection | None:
+        """A connection that is idle, if there is one. It may turn out to be stale."""
+        idle = self._idle.get(endpoint.url)
         while idle:
             connection = idle.pop()
             if not connection.closed:
@@ -83,9 +67,16 @@ class EngineClient:
                 return connection
         return None
 
-    async def _connect(self, endpoint: Endpoint) -> EngineConnection:
+    async def connect(self, endpoint: Endpoint) -> EngineConnection:
+        """A new connection.
+
+        Raises:
+            EngineUnreachable: nobody answers there.
+        """
         loop, url = asyncio.get_running_loop(), endpoint.url
         origin = _origin(url)
+
+        known = self._known.setdefault(url, AnswerCache())
 
         def free(connection: EngineConnection) -> None:
             connection.idle_since = loop.time()
@@ -94,7 +85,7 @@ class EngineClient:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 transport, connection = await loop.create_connection(
-                    lambda: EngineConnection(endpoint.key, loop, free),
+                    lambda: EngineConnection(endpoint.key, free, known),
                     origin.host,
                     origin.port,
                     ssl=self._tls_context() if origin.is_tls else None,
@@ -127,6 +118,8 @@ class EngineClient:
                 self._idle[url] = live
             else:
                 del self._idle[url]
+        if len(self._known) > _MAX_KNOWN_ENGINES:
+            self._known.clear()
         self._sweep_timer = loop.call_later(_SWEEP_S, self._sweep)
 
 
@@ -137,10 +130,17 @@ def _origin(url: str) -> _Origin:
     return _Origin(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
 
 
+def request_head(endpoint: Endpoint, call: Call, path: str, num_body_bytes: int) -> bytes:
+    """Of what is asked at `endpoint` for `call`."""
+    start = _head(endpoint.url, endpoint.api_key, call.method, path)
+    ids = (call.request_id.encode(), num_body_bytes)
+    return b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (start, call.lines, *ids)
+
+
 @lru_cache(maxsize=4096)
-def _head(url: str, api_key: str | None, path: str) -> bytes:
+def _head(url: str, api_key: str | None, method: str, path: str) -> bytes:
     lines = [
-        f"POST {path} HTTP/1.1",
+        f"{method} {path} HTTP/1.1",
         f"host: {urlsplit(url).netloc.rpartition('@')[2]}",
         "content-type: application/json",
         "accept-encoding: identity",
@@ -148,12 +148,6 @@ def _head(url: str, api_key: str | None, path: str) -> bytes:
     if api_key:
         lines.append(f"authorization: Bearer {api_key}")
     return "".join(_UNSAFE_IN_HEADER.sub("?", line) + "\r\n" for line in lines).encode()
-
-
-def _lines(headers: Mapping[str, str], num_body_bytes: int) -> bytes:
-    """The rest of the head. `headers` hold no line breaks: `make_call` and tracing see to that."""
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-    return f"{''.join(lines)}content-length: {num_body_bytes}\r\n\r\n".encode()
 
 
 def _keep_alive(connected: socket.socket) -> None:

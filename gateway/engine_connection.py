@@ -7,72 +7,61 @@ from collections.abc import Callable
 
 import httptools
 
-from gateway.answer import Answer
+from gateway.answer import Answer, Listener
+from gateway.answer_cache import AnswerCache
 from gateway.errors import EngineBroke
 
 _MAX_HEAD_BYTES = 256 * 1024
 _COPIED_BODY_BYTES = 64 * 1024
 
 
-class StaleConnection(Exception):
-    """The engine had closed an idle connection: nothing of an answer came, so ask again."""
-
-
 class EngineConnection(asyncio.Protocol):
     """Asks one thing at a time. `on_free` gets it back when an answer is complete and it may live."""
 
     __slots__ = (
-        *("_answer", "_body", "_done", "_head", "_head_bytes", "_heard", "_informational"),
-        *("_keep_alive", "_loop", "_name", "_on_free", "_parser", "_paused", "_transport"),
-        *("_until_close", "closed", "idle_since", "reused"),
+        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard"),
+        *(
+            "_informational",
+            "_keep_alive",
+            "_known",
+            "_listener",
+            "_name",
+            "_on_free",
+            "_parser",
+            "_paused",
+        ),
+        *("_transport", "_until_close", "closed", "idle_since", "reused"),
     )
 
     def __init__(
-        self,
-        name: str,
-        loop: asyncio.AbstractEventLoop,
-        on_free: Callable[[EngineConnection], None],
+        self, name: str, on_free: Callable[[EngineConnection], None], known: AnswerCache
     ) -> None:
         self.closed = self.reused = False
         self.idle_since = 0.0
         self._name = name
-        self._loop = loop
         self._on_free = on_free
+        self._known = known
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
-        self._answer: Answer | None = None
+        self._listener: Listener | None = None
+        self._answer = Answer()
         self._head: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._head_bytes = 0
-        self._done = self._heard = self._informational = False
+        self._begun = self._done = self._heard = self._informational = False
         self._keep_alive = self._until_close = self._paused = False
 
-    async def ask(self, head: bytes, body: bytes) -> Answer:
-        """Send a request and wait until the answer has begun.
-
-        Raises:
-            StaleConnection: it had been idle, and is closed.
-            EngineBroke: it broke before the answer began.
-        """
-        begun = self._loop.create_future()
-        answer = self._answer = Answer(self, begun)
+    def ask(self, head: bytes, body: bytes, listener: Listener) -> None:
+        """Send a request; `listener` hears what comes of it."""
+        self._listener = listener
+        self._answer = Answer()
         self._head, self._head_bytes = [], 0
-        self._done = self._heard = self._until_close = False
+        self._body.clear()
+        self._begun = self._done = self._heard = self._until_close = False
         if len(body) <= _COPIED_BODY_BYTES:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
-        try:
-            await begun
-        except asyncio.CancelledError:
-            if self._answer is answer:  # else it is complete, and another's turn perhaps
-                self.abort()
-            raise
-        if answer.error is not None:
-            if self.reused and not self._heard:
-                raise StaleConnection
-            raise answer.error
-        return answer
 
     def pause(self) -> None:
         """Leave what comes with the engine."""
@@ -87,8 +76,8 @@ class EngineConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def abort(self) -> None:
-        """Hang up."""
-        self._answer = None
+        """Hang up; the listener hears nothing more."""
+        self._listener = None
         self.closed = True
         self._transport.abort()
 
@@ -98,7 +87,16 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._heard = True
+        is_first = not self._heard
+        if is_first:
+            self._heard = True
+            known = self._known.find(data) if self._listener is not None else None
+            if known is not None:
+                self._answer, body = known
+                self._body.append(body)
+                self._keep_alive = True
+                self._complete()
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -106,28 +104,36 @@ class EngineConnection(asyncio.Protocol):
                 self._fail(f"no valid HTTP: {error}")
                 return
             self._keep_alive = False  # more than was asked for
-        body, answer = self._body, self._answer
-        if body:
-            part = body[0] if len(body) == 1 else b"".join(body)
-            body.clear()
-            if answer is not None:
-                answer.received(part)
+        if not self._answer.status:  # llhttp keeps what is not whole
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._fail("its headers are too large")
+                return
+        if self._body and not self._answer.is_json:
+            self._pass_on()
         if self._done:
+            if is_first and self._answer.is_json and self._keep_alive:
+                self._known.add(data, self._answer)
             self._complete()
 
     def eof_received(self) -> None:
         """The engine sends no more: an answer without a length is complete now."""
-        if self._until_close and self._answer is not None:
+        if self._until_close and self._listener is not None:
             self._complete()
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is closed, from either side."""
         self.closed = True
-        self._fail(str(error) if error else "it closed the connection")
+        listener = self._listener
+        if listener is not None and self.reused and not self._heard:
+            self._listener = None
+            listener.stale()
+        else:
+            self._fail(str(error) if error else "it closed the connection")
 
     def on_message_begin(self) -> None:
         """Called by llhttp, as what follows."""
-        if self._answer is None or self._done:
+        if self._listener is None or self._done:
             raise ValueError("an answer that nobody asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
@@ -140,7 +146,7 @@ class EngineConnection(asyncio.Protocol):
         parser, answer = self._parser, self._answer
         status = parser.get_status_code()
         self._informational = status < 200
-        if answer is None or self._informational:
+        if self._informational:
             self._head = []
             return
         answer.status, answer.headers = status, self._head
@@ -161,21 +167,45 @@ class EngineConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:  # noqa: D102
         self._done = not self._informational
 
+    def _pass_on(self) -> None:
+        listener, parts = self._listener, self._body
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if listener is None:
+            return
+        if not self._begun:
+            self._begun = True
+            listener.began(self._answer)
+            listener = self._listener  # unless it has hung up
+        if listener is not None:
+            listener.received(data)
+
     def _complete(self) -> None:
-        answer, self._answer = self._answer, None
+        listener, self._listener = self._listener, None
+        answer, begun = self._answer, self._begun
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
         self._done = self._until_close = False
+        if self.closed:
+            return
         if self._keep_alive and not self._transport.get_write_buffer_size():
             self.resume()
             self._on_free(self)
         else:
             self.closed = True
             self._transport.close()
-        if answer is not None:
-            answer.ended()
+        if listener is None:
+            return
+        if answer.is_json:
+            listener.answered(answer, body)
+            return
+        if not begun:
+            listener.began(answer)
+        listener.ended()
 
     def _fail(self, reason: str) -> None:
         self.closed = True
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.ended(EngineBroke(f"the engine at {self._name} broke off: {reason}"))
+        listener, self._listener = self._listener, None
         self._transport.abort()
+        if listener is not None:
+            listener.broke(EngineBroke(f"the engine at {self._name} broke off: {reason}"))

@@ -9,12 +9,20 @@ GatewayError
 │       ├── TargetTooLong   414
 │       ├── NotExpected     417                  `expect` of something else than 100-continue
 │       └── HeadTooLarge    431
+├── InvalidKey          401 UNAUTHENTICATED      no API key, or none that is valid
+├── NotAllowed          403 PERMISSION_DENIED    the key may not use this model, or see this page
 ├── NoSuchModel         404 NOT_FOUND            with the nearest names
+├── NoSuchResponse      404 NOT_FOUND            nobody holds the stored response
 ├── NoSuchRoute         404 UNIMPLEMENTED
+│   ├── NotSupported    404                      the model's engine has no such path
 │   └── WrongMethod     405
 ├── Overloaded          429 RESOURCE_EXHAUSTED   the model's queue is full
+├── LimitReached        429 RESOURCE_EXHAUSTED   by the tenant
+│   ├── RateLimited                              its requests or tokens per minute, or at a time
+│   └── QuotaSpent                               its tokens for the day or month
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
-│   └── EngineUnreachable                        nobody listens at the endpoint
+│   ├── EngineUnreachable                        nobody listens at the endpoint
+│   └── WouldBeLate                              the queue is longer than the client waits
 ├── EngineBroke         502 UNAVAILABLE          the engine went away while it answered
 └── DeadlineExceeded    504 DEADLINE_EXCEEDED    the client's own time limit has passed
 
@@ -26,7 +34,9 @@ fact is known and turned into a response at the edges: `http_api`, `http_server`
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+
+from gateway.bodies import Error, ErrorBody
 
 
 class GatewayError(Exception):
@@ -47,13 +57,18 @@ class GatewayError(Exception):
         self.retry_after_s = retry_after_s
 
     @property
+    def more_headers(self) -> Mapping[str, str]:
+        """Further headers of the answer (gRPC: trailing metadata)."""
+        return {}
+
+    @property
     def retry_after(self) -> str | None:
         """The `retry-after` header: whole seconds, at least one."""
         return None if self.retry_after_s is None else str(max(1, math.ceil(self.retry_after_s)))
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         """OpenAI's error body."""
-        error = {
+        error: Error = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
@@ -118,6 +133,29 @@ class HeadTooLarge(Malformed):
     code = "headers_too_large"
 
 
+class InvalidKey(GatewayError):
+    """No API key, or none that is valid. Nothing of what was sent is repeated."""
+
+    status = 401
+    grpc_status = "UNAUTHENTICATED"
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    @property
+    def more_headers(self) -> Mapping[str, str]:
+        """How to authenticate."""
+        return {"www-authenticate": 'Bearer realm="bora"'}
+
+
+class NotAllowed(GatewayError):
+    """The key is valid, but not for this."""
+
+    status = 403
+    grpc_status = "PERMISSION_DENIED"
+    type = "invalid_request_error"
+    code = "permission_denied"
+
+
 class NoSuchModel(GatewayError):
     """Nobody serves a model of that name."""
 
@@ -127,6 +165,15 @@ class NoSuchModel(GatewayError):
     code = "model_not_found"
 
 
+class NoSuchResponse(GatewayError):
+    """No endpoint is known to hold the stored response."""
+
+    status = 404
+    grpc_status = "NOT_FOUND"
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+
 class NoSuchRoute(GatewayError):
     """No such path in the API."""
 
@@ -134,6 +181,15 @@ class NoSuchRoute(GatewayError):
     grpc_status = "UNIMPLEMENTED"
     type = "invalid_request_error"
     code = "unknown_url"
+
+
+class NotSupported(NoSuchRoute):
+    """The gateway passes this on, but the model's engine does not have it.
+
+    Not 501: OpenAI's clients would try that again.
+    """
+
+    code = "endpoint_not_supported"
 
 
 class WrongMethod(NoSuchRoute):
@@ -152,6 +208,38 @@ class Overloaded(GatewayError):
     code = "queue_full"
 
 
+class LimitReached(GatewayError):
+    """The tenant has had what it may have, wherever there are free places. After `retry_after_s`, more."""
+
+    status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+
+
+class RateLimited(LimitReached):
+    """The tenant asks faster than it may. `headers` tell its limits and what is left."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self._headers = headers or {}
+
+    @property
+    def more_headers(self) -> Mapping[str, str]:
+        """`x-ratelimit-*`, as OpenAI has them."""
+        return self._headers
+
+
+class QuotaSpent(LimitReached):
+    """The tenant has used up its tokens of this day or month."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
 class Unavailable(GatewayError):
     """Nothing can answer now, but something may after `retry_after_s`."""
 
@@ -165,6 +253,12 @@ class EngineUnreachable(Unavailable):
     """No connection to the endpoint: nothing was sent."""
 
     code = "engine_unreachable"
+
+
+class WouldBeLate(Unavailable):
+    """More time would pass in the queue than the client gives."""
+
+    code = "deadline_out_of_reach"
 
 
 class EngineBroke(GatewayError):

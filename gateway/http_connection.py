@@ -13,7 +13,7 @@ from gateway.config import Limits
 from gateway.errors import BadRequest, TooSlow
 from gateway.head_cache import HeadCache
 from gateway.http_parser import Request, RequestParser, Stage
-from gateway.http_response import CONTINUE, LAST_CHUNK, chunk, head, head_until_close
+from gateway.http_response import CONTINUE, LAST_CHUNK, NO_BODY, chunk, head, head_until_close
 
 _LINGER_S = 2.0  # for a client that still sends what was refused
 _BODY_BYTES_PER_S = 64 * 1024
@@ -21,7 +21,7 @@ _MAX_PIPELINED = 8
 
 
 class Source(Protocol):
-    """Where a streamed body comes from."""
+    """Where an answer comes from that is not there at once."""
 
     def pause(self) -> None:
         """Send nothing for now: the client does not keep up."""
@@ -29,12 +29,15 @@ class Source(Protocol):
     def resume(self) -> None:
         """Go on."""
 
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more."""
+
 
 class Application(Protocol):
     """What a server serves."""
 
-    async def answer(self, request: Request, to: HttpConnection) -> None:
-        """Answer `request`. Cancelled when the client leaves."""
+    def answer(self, request: Request, to: HttpConnection) -> None:
+        """Answer `request`, now or, after `to.follow(source)`, later."""
 
     def refuse(self, error: BadRequest, to: HttpConnection) -> None:
         """Answer what is no request."""
@@ -61,13 +64,13 @@ class Shared:
 class HttpConnection(asyncio.Protocol):
     """Answers a client's requests one at a time, in their order.
 
-    Applications answer with `respond`, or with `start`, `write` ... and `finish`.
+    Applications answer with `respond`, or with `start`, `write` ... and `finish`, or `abort`.
     """
 
     __slots__ = (
-        *("_body_since", "_chunked", "_deadline", "_keep_alive", "_lingering", "_owes_continue"),
-        *("_parser", "_progress_at", "_reading_paused", "_request", "_shared", "_source"),
-        *("_stalled", "_task", "_transport", "_turns", "_unsent_bytes", "_write", "started"),
+        *("_answering", "_body_since", "_chunked", "_deadline", "_keep_alive", "_lingering"),
+        *("_owes_continue", "_parser", "_progress_at", "_reading_paused", "_request", "_shared"),
+        *("_source", "_stalled", "_transport", "_turns", "_unsent_bytes", "_write", "started"),
     )
 
     def __init__(self, shared: Shared) -> None:
@@ -78,7 +81,7 @@ class HttpConnection(asyncio.Protocol):
         self._parser: RequestParser | None = None
         self._turns: deque[Request | BadRequest] = deque()
         self._request: Request | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._answering = False
         self._source: Source | None = None
         self._keep_alive = self._chunked = True
         self._stalled = self._reading_paused = self._owes_continue = self._lingering = False
@@ -98,12 +101,15 @@ class HttpConnection(asyncio.Protocol):
         start = head(status, headers, keep_alive=self._keep_alive, length=len(body))
         asked_for_head = self._request is not None and self._request.head.method == b"HEAD"
         self._write(start if asked_for_head else start + body)
+        self._answered()
 
     def start(self, status: int, headers: bytes) -> None:
         """Send the head of an answer whose body comes with `write`, up to `finish`."""
         self.started = True
-        self._chunked = self._request is None or self._request.head.version != "1.0"
-        if self._chunked:
+        knows_chunks = self._request is None or self._request.head.version != "1.0"
+        has_body = status not in NO_BODY
+        self._chunked = knows_chunks and has_body
+        if knows_chunks or not has_body:
             self._write(head(status, headers, keep_alive=self._keep_alive))
         else:
             self._keep_alive = False
@@ -115,19 +121,23 @@ class HttpConnection(asyncio.Protocol):
 
     def finish(self) -> None:
         """The body is complete."""
-        self._source = None
         if self._chunked:
             self._write(LAST_CHUNK)
+        self._answered()
 
     def abort(self) -> None:
         """Drop the connection, so that the client knows that the answer is not whole."""
         self._transport.abort()
 
     def follow(self, source: Source) -> None:
-        """From now on `source` is paused while the client does not keep up."""
+        """`source` will answer. It is told when the client does not keep up, and when it leaves."""
         self._source = source
         if self._stalled:
             source.pause()
+
+    def close_after(self) -> None:
+        """The answer to come is the last one on this connection."""
+        self._keep_alive = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came. Called by the event loop, as what follows."""
@@ -165,8 +175,9 @@ class HttpConnection(asyncio.Protocol):
             self._parser = None
         self._turns.clear()
         self._write = _nowhere
-        if self._task is not None:
-            self._task.cancel()
+        source, self._source = self._source, None
+        if source is not None:
+            source.client_left()
 
     def pause_writing(self) -> None:
         """The client does not keep up."""
@@ -183,14 +194,14 @@ class HttpConnection(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """Close unless a request is being answered."""
-        if self._task is None:
+        if not self._answering:
             self._close()
 
-    async def end(self) -> None:
+    def end(self) -> None:
         """Stop what is being answered, and close."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
+        source, self._source = self._source, None
+        if source is not None:
+            source.client_left()
         self._transport.abort()
 
     def check(self, now: float) -> None:
@@ -231,7 +242,7 @@ class HttpConnection(asyncio.Protocol):
             self._deadline = now + limits.header_timeout_s
 
     def _expects_continue(self) -> None:
-        if self._task is None:
+        if not self._answering:
             self._write(CONTINUE)
         else:
             self._owes_continue = True
@@ -243,7 +254,7 @@ class HttpConnection(asyncio.Protocol):
     def _turn(self, turn: Request | BadRequest) -> None:
         """`turn` is next, as soon as all before it is answered."""
         self._deadline = math.inf
-        if self._task is None:
+        if not self._answering:
             self._take(turn)
             return
         self._owes_continue = False  # its body came without
@@ -254,28 +265,23 @@ class HttpConnection(asyncio.Protocol):
 
     def _take(self, turn: Request | BadRequest) -> None:
         self.started = False
-        shared = self._shared
+        self._answering = True
+        application = self._shared.application
         if isinstance(turn, Request):
             self._request, self._keep_alive = turn, turn.head.keep_alive
-            self._task = shared.loop.create_task(self._serve(turn))
+            application.answer(turn, self)
         else:
             self._request, self._keep_alive = None, False
             self._lingering = True
-            shared.application.refuse(turn, self)
-            self._close()
+            application.refuse(turn, self)
 
-    async def _serve(self, request: Request) -> None:
-        try:
-            await self._shared.application.answer(request, self)
-        finally:
-            self._task = self._source = None
-            self._next()
-
-    def _next(self) -> None:
+    def _answered(self) -> None:
         """After an answer: the next request, or the end."""
+        self._answering = False
+        self._source = self._request = None
         if self._transport.is_closing():
             return
-        if not self._keep_alive or not self.started:
+        if not self._keep_alive:
             self._close()
         elif self._turns:
             self._take(self._turns.popleft())

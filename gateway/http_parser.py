@@ -3,11 +3,12 @@
 llhttp (through httptools) parses, and refuses bare LF, obs-fold, space before a colon, bad or several
 Content-Length, Content-Length beside Transfer-Encoding, bad chunk sizes and control characters. What
 it leaves open is refused here: codings other than `chunked`, versions other than 1.0 and 1.1, no or
-several Host, fragments, and sizes.
+several or bad Host, fragments, and sizes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -25,11 +26,15 @@ from gateway.errors import (
     NotExpected,
     TargetTooLong,
 )
-from gateway.head_cache import Head, HeadCache
+from gateway.head_cache import Head, HeadCache, KnownHead
 
 # A second one of these makes a message ambiguous; of the others the first counts.
 _SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
-_METHODS = frozenset((b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE"))
+_METHODS = frozenset(
+    (b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"QUERY")
+)
+# A name, an address, or nothing, and perhaps a port: no user, no list, no path.
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?", re.ASCII)
 
 _MAX_BYTES_PER_BODY_BYTE = 16  # a chunk of one byte takes six
 
@@ -88,6 +93,7 @@ class RequestParser:
         self._heads = heads
         self._head_data = b""  # of the request that began with this read
         self._head: Head | None = None
+        self._known: KnownHead | None = None  # the connection's last head, if it was known
         self._error: GatewayError | None = None
         self._upgrading = False
 
@@ -191,17 +197,24 @@ class RequestParser:
 
     def _took_known(self, data: bytes) -> bool:
         """Whether `data` was one whole request with a head that is known."""
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or self.finished or end > self._limits.max_head_bytes:
-            self._head_data = b""
+        if self.finished:
             return False
-        head_data = data[:end]
-        known = self._heads.find(head_data)
-        if known is None:
-            self._head_data = head_data
-            return False
-        head, length = known
+        read = self._known.read(data) if self._known is not None else None
+        if read is None:
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4 or end > self._limits.max_head_bytes:
+                self._head_data = b""
+                return False
+            head_data = data[:end]
+            known = self._heads.find(head_data)
+            read = known.read(data) if known is not None else None
+            if read is None:
+                self._head_data = head_data
+                return False
+            self._known = known
+        head, end, length = read
         if len(data) != end + length or length > self._limits.max_body_bytes:
+            self._head_data = b""
             return False
         self.finished = not head.keep_alive
         self._on_request(Request(head, data[end:]))
@@ -214,12 +227,13 @@ class RequestParser:
         length = int(headers.get("content-length", "0"))
         if length > self._limits.max_body_bytes:
             raise _body_too_large(self._limits)
-        path = _path(draft.target)
+        path, query = _path_and_query(draft.target)
         if "upgrade" in headers:
             self._upgrading = llhttp.should_upgrade()
-        if "expect" in headers and (length or "transfer-encoding" in headers):
+        if "expect" in headers and (length or "transfer-encoding" in headers) and version != "1.0":
             self._on_continue()
-        return Head(method, path, headers, llhttp.should_keep_alive(), version)
+        told = {name: value for name, value in headers.items() if name != "content-length"}
+        return Head(method, path, told, llhttp.should_keep_alive(), version, query)
 
     def _stay_with_http(self) -> None:
         """Read as a body what llhttp takes for another protocol, as we speak no other.
@@ -231,6 +245,8 @@ class RequestParser:
         for name in ("content-length", "transfer-encoding"):
             if name in headers:
                 head += f"{name}: {headers[name]}\r\n".encode("latin-1")
+        if self._head is not None and not self._head.keep_alive:
+            head += b"connection: close\r\n"  # what follows is not read
         self._llhttp = httptools.HttpRequestParser(self)
         self._llhttp.feed_data(head + b"\r\n")
 
@@ -256,6 +272,8 @@ def _check_head(method: bytes, version: str, headers: dict[str, str]) -> None:
     if version == "1.1":
         if "host" not in headers:
             raise Malformed("HTTP/1.1 asks for a host header")
+        if not _HOST.fullmatch(headers["host"]):
+            raise Malformed("the host header names no host")
     elif version != "1.0":
         raise Malformed(f"HTTP/{version} is not spoken here, only 1.1 and 1.0")
     coding = headers.get("transfer-encoding")
@@ -270,16 +288,20 @@ def _check_head(method: bytes, version: str, headers: dict[str, str]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _path(target: bytes) -> str:
-    """The decoded path of a request target, in origin, absolute or asterisk form."""
+def _path_and_query(target: bytes) -> tuple[str, str]:
+    """The decoded path, and the query as it came, of a target in origin, absolute or asterisk form."""
     text = target.decode("ascii", "replace")
     if "#" in text:
         raise Malformed("a request target has no fragment")
     if text.lower().startswith(("http://", "https://")):
-        text = urlsplit(text).path or "/"
+        parts = urlsplit(text)
+        if not _HOST.fullmatch(parts.netloc) or not parts.hostname:
+            raise Malformed("the request target's URL names no host, or a user")
+        text = f"{parts.path or '/'}?{parts.query}"
     elif not text.startswith("/") and text != "*":
         raise Malformed("the request target is neither a path nor an http URL")
-    return unquote(text.partition("?")[0])
+    path, _, query = text.partition("?")
+    return unquote(path), query
 
 
 def _target_too_long(limits: Limits) -> TargetTooLong:

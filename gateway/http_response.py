@@ -12,6 +12,7 @@ from gateway.errors import GatewayError
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
+NO_BODY = (204, 304)  # statuses of answers without one, so without framing
 JSON_TYPE = b"content-type: application/json; charset=utf-8\r\n"
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -39,7 +40,7 @@ _date_line = _Date().line
 def head(status: int, headers: bytes, *, keep_alive: bool, length: int | None = None) -> bytes:
     """Status line and headers. `headers` are whole lines; without `length` the body is chunked."""
     line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-    if status == 204 or status == 304:  # noqa: PLR1714 - they have no body, so no framing
+    if status in NO_BODY:
         framing = b""
     elif length is None:
         framing = b"transfer-encoding: chunked\r\n"
@@ -70,4 +71,6 @@ def error_headers(error: GatewayError, request_id: str) -> bytes:
     lines = JSON_TYPE + b"x-request-id: %b\r\n" % request_id.encode()
     if error.retry_after:
         lines += b"retry-after: %b\r\n" % error.retry_after.encode()
+    for name, value in error.more_headers.items():
+        lines += f"{name}: {value}\r\n".encode()
     return lines

@@ -63,7 +63,8 @@ class HttpServer:
         if connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._shared.all_gone.wait(), grace_s)
-        await asyncio.gather(*(connection.end() for connection in list(connections)))
+        for connection in list(connections):
+            connection.end()
         await asyncio.sleep(0)  # so that the event loop closes the sockets
 
     def _sweep(self) -> None:

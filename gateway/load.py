@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+_MEMORY = 0.98  # of how long requests take, per request that ends
 
 
 class LoadMeter:
@@ -17,7 +17,8 @@ class LoadMeter:
         self._area = 0.0
         self._since = now
         self._at = now
-        self._finished: deque[float] = deque(maxlen=64)
+        self._spent_s = 0.0  # at engines, and how many have ended for it; both fade
+        self._ended = 0.0
 
     def began(self, now: float) -> None:
         """A request went to an engine."""
@@ -28,7 +29,8 @@ class LoadMeter:
         """A request left its engine."""
         self._advance(now)
         self.in_flight -= 1
-        self._finished.append(now)
+        self._spent_s *= _MEMORY
+        self._ended = (self._ended + 1) * _MEMORY
 
     def average(self, now: float) -> float:
         """Mean number of requests at engines since the last call."""
@@ -38,12 +40,19 @@ class LoadMeter:
         self._area, self._since = 0.0, now
         return mean
 
-    def wait_s(self, ahead: int, now: float) -> float:
-        """How long `ahead` requests take at the pace of the last 64; 1 s when nothing is known."""
-        if len(self._finished) < 2:
-            return 1.0
-        return ahead * (now - self._finished[0]) / len(self._finished)
+    def wait_s(self, ahead: float, places: int, now: float) -> float | None:
+        """How long until `ahead` requests have gone to `places` busy places, and one more can.
+
+        None: no request has ended yet, so nobody knows. By Little's law a request takes the time
+        spent at engines over the number that ended, and a place comes free `places` times as often.
+        """
+        if not self._ended:
+            return None
+        self._advance(now)
+        return (ahead + 1) * self._spent_s / self._ended / max(1, places)
 
     def _advance(self, now: float) -> None:
-        self._area += self.in_flight * (now - self._at)
+        spent_s = self.in_flight * (now - self._at)
+        self._area += spent_s
+        self._spent_s += spent_s
         self._at = now

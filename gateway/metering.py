@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.access_log import AccessLog
-from gateway.record import Record
-
-_LATENCY_BUCKETS_S = (
-    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
-    *(2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
-)
-
-
-class _Series:
-    """The metrics of one model, variant and API, looked up once."""
-
-    __slots__ = ("completion_tokens", "duration", "prompt_tokens", "statuses", "ttft")
-
-    def __init__(
-        self,
-        duration: Histogram,
-        ttft: Histogram,
-        prompt_tokens: Counter,
-        completion_tokens: Counter,
-    ) -> None:
-        self.duration = duration
-        self.ttft = ttft
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
-        self.statuses: dict[int, Counter] = {}
+from gateway.endpoints import Endpoint
+from gateway.record import GAP_BUCKETS_S, Record
+from gateway.routing import EndpointState
+from gateway.tally import LATENCY_BUCKETS_S, Tally
+from gateway.tenant_metrics import TenantMetrics, add_counts
 
 
 class Meter:
@@ -42,8 +23,8 @@ class Meter:
 
     def __init__(self, access_log: AccessLog | None = None) -> None:
         self._access_log = access_log
-        self._series: dict[tuple[str, str, str], _Series] = {}
-        self._at_engines: dict[tuple[str, str], Gauge] = {}
+        self._tallies: dict[tuple[str, str, str, str], Tally] = {}
+        self._at_engines: dict[tuple[str, str], int] = {}
         self._registry = registry = CollectorRegistry()
         request = ("model", "variant", "api")
         self._requests = Counter(
@@ -56,14 +37,21 @@ class Meter:
             "bora_gateway_time_to_first_token_seconds",
             "From the request to the first byte of a stream.",
             request,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self._duration = Histogram(
             "bora_gateway_request_duration_seconds",
             "From the request to the end of the answer.",
             request,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._gaps = Histogram(
+            "bora_gateway_inter_token_latency_seconds",
+            "Between the events of a stream, counted when it ends.",
+            ("model", "variant"),
+            buckets=GAP_BUCKETS_S,
             registry=registry,
         )
         self._prompt_tokens = Counter(
@@ -84,6 +72,13 @@ class Meter:
             ("model", "reason"),
             registry=registry,
         )
+        self._migrations = Counter(
+            "bora_gateway_migrations",
+            "Streams that another endpoint went on with.",
+            ("model",),
+            registry=registry,
+        )
+        self._of_tenants = TenantMetrics(registry)
         self._add_gauges(registry)
 
     def _add_gauges(self, registry: CollectorRegistry) -> None:
@@ -115,52 +110,97 @@ class Meter:
             multiprocess_mode="livemin",
         )
         self._counted_models: set[str] = set()
+        self._told_endpoints: set[tuple[str, str, str]] = set()
+        endpoint = ("model", "variant", "endpoint")
+        self._alive = Gauge(
+            "bora_gateway_endpoint_alive",
+            "1: takes requests; 0: dead, its health checks fail.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._breaker_open = Gauge(
+            "bora_gateway_endpoint_breaker_open",
+            "1: the endpoint failed, or is far slower than its peers, and is left alone.",
+            endpoint,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._ejections = Counter(
+            "bora_gateway_endpoint_ejections",
+            "Times that it was left alone for being slow.",
+            endpoint,
+            registry=registry,
+        )
 
     def finished(self, record: Record) -> None:
         """Count a request that is over and write its access log line."""
-        series = self._series.get((record.model, record.variant, record.api))
-        if series is None:
-            series = self._new_series(record.model, record.variant, record.api)
-        requests = series.statuses.get(record.status)
-        if requests is None:
-            labels = (record.model, record.variant, record.api, str(record.status))
-            requests = series.statuses[record.status] = self._requests.labels(*labels)
-        requests.inc()
         record.duration_s = record.age_s
-        series.duration.observe(record.duration_s)
-        if record.ttft_s is not None:
-            series.ttft.observe(record.ttft_s)
-        if record.usage is not None:
-            series.prompt_tokens.inc(record.usage.prompt_tokens)
-            series.completion_tokens.inc(record.usage.completion_tokens)
+        key = (record.model, record.variant, record.api, record.tenant)
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally()
+        tally.add(record)
+        if record.refusal:
+            self._of_tenants.refused(record)
         if self._access_log is not None:
             self._access_log.add(record)
 
-    def _new_series(self, model: str, variant: str, api: str) -> _Series:
-        series = self._series[model, variant, api] = _Series(
-            self._duration.labels(model, variant, api),
-            self._ttft.labels(model, variant, api),
-            self._prompt_tokens.labels(model, variant),
-            self._completion_tokens.labels(model, variant),
-        )
-        return series
+    def flush(self) -> None:
+        """Tell the metrics of what has finished. Scraping does so, and the gateway every second."""
+        tallies, self._tallies = self._tallies, {}
+        for (model, variant, api, tenant), tally in tallies.items():
+            for status, count in tally.statuses.items():
+                self._requests.labels(model, variant, api, str(status)).inc(count)
+            add_counts(self._duration.labels(model, variant, api), tally.duration)
+            add_counts(self._ttft.labels(model, variant, api), tally.ttft)
+            add_counts(self._gaps.labels(model, variant), tally.gaps)
+            self._prompt_tokens.labels(model, variant).inc(tally.prompt_tokens)
+            self._completion_tokens.labels(model, variant).inc(tally.completion_tokens)
+            if model:
+                self._of_tenants.add(tenant, model, tally)
+        for (model, variant), count in self._at_engines.items():
+            self._in_flight.labels(model, variant).set(count)
 
     def retried(self, model: str, reason: str) -> None:
         """A request goes to another endpoint, because of an error's `code` or a status."""
         self._retries.labels(model, reason).inc()
 
+    def migrated(self, model: str) -> None:
+        """A stream goes on at another endpoint."""
+        self._migrations.labels(model).inc()
+
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""
-        gauge = self._at_engines.get((model, variant))
-        if gauge is None:
-            gauge = self._at_engines[model, variant] = self._in_flight.labels(model, variant)
-        gauge.inc(change)
+        key = model, variant
+        self._at_engines[key] = self._at_engines.get(key, 0) + change
 
     @contextmanager
     def queued(self, model: str) -> Iterator[None]:
         """Counts a request that waits."""
         with self._queued.labels(model).track_inprogress():
             yield
+
+    def endpoint_changed(self, state: EndpointState, now: float) -> None:
+        """An endpoint's breaker or health is not what it was."""
+        endpoint, breaker = state.endpoint, state.breaker
+        labels = (endpoint.model, endpoint.variant, endpoint.key)
+        self._told_endpoints.add(labels)
+        self._alive.labels(*labels).set(not state.dead)
+        self._breaker_open.labels(*labels).set(not breaker.closed)
+        if breaker.is_slow and breaker.state(now) == "open":
+            self._ejections.labels(*labels).inc()
+
+    def endpoints_listed(self, endpoints: Iterable[Endpoint]) -> None:
+        """The table's endpoints: those that are gone must not look dead for ever."""
+        listed = {(each.model, each.variant, each.key) for each in endpoints}
+        for labels in self._told_endpoints - listed:
+            self._alive.labels(*labels).set(1)
+            self._breaker_open.labels(*labels).set(0)
+            if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # there, series cannot be removed
+                self._alive.remove(*labels)
+                self._breaker_open.remove(*labels)
+        self._told_endpoints &= listed
 
     def table_applied(self, version: int, ready: Iterable[tuple[str, int]]) -> None:
         """A new endpoint table: its version, and how many endpoints each model has."""
@@ -170,8 +210,21 @@ class Meter:
             self._endpoints.labels(model).set(count)
         self._counted_models |= counts.keys()
 
+    def totals(self, names: Collection[str]) -> Iterable[Metric]:
+        """The series of those names, of all workers when there are several.
+
+        Without the making and reading of text this costs a fifth of `exposition`.
+        """
+        self.flush()
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            summed = CollectorRegistry()
+            MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
+            return summed.collect()
+        return self._registry.restricted_registry(names).collect()
+
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format, of all workers when there are several."""
+        self.flush()
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             summed = CollectorRegistry()
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]

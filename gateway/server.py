@@ -16,23 +16,28 @@ import signal
 import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import uvloop
 from pydantic import ValidationError
 
+from gateway.access import Access
 from gateway.access_log import AccessLog
+from gateway.accounts import Accounts
 from gateway.admission import Admission
 from gateway.config import GatewayConfig, Limits
 from gateway.endpoints import EndpointTable
 from gateway.engine import EngineClient
 from gateway.errors import StartupFailed
 from gateway.forwarding import Forwarder
-from gateway.grpc_api import GrpcServer
+from gateway.grpc_server import GrpcServer
+from gateway.health import HealthChecker
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
+from gateway.key_feed import KeyFeed
 from gateway.metering import Meter
 from gateway.ports import cannot_listen, require_free_port
+from gateway.shared_cells import SharedCells
 from gateway.table_feed import ControllerFeed, FileFeed
 from gateway.tracing import tracing_from
 from placement.errors import ConfigError
@@ -51,9 +56,12 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
-        self.admission = Admission(config.limits, workers=config.workers)
+        self.admission = Admission(config.limits, workers=config.workers, seed=os.getpid())
+        self._shared = SharedCells(config.shared_cells_file) if config.shared_cells_file else None
+        self.access = Access(required=config.auth == "keys", accounts=Accounts(shared=self._shared))
         self._access_log = AccessLog(config.access_log_sample) if config.access_log else None
         self.meter = Meter(self._access_log)
+        self.admission.router.on_change = self.meter.endpoint_changed
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._forwarder: Forwarder | None = None
@@ -66,7 +74,7 @@ class Gateway:
     def is_ready(self) -> bool:
         """It has a table and takes requests."""
         draining = self._forwarder is None or self._forwarder.draining
-        return self.admission.table is not None and not draining
+        return self.admission.table is not None and self.access.is_ready and not draining
 
     @property
     def num_connections(self) -> int:
@@ -95,6 +103,7 @@ class Gateway:
         router = self.admission.router
         ready = {model.name: router.num_ready(model.name) for model in router.models}
         self.meter.table_applied(table.version, ready.items())
+        self.meter.endpoints_listed(table.endpoints)
         _log.info("endpoint table %d: %s", table.version, ready)
         self._tell_health()
 
@@ -116,13 +125,22 @@ class Gateway:
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
         engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)
         await self._stack.enter_async_context(engines)
-        self._forwarder = Forwarder(self.admission, engines, self.meter, tracing)
+        if self._shared:
+            self._stack.callback(self._shared.close)
+        if config.keys_file:
+            await self._follow_keys(config.keys_file)
+        self._forwarder = Forwarder(self.admission, engines, self.meter, tracing, self.access)
+        self._forwarder.watch()
+        self._stack.callback(self._forwarder.close)
         feed = self._feed()
         if isinstance(feed, FileFeed):
             try:
                 self.apply(feed.load())
             except ConfigError as error:
                 raise StartupFailed(str(error)) from error
+        else:
+            self._stack.push_async_callback(feed.tell_last)
+        await self._check_engines(self._forwarder)
         await self._listen_http(self._forwarder)
         if config.grpc_port is not None:
             await self._listen_grpc(self._forwarder, config.grpc_port)
@@ -131,6 +149,24 @@ class Gateway:
         _log.info(
             "gateway listens on %s: HTTP %d, gRPC %s", config.host, self.http_port, self.grpc_port
         )
+
+    async def _check_engines(self, forwarder: Forwarder) -> None:
+        limits = self.config.limits
+        if limits.health_interval_s:
+            checker = HealthChecker(
+                self.admission.router,
+                limits,
+                on_dead=forwarder.endpoint_died,
+                on_revived=self.admission.recheck,
+            )
+            await checker.look_around()
+            self._stack.push_async_callback(_cancel, asyncio.create_task(checker.run()))
+
+    async def _follow_keys(self, path: Path) -> None:
+        keys = KeyFeed(path, self.access, poll_s=self.config.poll_s)
+        keys.start()
+        self._stack.push_async_callback(asyncio.to_thread, keys.flush)
+        self._stack.push_async_callback(_cancel, asyncio.create_task(keys.follow()))
 
     def _feed(self) -> FileFeed | ControllerFeed:
         config = self.config
@@ -141,11 +177,12 @@ class Gateway:
             config.controller_token,
             gateway_id=f"{socket.gethostname()}-{os.getpid()}-{id(self):x}",
             loads=self.admission.loads,
+            access=self.access,
         )
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
         config = self.config
-        api = HttpApi(forwarder, is_ready=lambda: self.is_ready)
+        api = HttpApi(forwarder, is_ready=lambda: self.is_ready, workers=config.workers)
         self._http = HttpServer(api, config.limits)
         self._stack.push_async_callback(self._http.close, _LAST_ANSWERS_S)
         try:
@@ -214,11 +251,14 @@ def run(
     drain_timeout_s: float = 30.0,
     access_log: bool = True,
     limits: Limits | None = None,
+    keys: Path | None = None,
+    auth: Literal["none", "keys"] = "none",
 ) -> None:
     """Run a gateway until SIGTERM or SIGINT, with logs on standard error. Blocks.
 
     The endpoint table comes from the file `endpoints`, or from `controller` (a URL; `token_file`
-    holds its bearer token). `grpc_port=None` leaves gRPC out.
+    holds its bearer token). `grpc_port=None` leaves gRPC out. With the key file `keys`, or `auth:
+    keys` and a controller, clients need API keys.
 
     Raises:
         GatewayError: it cannot start, or a worker died. `exit_code` is what a process should end with.
@@ -228,6 +268,8 @@ def run(
             endpoints_file=endpoints,
             controller_url=controller,
             controller_token=_token(token_file),
+            auth="keys" if keys else auth,
+            keys_file=keys,
             host=host,
             http_port=http_port,
             grpc_port=grpc_port,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
 from pydantic import ValidationError
 
+from gateway.access import Access
 from gateway.endpoints import (
     EndpointsFile,
     EndpointTable,
@@ -18,8 +19,9 @@ from gateway.endpoints import (
     SyncRequest,
     SyncResponse,
 )
-from placement.errors import ConfigError
-from placement.spec import load_yaml
+from gateway.usage_reports import UsageReports
+from placement.errors import ConfigError, nearest
+from placement.spec import load_yaml, place
 
 _log = logging.getLogger(__name__)
 _Apply = Callable[[EndpointTable], None]
@@ -28,6 +30,8 @@ _SYNC_WAIT_S = 0.5
 _SYNC_TIMEOUT_S = 10.0
 _FASTEST_SYNC_S = 0.05
 _BACKOFF_S = (0.1, 2.0)
+_LAST_REPORT_S = 3.0
+_LAST_REPORTS = 2  # one that was not confirmed, and what came after it
 
 
 def table_from_file(path: Path, version: int) -> EndpointTable:
@@ -55,6 +59,24 @@ def _refuse_ambiguity(path: Path, listed: EndpointsFile, models: Mapping[str, Se
     for model, key in keys:
         if keys.count((model, key)) > 1:
             raise ConfigError(f"{path}: the endpoint {key} of {model!r} stands twice")
+    for number, served in enumerate(listed.models):
+        _refuse_unknown_names(place(path, "models", number), listed, served, names)
+
+
+def _refuse_unknown_names(
+    where: str, listed: EndpointsFile, model: ServedModel, names: Sequence[str]
+) -> None:
+    variants = {each.variant for each in listed.endpoints if each.model == model.name}
+    for variant in model.routing.weights:
+        if variant not in variants:
+            hint = nearest(variant, variants)
+            raise ConfigError(
+                f"{where}.routing.weights: no endpoint of {model.name!r} is of the variant"
+                f" {variant!r}{hint}"
+            )
+    for name in model.fallback:
+        if name not in names:
+            raise ConfigError(f"{where}.fallback: there is no model {name!r}{nearest(name, names)}")
 
 
 class FileFeed:
@@ -108,6 +130,7 @@ class ControllerFeed:
         *,
         gateway_id: str,
         loads: Callable[[], Mapping[str, ModelLoad]],
+        access: Access | None = None,
     ) -> None:
         self._url = url.rstrip("/") + "/v1/sync"
         self._headers = {"content-type": "application/json"}
@@ -116,6 +139,9 @@ class ControllerFeed:
         self._gateway_id = gateway_id
         self._loads = loads
         self._version = -1
+        self._access = access if access and access.required else None
+        self._keys_version = -1
+        self._reports = UsageReports(self._access.accounts) if self._access else None
 
     async def follow(self, apply: _Apply) -> None:
         """Sync for ever. While the controller is away the last table stays in force."""
@@ -123,13 +149,11 @@ class ControllerFeed:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             await self._every_sync(lambda: self._sync(session), apply)
 
-    async def _every_sync(
-        self, sync: Callable[[], Awaitable[EndpointTable | None]], apply: _Apply
-    ) -> None:
+    async def _every_sync(self, sync: Callable[[], Awaitable[SyncResponse]], apply: _Apply) -> None:
         backoff_s, failed = _BACKOFF_S[0], False
         while True:
             try:
-                table = await sync()
+                answer = await sync()
             except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
                 if not failed:
                     _log.warning("no answer from %s, the last table stays: %r", self._url, error)
@@ -140,21 +164,48 @@ class ControllerFeed:
             if failed:
                 _log.info("%s answers again", self._url)
             backoff_s, failed = _BACKOFF_S[0], False
-            if table:
-                apply(table)
-                self._version = table.version
+            if answer.table:
+                apply(answer.table)
+                self._version = answer.table.version
             else:
                 await asyncio.sleep(_FASTEST_SYNC_S)
 
-    async def _sync(self, session: aiohttp.ClientSession) -> EndpointTable | None:
+    async def tell_last(self) -> None:
+        """Report the usage that is not reported yet, if the controller is there."""
+        if self._reports is None:
+            return
+        timeout = aiohttp.ClientTimeout(total=_LAST_REPORT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            for _ in range(_LAST_REPORTS):
+                if self._reports.next() is None:
+                    return
+                try:
+                    await self._sync(session, wait_s=0.0)
+                except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
+                    _log.error("the last usage could not be told to %s: %r", self._url, error)
+                    return
+
+    async def _sync(
+        self, session: aiohttp.ClientSession, wait_s: float = _SYNC_WAIT_S
+    ) -> SyncResponse:
         question = SyncRequest(
             gateway=self._gateway_id,
             version=self._version,
-            wait_s=_SYNC_WAIT_S,
+            wait_s=wait_s,
             loads=self._loads(),
+            keys_version=self._keys_version,
+            wants_keys=self._access is not None,
+            usage=self._reports.next() if self._reports else None,
         )
         async with session.post(
             self._url, data=question.model_dump_json(), headers=self._headers
         ) as response:
             response.raise_for_status()
-            return SyncResponse.model_validate_json(await response.read()).table
+            answer = SyncResponse.model_validate_json(await response.read())
+        if self._access is not None and answer.keys is not None:
+            self._access.apply(answer.keys.tenants)
+            self._keys_version = answer.keys.version
+            _log.info("keys of %d tenants", len(answer.keys.tenants))
+        if self._reports is not None:
+            self._reports.answered(answer)
+        return answer

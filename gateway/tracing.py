@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gateway.call import Call
+from gateway.call import Call, header_lines
 from gateway.record import Record
 
 if TYPE_CHECKING:
@@ -26,26 +25,32 @@ class Tracing:
         """Spans are exported. While they are not, the client's headers go on untouched."""
         return self._tracer is not None
 
-    @contextmanager
-    def span(self, call: Call, record: Record) -> Iterator[None]:
-        """Covers one request."""
+    def start(self, call: Call) -> Span | None:
+        """A span for one request, which the engine's will be children of."""
         if self._tracer is None:
-            yield
-            return
-        from opentelemetry.trace import SpanKind  # noqa: PLC0415 - only paid for when used
+            return None
+        from opentelemetry.trace import SpanKind, set_span_in_context  # noqa: PLC0415 - paid when used
         from opentelemetry.trace.propagation import tracecontext  # noqa: PLC0415
 
         propagator = tracecontext.TraceContextTextMapPropagator()
-        with self._tracer.start_as_current_span(
+        span = self._tracer.start_span(
             f"{call.api} {call.path}",
             context=propagator.extract(call.headers),
             kind=SpanKind.SERVER,
-        ) as span:
-            propagator.inject(call.headers)
-            try:
-                yield
-            finally:
-                _describe(span, record)
+        )
+        headers = dict(call.headers)
+        propagator.inject(headers, context=set_span_in_context(span))
+        call.headers, call.lines = headers, header_lines(headers)
+        return span
+
+    def finish(self, span: Span, record: Record) -> None:
+        """The request is over."""
+        from opentelemetry.trace import StatusCode  # noqa: PLC0415 - paid when used
+
+        _describe(span, record)
+        if record.status >= 500:
+            span.set_status(StatusCode.ERROR, record.error or None)
+        span.end()
 
     def close(self) -> None:
         """Export what is left. Blocks for as long as that takes."""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvloop
 
@@ -63,6 +64,7 @@ async def _serve_until_orphaned(config: GatewayConfig) -> None:
 
 def _start_and_watch(config: GatewayConfig, metrics_dir: str) -> None:
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
+    config = config.model_copy(update={"shared_cells_file": Path(metrics_dir) / "limits"})
     command = [sys.executable, "-m", "gateway", "--worker"]
     workers = [
         # Sessions of their own, so that Ctrl-C reaches them once, through us.

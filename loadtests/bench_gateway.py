@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,9 +23,18 @@ from typing import Any
 
 import psutil
 
-from loadtests.bench_peers import CannotRun, Contender, contenders, python_of
+from loadtests.bench_peers import Contender, contenders, python_of
+from loadtests.processes import (
+    START_TIMEOUT_S,
+    CannotRun,
+    cpu_s,
+    free_port,
+    last_line,
+    listening,
+    mock_engine,
+    say,
+)
 
-_START_TIMEOUT_S = 90.0
 _CONNECTIONS = 64
 _STREAMS = 32
 
@@ -49,16 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _chosen(options.only)
     cache = Path(options.cache).expanduser()
     figures: dict[str, Figures] = {}
-    with tempfile.TemporaryDirectory() as folder, _engine(Path(folder)) as engine_port:
+    with tempfile.TemporaryDirectory() as folder, mock_engine(Path(folder)) as engine_port:
         ready: dict[str, tuple[Contender, Path]] = {}
         for contender in chosen:
             try:
                 ready[contender.name] = contender, python_of(contender, cache)
             except CannotRun as error:
-                _say(f"{contender.name}: left out, {error}")
+                say(f"{contender.name}: left out, {error}")
         for number in range(options.rounds):
             for name, (contender, python) in list(ready.items()):
-                _say(f"round {number + 1}/{options.rounds}: {name}")
+                say(f"round {number + 1}/{options.rounds}: {name}")
                 try:
                     with _started(contender, python, engine_port, Path(folder)) as (process, port):
                         _measure(
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             options.seconds,
                         )
                 except CannotRun as error:
-                    _say(f"{name}: left out, {error}")
+                    say(f"{name}: left out, {error}")
                     del ready[name]
     _print_table(figures)
     return 0
@@ -79,16 +86,16 @@ def _measure(
     figures: Figures, process: psutil.Process, port: int, engine_port: int, seconds: float
 ) -> None:
     _load(port, _CONNECTIONS, min(seconds, 1.0))  # warm up
-    before = _cpu_s(process)
+    before = cpu_s(process)
     seen = _load(port, _CONNECTIONS, seconds)
-    figures.us_per_request.append((_cpu_s(process) - before) / seen["requests"] * 1e6)
+    figures.us_per_request.append((cpu_s(process) - before) / seen["requests"] * 1e6)
     figures.requests_per_s.append(seen["requests"] / seconds)
-    before = _cpu_s(process)
+    before = cpu_s(process)
     seen = _load(port, _CONNECTIONS, seconds, "--unique-heads")
-    figures.us_per_unique.append((_cpu_s(process) - before) / seen["requests"] * 1e6)
-    before = _cpu_s(process)
+    figures.us_per_unique.append((cpu_s(process) - before) / seen["requests"] * 1e6)
+    before = cpu_s(process)
     seen = _load(port, _STREAMS, seconds, "--stream")
-    figures.us_per_chunk.append((_cpu_s(process) - before) / seen["chunks"] * 1e6)
+    figures.us_per_chunk.append((cpu_s(process) - before) / seen["chunks"] * 1e6)
     through, direct = _load(port, 1, 1.0), _load(engine_port, 1, 1.0)
     figures.added_p50_us.append((through["p50_s"] - direct["p50_s"]) * 1e6)
 
@@ -105,109 +112,30 @@ def _load(port: int, connections: int, seconds: float, *more: str) -> dict[str, 
     return seen
 
 
-def _cpu_s(process: psutil.Process) -> float:
-    """User and system time of the process and all that it started, seconds."""
-    total = 0.0
-    for one in (process, *process.children(recursive=True)):
-        times = one.cpu_times()
-        total += times.user + times.system
-    return total
-
-
-@contextmanager
-def _engine(folder: Path) -> Iterator[int]:
-    port = _free_port()
-    command = [sys.executable, "-m", "loadtests.mock_engine", "--port", str(port)]
-    with _process(command, folder / "engine.log") as process:
-        _await_port(process, port, folder / "engine.log")
-        yield port
-
-
 @contextmanager
 def _started(
     contender: Contender, python: Path, engine_port: int, folder: Path
 ) -> Iterator[tuple[psutil.Process, int]]:
-    port = _free_port()
+    port = free_port()
     log = folder / f"{contender.name}.log"
     command = contender.command(python, port, engine_port, folder)
-    with _process(command, log) as process:
-        _await_port(process, port, log)
+    with listening(command, port, log) as process:
         _await_answer(port, log)
-        yield psutil.Process(process.pid), port
-
-
-@contextmanager
-def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    own = Path(command[0]).parent == Path(sys.executable).parent
-    environment = dict(os.environ)
-    if not own:
-        environment.pop("PYTHONPATH", None)
-    try:
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment
-            )
-    except OSError as error:
-        raise CannotRun(f"not started: {error}") from error
-    try:
-        yield process
-    finally:
-        family = _family(process.pid)
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for child in family:
-            if child.is_running():
-                child.kill()
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _await_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise CannotRun(f"ended with {process.returncode}: {_last_line(log)}")
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise CannotRun(f"did not listen within {_START_TIMEOUT_S:g} s: {_last_line(log)}")
+        yield process, port
 
 
 def _await_answer(port: int, log: Path) -> None:
     """Routers listen before they know that their worker is healthy."""
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
             _load(port, 1, 0.0)
         except CannotRun as error:
             if time.monotonic() > deadline:
-                raise CannotRun(f"{error}; its log: {_last_line(log)}") from error
+                raise CannotRun(f"{error}; its log: {last_line(log)}") from error
             time.sleep(0.3)
         else:
             return
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][-200:] if lines else "(nothing)"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _print_table(figures: dict[str, Figures]) -> None:
@@ -237,10 +165,6 @@ def _chosen(only: str | None) -> list[Contender]:
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     return [known[name] for name in names]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
 
 
 def _parser() -> argparse.ArgumentParser:

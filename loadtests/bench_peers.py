@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.tenants import KeyFile, StoredKey, Tenant, digest_of
+from loadtests.load_client import KEY
+from loadtests.processes import CannotRun
+from placement.spec import dump_yaml
+
 _INSTALL_TIMEOUT_S = 900.0
-
-
-class CannotRun(Exception):
-    """A contender that cannot be installed or started here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,24 @@ def _install(command: Sequence[str]) -> None:
 
 
 def _bora(python: Path, port: int, engine_port: int, folder: Path) -> list[str]:
+    """With everything on: the load's key is known, and has limits of every kind."""
     endpoints = folder / "endpoints.yaml"
     endpoints.write_text(
         f'endpoints: [{{model: bench, url: "http://127.0.0.1:{engine_port}",'
         " max_in_flight: 20000}]\n",
         encoding="utf-8",
     )
-    run = [str(python), "-m", "gateway", "--endpoints", str(endpoints)]
+    tenant = Tenant(
+        name="bench",
+        requests_per_minute=10**9,
+        tokens_per_minute=10**12,
+        max_in_flight=10**6,
+        budget_tokens=10**15,
+        keys=(StoredKey(sha256=digest_of(KEY)),),
+    )
+    keys = folder / "keys.yaml"
+    keys.write_text(dump_yaml(KeyFile(tenants=(tenant,))), encoding="utf-8")
+    run = [str(python), "-m", "gateway", "--endpoints", str(endpoints), "--keys", str(keys)]
     return [*run, "--http-port", str(port), "--grpc-port", "0"]
 
 

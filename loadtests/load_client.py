@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import httptools
 import uvloop
 
+KEY = "any"
 _TEXT = "List what could go wrong when a clock on one of three servers runs backwards. " * 5
 
 
@@ -97,7 +98,7 @@ def _request(port: int, *, stream: bool) -> bytes:
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: */*\r\n"
         "Accept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n"
-        "User-Agent: AsyncOpenAI/Python 2.0.0\r\nAuthorization: Bearer any\r\n"
+        f"User-Agent: AsyncOpenAI/Python 2.0.0\r\nAuthorization: Bearer {KEY}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data

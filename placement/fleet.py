@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from placement.catalogue import Precision
+from placement.errors import nearest
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
 
@@ -34,6 +36,9 @@ class Demand(Spec):
     )
     output_tokens: TokenLengths = Field(
         default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
+    )
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
     )
 
 
@@ -150,8 +155,20 @@ class FleetModel(Spec):
         default=ReplicaBounds(), description="Between these the count follows the load."
     )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
+    spread: bool = Field(
+        default=True,
+        description="At most a quarter of the replicas on one node (of two or three: one), where "
+        "there is room, and not all in one `zone` (a label of pools), where that costs nothing.",
+    )
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."
+    )
+    routing: RoutingPolicy = Field(
+        default=RoutingPolicy(), description="How requests are spread over the replicas."
+    )
+    fallback: tuple[str, ...] = Field(
+        default=(),
+        description="Models of this fleet that answer in its place when it cannot, in this order.",
     )
     simulate_gpu: str | None = Field(
         default=None, description="engine: sim only: the GPU type whose speed is simulated."
@@ -196,12 +213,15 @@ class GatewaySpec(Spec):
     grpc_port: NonNegativeInt = Field(default=8001, le=65535, description="0: any free port.")
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Beyond loopback, put authentication in front.",
+        description="Address to listen on. Beyond loopback, set `auth: keys`.",
+    )
+    auth: Literal["none", "keys"] = Field(
+        default="none",
+        description="Who may ask. `none`: anybody; `keys`: who has a key, see `bora keys`.",
     )
     replicas: PositiveInt = Field(
         default=1, description="Gateways, each on a host of its own, all on the same ports."
     )
-    auth: Literal["none"] = Field(default="none", description="Who may ask: anybody.")
 
     @model_validator(mode="after")
     def _a_port_for_each(self) -> Self:
@@ -221,7 +241,29 @@ class FleetSpec(Spec):
     models: tuple[FleetModel, ...] = Field(min_length=1, description="At least one.")
     objective: Literal["cost", "throughput", "headroom"] = Field(
         default="cost",
-        description="Among plans that meet the demand: cheapest, fastest, or with most to spare.",
+        description="Among plans that meet the demand: cheapest; most requests/s of all models "
+        "together; or most to spare, for the model that has least.",
+    )
+    spare_nodes: NonNegativeInt = Field(
+        default=0,
+        description="Nodes of each pool that stay empty, so that the replicas of a lost node can "
+        "start again: 1 survives the loss of one node of each pool.",
+    )
+    max_spot_share: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of a model's demand that may depend on pools marked `spot`.",
+    )
+    robust: Literal["off", "prefer", "require"] = Field(
+        default="prefer",
+        description="Whether the plan must hold with engines 15 % slower and 5 % less memory: "
+        "`prefer` takes such a plan when it is as good as the best.",
+    )
+    horizon_s: PositiveFloat = Field(
+        default=3600.0,
+        description="How long a plan is expected to last: moving a running replica must pay for "
+        "itself within it.",
     )
     gateway: GatewaySpec = Field(default=GatewaySpec(), description="The front door.")
 
@@ -233,4 +275,16 @@ class FleetSpec(Spec):
                 if name in seen:
                     raise ValueError(f"two models of the fleet answer to the name {name!r}")
                 seen.add(name)
+        return self
+
+    @model_validator(mode="after")
+    def _fallbacks_exist(self) -> Self:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        for model in self.models:
+            for name in model.fallback:
+                if name not in names or name in (model.name, *model.aliases):
+                    hint = nearest(name, [each for each in names if each != model.name])
+                    raise ValueError(
+                        f"{model.name}: fallback {name!r} is no other model of the fleet{hint}"
+                    )
         return self

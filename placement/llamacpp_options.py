@@ -13,8 +13,8 @@ from placement.fit_request import FitRequest
 from placement.fleet import FleetModel
 from placement.inventory import Pool
 from placement.llamacpp_speed import llamacpp_replica_speed
-from placement.performance import ReplicaSpeed
 from placement.plan import Rejection, Shape
+from placement.replica_speed import ReplicaSpeed
 
 CPU_MAX_CONTEXT = 8192  # unless the fleet asks for more
 

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from placement.catalogue import GpuType
-from placement.efficiency import NO_MESSAGE, Efficiency
+from placement.efficiency import NO_MESSAGE, Efficiency, bandwidth_beside_hopper
 from placement.fit_request import FitRequest
+from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, LlamaConstants
 from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
 from placement.parameters import count_parameters
-from placement.performance import ReplicaSpeed
 from placement.plan import Prediction
+from placement.replica_speed import DraftCost, ReplicaSpeed
 
 # DeepSeek-V3 Q4_K_M with 54 of 61 layers in host memory: 4.65 tokens/s (llama.cpp issue 10981),
 # which are 90 GB/s; its prompts at 18.4 tokens/s are 1.4 TFLOPS.
 HOST_BYTES_PER_S = 90e9
 HOST_FLOPS = 1.4e12
 PAGING_BYTES_PER_S = 3e9  # a fast NVMe disk
-# RTX 4090: F16 0.82 of the bandwidth, Q4_K_M 0.60 to 0.81 with the model's size.
-_GPU_SHARE = 0.7
 _PROMPT_SHARE = 0.35  # of the FLOPS, on quantised weights
-_LAYER_S = 30e-6
 
 
 def predict_llamacpp(
-    task: LlamaTask, placement: Placement, gpu: GpuType, request: FitRequest
+    task: LlamaTask,
+    placement: Placement,
+    gpu: GpuType,
+    request: FitRequest,
+    *,
+    constants: LlamaConstants = LLAMACPP,
 ) -> Prediction:
     """Means for the request's load. GPUs work one after the other: layers are not shared.
 
-    decode step = bytes read on GPUs / (0.7 bandwidth) + bytes read in host memory / 90 GB/s + 30 us
-    a layer; of experts as many are read as the requests use: E x (1 - (1 - k/E)^requests).
+    decode step = bytes read on GPUs / their share of the bandwidth + bytes read in host memory /
+    its bandwidth (90 GB/s unless told) + a fixed time a layer (`fitted.py`); of experts as many are
+    read as the requests use: E x (1 - (1 - k/E)^requests).
     """
     slots = min(request.concurrency or 1, task.num_slots)
     gpu_bytes, host_bytes = _bytes_read(task, placement, slots)
@@ -35,16 +39,23 @@ def predict_llamacpp(
     kv = slots * tokens * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
     on_gpu = placement.gpu_layers / task.architecture.num_layers
     layers = task.architecture.num_layers
-    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * _GPU_SHARE)
-    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / HOST_BYTES_PER_S
-    step = gpu_s + host_s + layers * _LAYER_S
-    ttft = request.input_tokens * _prompt_s_per_token(task, placement, gpu) + step
+    share = constants.gpu_bandwidth * bandwidth_beside_hopper(gpu)
+    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * share)
+    host = HOST_BYTES_PER_S
+    if request.host_bandwidth_gb_s is not None:
+        host = request.host_bandwidth_gb_s * 1e9
+    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / host
+    step = gpu_s + host_s + layers * constants.layer_s
+    new = request.input_tokens * (1 - request.prefix_hit)
+    ttft = new * _prompt_s_per_token(task, placement, gpu) + step
     tpot = step + (slots - 1) / request.output_tokens * ttft
     duration = ttft + (request.output_tokens - 1) * tpot
     return Prediction(
         ttft_s=ttft,
         tpot_ms=tpot * 1000,
         output_tokens_per_s=slots * request.output_tokens / duration,
+        ttft_error=UNKNOWN.ttft,
+        tpot_error=LLAMACPP_ERROR,
     )
 
 
@@ -56,7 +67,8 @@ def llamacpp_replica_speed(
     One memory stands for two: bytes on GPUs count as the bytes that host memory would read in the
     same time. Windows save nothing, and the GPUs of a replica take turns.
     """
-    as_host = HOST_BYTES_PER_S / (gpu.memory_bandwidth_bytes_per_s * _GPU_SHARE)
+    share = LLAMACPP.gpu_bandwidth * bandwidth_beside_hopper(gpu)
+    as_host = HOST_BYTES_PER_S / (gpu.memory_bandwidth_bytes_per_s * share)
     architecture = task.architecture.model_copy(update={"sliding_window": None})
     layers = architecture.num_layers
     dense_gpu, dense_host = _bytes_read(task, placement, 0)
@@ -66,19 +78,24 @@ def llamacpp_replica_speed(
     prompt = _prompt_s_per_token(task, placement, gpu) * HOST_FLOPS
     return ReplicaSpeed(
         architecture=architecture,
-        efficiency=Efficiency(bandwidth=1.0, flops=1.0, step_s=0.0, layer_s=_LAYER_S),
+        efficiency=Efficiency(bandwidth=1.0, flops=1.0, step_s=0.0, kernel_s=LLAMACPP.layer_s),
         bandwidth_bytes_per_s=HOST_BYTES_PER_S,
         flops=HOST_FLOPS,
+        flops_16_bit=HOST_FLOPS,
         always_read_bytes=dense_host + dense_gpu * as_host,
         expert_bytes=every_host - dense_host + (every_gpu - dense_gpu) * as_host,
         flops_per_token=prompt,
         prefill_flops_per_token=prompt,
+        expert_flops_per_token=0.0,
         attention_flops=0.0,
         kv_bytes_per_token=round(kv * (1 - on_gpu + on_gpu * as_host)),
+        kernels=layers,
+        all_reduces=0,
         all_reduce=NO_MESSAGE,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=task.num_slots,
         kv_cache_tokens=task.cells,
+        draft=DraftCost(0.0, 0, 0),
     )
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
 from placement.capacity import Capacity, capacity
 from placement.catalogue import Catalogue, GpuType
-from placement.fleet import FleetModel, FleetSpec
-from placement.inventory import Inventory, Pool
+from placement.fleet import FleetModel, FleetSpec, Objective
+from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
 from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
+from placement.node_groups import NodeGroup
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection, Shape
 from placement.weight_bytes import GGUF_BITS
 
+SPEED_ERROR = 0.15  # what predictions may be wrong by, for `robust` in a fleet
+MEMORY_ERROR = 0.05
 _FIDELITY = ("bf16", "fp16", "fp32", "fp8", "nvfp4", "gptq", "awq")
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A legal candidate on a pool."""
+    """A legal candidate on a group of nodes."""
 
-    pool: Pool
+    group: int
+    pool: Pool  # that stands for the group
     gpu: GpuType  # of the pool; a simulation on a CPU pool believes in another
     candidate: Candidate
     speed: ReplicaSpeed
@@ -35,8 +40,8 @@ class Option:
     replicas: int  # to start with
     price_per_gpu_hour: float
     price_known: bool  # otherwise taken to be that of the dearest pool
-    offloaded: bool = False
-    shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
+    offloaded: bool = False  # llama.cpp: weights that a GPU would read stay in host memory
+    shape: Shape | None = None  # where it does not follow from `candidate`
 
     @property
     def gpus(self) -> int:
@@ -60,31 +65,37 @@ class Options:
 
 
 def find_options(
-    wish: FleetModel, fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue
+    wish: FleetModel, fleet: FleetSpec, groups: Sequence[NodeGroup], catalogue: Catalogue
 ) -> Options:
-    """Judge every candidate on every pool that `wish` allows; the legal ones best first.
+    """Judge every candidate on every group of nodes that `wish` allows; the legal ones best first.
 
     Raises:
-        UnknownName: a pool, model or GPU type is not known.
+        UnknownName: a model or GPU type is not known.
     """
-    pools = [inventory.pool(name) for name in wish.pools] if wish.pools else inventory.pools
-    dearest = max((_price(pool, catalogue) or 0.0 for pool in inventory.pools), default=0.0)
+    dearest = max((_price(group.pool, catalogue) or 0.0 for group in groups), default=0.0)
     legal, illegal, rejected = [], [], []
-    for _, pool in sorted({pool.name: pool for pool in pools}.items()):
+    for index, group in enumerate(groups):
+        if wish.pools is not None and group.pool.name not in wish.pools:
+            continue
         if wish.engine == "llamacpp":
-            found, refused = llamacpp_options(wish, pool, catalogue)
-            legal += [_llamacpp(wish, pool, each, catalogue, dearest=dearest) for each in found]
+            found, refused = llamacpp_options(wish, group.pool, catalogue)
+            for each in found:
+                option = _llamacpp(wish, index, group, each, catalogue, dearest=dearest)
+                legal.append(_as_stressed(option, wish) if fleet.robust == "require" else option)
             rejected += [
-                entry.model_copy(update={"shape": {**entry.shape, "pool": pool.name}})
+                entry.model_copy(update={"shape": {**entry.shape, "pool": group.name}})
                 for entry in refused
             ]
             continue
-        for candidate in candidates(wish, pool, catalogue):
+        for candidate in candidates(wish, group.pool, catalogue):
             rejection = first_rejection(candidate)
             if rejection is None:
-                legal.append(_option(wish, pool, candidate, catalogue, dearest=dearest))
+                option = _option(wish, index, group, candidate, catalogue, dearest=dearest)
+                if fleet.robust == "require":
+                    option = _as_stressed(option, wish)
+                legal.append(option)
                 continue
-            shape = {**rejection.shape, "model": wish.name, "pool": pool.name}
+            shape = {**rejection.shape, "model": wish.name, "pool": group.name}
             illegal.append((candidate, rejection))
             rejected.append(rejection.model_copy(update={"shape": shape}))
     if wish.engine != "llamacpp":
@@ -126,49 +137,116 @@ def _price(pool: Pool, catalogue: Catalogue) -> float | None:
     return catalogue.gpu(pool.gpu).price_per_hour
 
 
+def stressed(option: Option, wish: FleetModel) -> Capacity:
+    """What a replica carries whose engine is 15 % slower and finds 5 % less memory.
+
+    Slower by a factor: every prediction grows by it, so the service level is that much nearer.
+    """
+    candidate, speed, legal = option.candidate, option.speed, True
+    device = candidate.device
+    if option.shape is None and device.memory_bytes is not None and not device.is_cpu:
+        less = int(device.memory_bytes * (1 - MEMORY_ERROR))
+        candidate = replace(candidate, device=replace(device, memory_bytes=less))
+        speed = replica_speed(candidate)
+        legal = first_rejection(candidate) is None
+    slower = 1 - SPEED_ERROR
+    slo = Objective(
+        ttft_p95_s=wish.slo.ttft_p95_s and wish.slo.ttft_p95_s * slower,
+        tpot_p95_ms=wish.slo.tpot_p95_ms and wish.slo.tpot_p95_ms * slower,
+    )
+    carried = _carried(wish, candidate, speed, slo)
+    if not legal:
+        return replace(carried, concurrency=0, requests_per_s=0.0)
+    return replace(carried, requests_per_s=slower * carried.requests_per_s)
+
+
+def _as_stressed(option: Option, wish: FleetModel) -> Option:
+    carried = stressed(option, wish)
+    needed = _needed(wish, carried)
+    replicas = min(max(wish.replicas.min, needed), wish.replicas.max)
+    return replace(option, capacity=carried, replicas_needed=needed, replicas=replicas)
+
+
+def _needed(wish: FleetModel, carried: Capacity) -> int:
+    if wish.demand is None or carried.requests_per_s <= 0:
+        return 1
+    return math.ceil(wish.demand.requests_per_s / carried.requests_per_s)
+
+
+def _carried(
+    wish: FleetModel, candidate: Candidate, speed: ReplicaSpeed, slo: Objective
+) -> Capacity:
+    return capacity(
+        speed,
+        max_num_seqs=candidate.max_num_seqs,
+        kv_cache_tokens=speed.kv_cache_tokens,
+        demand=wish.demand,
+        slo=slo,
+    )
+
+
 def _option(
-    wish: FleetModel, pool: Pool, candidate: Candidate, catalogue: Catalogue, *, dearest: float
+    wish: FleetModel,
+    index: int,
+    group: NodeGroup,
+    candidate: Candidate,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
 ) -> Option:
-    simulated = candidate.device.gpu.name != catalogue.gpu(pool.gpu).name
-    slots = 1 if simulated else candidate.tensor_parallel_size
-    speed = replica_speed(candidate)
-    return _carrying(wish, pool, candidate, speed, catalogue, slots=slots, dearest=dearest)
+    simulated = candidate.device.gpu.name != catalogue.gpu(group.pool.gpu).name
+    return _carrying(
+        wish,
+        group,
+        candidate,
+        replica_speed(candidate),
+        catalogue,
+        index=index,
+        slots=1 if simulated else candidate.num_ranks,
+        dearest=dearest,
+    )
 
 
 def _llamacpp(
-    wish: FleetModel, pool: Pool, found: LlamacppOption, catalogue: Catalogue, *, dearest: float
+    wish: FleetModel,
+    index: int,
+    group: NodeGroup,
+    found: LlamacppOption,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
 ) -> Option:
-    slots = found.gpus_per_replica
     option = _carrying(
-        wish, pool, found.candidate, found.speed, catalogue, slots=slots, dearest=dearest
+        wish,
+        group,
+        found.candidate,
+        found.speed,
+        catalogue,
+        index=index,
+        slots=found.gpus_per_replica,
+        dearest=dearest,
     )
     return replace(option, shape=found.shape, offloaded=found.offloaded)
 
 
 def _carrying(
     wish: FleetModel,
-    pool: Pool,
+    group: NodeGroup,
     candidate: Candidate,
     speed: ReplicaSpeed,
     catalogue: Catalogue,
     *,
+    index: int,
     slots: int,
     dearest: float,
 ) -> Option:
-    carried = capacity(
-        speed,
-        max_num_seqs=candidate.max_num_seqs,
-        kv_cache_tokens=speed.kv_cache_tokens,
-        demand=wish.demand,
-        slo=wish.slo,
-    )
-    needed = 1
-    if wish.demand is not None and carried.requests_per_s > 0:
-        needed = math.ceil(wish.demand.requests_per_s / carried.requests_per_s)
-    price = _price(pool, catalogue)
+    carried = _carried(wish, candidate, speed, wish.slo)
+    needed = _needed(wish, carried)
+    price = _price(group.pool, catalogue)
     return Option(
-        pool=pool,
-        gpu=catalogue.gpu(pool.gpu),
+        group=index,
+        pool=group.pool,
+        gpu=catalogue.gpu(group.pool.gpu),
         candidate=candidate,
         speed=speed,
         capacity=carried,
@@ -180,9 +258,24 @@ def _carrying(
     )
 
 
+def quality(option: Option) -> tuple[object, ...]:
+    """Among options on the same GPUs: the longest context, then the nearest to the original."""
+    candidate = option.candidate
+    precision = candidate.checkpoint.precision
+    return (
+        option.offloaded,
+        -candidate.max_model_len,
+        _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
+        -GGUF_BITS.get(precision, 0.0),
+        candidate.tensor_parallel_size,
+        candidate.pipeline_parallel_size,
+        option.pool.name,
+        candidate.checkpoint.source,
+    )
+
+
 def _preference(option: Option, wish: FleetModel, fleet: FleetSpec) -> tuple[object, ...]:
     """Options that carry the demand first, then the objective, cost, GPUs; the rest breaks ties."""
-    precision = option.candidate.checkpoint.precision
     return (
         option.capacity.concurrency == 0,
         max(0, option.replicas_needed - option.replicas),
@@ -190,13 +283,7 @@ def _preference(option: Option, wish: FleetModel, fleet: FleetSpec) -> tuple[obj
         option.price_per_hour,
         not option.price_known,
         option.gpus,
-        option.offloaded,
-        -option.candidate.max_model_len,
-        _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
-        -GGUF_BITS.get(precision, 0.0),
-        option.candidate.tensor_parallel_size,
-        option.pool.name,
-        option.candidate.checkpoint.source,
+        quality(option),
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from placement.candidate import GIB, Candidate
-from placement.first_fit import FreeGpus
 from placement.kv_cache import longest_context
 from placement.memory import kv_layout, memory_use
 from placement.options import Option, Options, furthest
+from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
 
@@ -35,7 +35,7 @@ def nothing_legal(options: Options) -> Unmet:
             cheapest_relaxation=_WITHOUT_CANDIDATE.get(rejection.rule if rejection else "", _ANY),
         )
     candidate, rejection = closest
-    shape = f"{candidate.checkpoint.precision} on {candidate.tensor_parallel_size} x"
+    shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
     return Unmet(
         model=model,
         constraint=f"{rejection.rule}: {shape} {candidate.device.gpu.name}: {rejection.reason}",
@@ -70,16 +70,29 @@ def replica_limit(option: Option, options: Options) -> Unmet:
     )
 
 
-def not_enough_gpus(option: Option, options: Options, free: FreeGpus) -> Unmet:
-    """The GPUs are there, but other models have them."""
-    pool, each = option.pool, option.gpus_per_replica
-    room = free.replicas_that_fit(pool, each)
-    missing = (option.replicas - room) * each
+def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
+    """The GPUs are there, but other models have them; `free` are those that they leave."""
+    each = option.gpus_per_replica
+    room = free.room(each)
+    missing = max(1, option.replicas - room) * each
     return Unmet(
         model=options.wish.name,
         constraint=f"{option.replicas} replicas need {option.gpus} GPUs on {_on(option)}, of which "
-        f"{free.in_pool(pool)} are free: room for {room} replicas",
-        cheapest_relaxation=f"{missing} more GPUs in pool {pool.name}, {each} to a node",
+        f"{free.gpus} are free: room for {room} replicas",
+        cheapest_relaxation=f"{missing} more GPUs in pool {option.pool.name}, {each} to a node",
+    )
+
+
+def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unmet:
+    """Nodes that cannot be taken away carry less than `max_spot_share` leaves to them."""
+    wish = options.wish
+    rate = wish.demand.requests_per_s if wish.demand else firm_rate
+    share = math.ceil(100 * (1 - firm / rate)) / 100
+    return Unmet(
+        model=wish.name,
+        constraint=f"{firm_rate:.3g} requests/s must not depend on spot nodes; the others carry "
+        f"{firm:.3g}",
+        cheapest_relaxation=f"max_spot_share: {share:g}, or more nodes that are not spot",
     )
 
 

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from cluster import context
-from cluster.cli.catalogue import Json, solve, solve_on
+from cluster.cli.catalogue import Json
+from cluster.cli.planning import solve, solve_on
 from cluster.cli.render import feasible, page_console, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context
@@ -49,10 +50,12 @@ def deploy(
         _install_and_deploy(address, fleet, inventory, console)
         return
     client = _client(running or context.require())
-    plan = feasible(solve(fleet, inventory), console)
     before = client.plan()
+    plan = feasible(solve(fleet, inventory, before), console)
     if before is not None and before.gateway != plan.gateway:
-        console.print("note: the gateway keeps its address until `bora down`", markup=False)
+        console.print(
+            "note: the gateway keeps its address and its `auth` until `bora down`", markup=False
+        )
     try:
         client.apply(plan)
         wait_until_ready(client, plan, console, still_up=lambda: True)

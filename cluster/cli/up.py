@@ -174,11 +174,14 @@ def _say_ready(console: Console, plan: Plan, seconds: float) -> None:
     gateway = plan.gateway
     name = plan.variants[0].model
     url = f"http://{gateway.host}:{gateway.http_port}"
+    header = " -H 'authorization: Bearer KEY'" if gateway.auth == "keys" else ""
+    if header:
+        console.print("clients need a key: `bora keys create NAME` makes one", markup=False)
     console.print(
         f"ready after {seconds:.0f} s: {', '.join(variant.model for variant in plan.variants)}\n"
         f"  HTTP  {url}/v1\n"
         f"  gRPC  {gateway.host}:{gateway.grpc_port}\n"
-        f"  try   curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
+        f"  try   curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d "
         f"""'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n"""
         "  stop  Ctrl-C, or `bora down`",
         markup=False,

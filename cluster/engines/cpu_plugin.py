@@ -1,4 +1,4 @@
-"""vLLM plugin for machines without a GPU (entry point `vllm.general_plugins`).
+"""vLLM plugin (entry point `vllm.general_plugins`), mostly for machines without a GPU.
 
 vLLM calls `register` in each of its processes, so this imports nothing that it might not need.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from cluster.engines import cpu_weight_report, pixtral_without_torchvision
+from cluster.engines import cpu_weight_report, pixtral_without_torchvision, responses_store
 from cluster.engines.after_import import after_import
 from cluster.engines.cpu_expert_map import AFFECTED_VERSIONS, EXPERTS_MODULE, map_experts
 
@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 def register(
     experts_module: str = EXPERTS_MODULE, loader_module: str = cpu_weight_report.LOADER_MODULE
 ) -> None:
-    """Make expert parallelism and Pixtral work on a CPU, and weights known; on GPUs do nothing.
+    """Bound the store of responses; make expert parallelism and Pixtral work on a CPU.
 
     The expert kernel is changed only in a vLLM version that needs it.
     """
     import vllm  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
+    after_import(responses_store.SERVING_MODULE, responses_store.bound_store)
     if not current_platform.is_cpu():
         return
     pixtral_without_torchvision.install()

@@ -1,19 +1,17 @@
-"""The simulated engine's HTTP bodies, in vLLM's form: requests, answers, stream chunks, errors."""
+"""What clients ask the simulated engine, in vLLM's form, and how it refuses."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.engines.sim_batch import Generation, Limits
-from cluster.engines.sim_text import Continuation, StopStrings, count_tokens
+from cluster.engines.sim_text import Continuation, StopStrings
+from cluster.engines.sim_vocabulary import NoSuchToken, encode
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's and vLLM's default of /v1/completions
 
@@ -51,6 +49,7 @@ class StreamOptions(BaseModel):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class _Generate(_Body):
@@ -58,30 +57,43 @@ class _Generate(_Body):
     stream_options: StreamOptions | None = None
     n: int = 1
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
     stop: str | tuple[str, ...] | None = None
     seed: int | None = None
     ignore_eos: bool = False
+    return_token_ids: bool | None = None
 
 
-class ChatRequest(_Generate):
-    """Body of POST /v1/chat/completions."""
-
+class _Conversation(_Body):
     messages: tuple[Mapping[str, Any], ...] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    add_generation_prompt: bool = True
     continue_final_message: bool = False
 
 
+class ChatRequest(_Conversation, _Generate):
+    """Body of POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
 class CompletionRequest(_Generate):
-    """Body of POST /v1/completions."""
+    """Body of POST /v1/completions. The prompt is text, or ids of tokens."""
 
-    prompt: str | tuple[int, ...] | tuple[str, ...]
+    prompt: str | tuple[int, ...] | tuple[tuple[int, ...], ...] | tuple[str, ...]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(_Conversation):
     """Body of POST /tokenize: either `prompt` or `messages`."""
 
     prompt: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    """Body of POST /detokenize."""
+
+    tokens: tuple[int, ...]
 
 
 RequestT = TypeVar("RequestT", bound=_Body)
@@ -124,34 +136,60 @@ def generation_of(request: ChatRequest | CompletionRequest, limits: Limits) -> G
     if request.stream_options and not request.stream:
         raise RequestRefused("Stream options can only be defined when `stream=True`.")
     prompt = prompt_of(request)
-    prompt_tokens = count_tokens(prompt)
-    max_tokens = _max_tokens(request, prompt_tokens, limits.max_model_len)
+    max_tokens = _max_tokens(request, len(prompt), limits.max_model_len)
+    if request.min_tokens > max_tokens:
+        raise RequestRefused(
+            f"min_tokens must be less than or equal to max_tokens={max_tokens}, "
+            f"got {request.min_tokens}."
+        )
     stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
+    try:
+        continuation = Continuation(prompt, seed=request.seed, ignore_eos=request.ignore_eos)
+    except NoSuchToken as error:
+        raise RequestRefused(str(error), param="prompt") from None
     return Generation(
-        prompt_tokens,
+        len(prompt),
         max_tokens,
-        Continuation(prompt, seed=request.seed, ignore_eos=request.ignore_eos),
+        continuation,
         StopStrings(tuple(string for string in stop if string)),
+        min_tokens=request.min_tokens,
     )
 
 
-def prompt_of(request: ChatRequest | CompletionRequest | TokenizeRequest) -> str:
-    """The text that the model continues."""
+def prompt_of(request: ChatRequest | CompletionRequest | TokenizeRequest) -> Sequence[int]:
+    """Ids of the tokens that the model continues.
+
+    Raises:
+        RequestRefused: more than one prompt, or a conversation that is to be continued in two ways.
+    """
     if isinstance(request, CompletionRequest):
         prompt = request.prompt
         if isinstance(prompt, str):
-            return prompt
-        if len(prompt) > 1 and isinstance(prompt[0], str):
-            raise RequestRefused("the simulated engine takes one prompt a request", param="prompt")
-        return " ".join(str(part) for part in prompt)
+            return encode(prompt)
+        if prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise RequestRefused(
+                    "the simulated engine takes one prompt a request", param="prompt"
+                )
+            prompt = prompt[0]
+            return encode(prompt) if isinstance(prompt, str) else prompt
+        return prompt  # type: ignore[return-value] # ids, as the first is one
     if isinstance(request, TokenizeRequest) and request.prompt is not None:
-        return request.prompt
+        return encode(request.prompt)
+    return encode(_conversation(request))
+
+
+def _conversation(request: ChatRequest | TokenizeRequest) -> str:
     # With `continue_final_message` the last answer stays open, so that a stream that broke off is
     # continued where it ended.
     turns = [f"{message.get('role')}:\n{_text_of(message)}" for message in request.messages]
-    if isinstance(request, ChatRequest) and request.continue_final_message:
-        return "\n".join(turns)
-    return "\n".join([*turns, "assistant:\n"])
+    if request.continue_final_message and request.add_generation_prompt:
+        raise RequestRefused(
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
+        )
+    if request.add_generation_prompt:
+        turns.append("assistant:\n")
+    return "\n".join(turns)
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
@@ -189,61 +227,3 @@ def _max_tokens(
             param="input_tokens",
         )
     return asked or min(default, room)
-
-
-def usage_of(generation: Generation) -> dict[str, int]:
-    """`usage` of what has been generated so far."""
-    return {
-        "prompt_tokens": generation.prompt_tokens,
-        "completion_tokens": generation.completion_tokens,
-        "total_tokens": generation.prompt_tokens + generation.completion_tokens,
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The bodies that answer one request."""
-
-    chat: bool
-    model: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, text: str, finish_reason: str | None, usage: Mapping[str, int]) -> Any:
-        """The body when the request does not stream."""
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {
-            **self._head("chat.completion" if self.chat else "text_completion"),
-            "choices": [self._choice(said, finish_reason)],
-            "usage": usage,
-        }
-
-    def opening(self) -> bytes:
-        """The first event of a stream; completions have none."""
-        return self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
-
-    def chunk(self, text: str, finish_reason: str | None) -> bytes:
-        """An event that adds `text`."""
-        said = {"delta": {"content": text}} if self.chat else {"text": text}
-        return self._event([self._choice(said, finish_reason)])
-
-    def closing(self, usage: Mapping[str, int] | None) -> bytes:
-        """The end of a stream: `usage`, if it was asked for, and the end mark."""
-        return (self._event([], usage=usage) if usage else b"") + b"data: [DONE]\n\n"
-
-    def _choice(self, said: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
-        chunk = {**head, "choices": choices, **more}
-        return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        return {
-            "id": f"{prefix}-{self.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-        }

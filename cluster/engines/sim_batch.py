@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from cluster.engines.sim_text import Continuation, StopStrings
+from cluster.engines.sim_vocabulary import END_OF_SEQUENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,10 @@ class Limits:
 class Delta(NamedTuple):
     """What one step adds to an answer."""
 
-    text: str
-    finish_reason: Literal["stop", "length"] | None
+    text: str  # may lag behind its tokens: half a character, or what may begin a stop string
+    token_id: int
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +65,7 @@ class Generation:
     max_tokens: int
     continuation: Continuation
     stop: StopStrings = field(default_factory=lambda: StopStrings(()))
+    min_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
 
@@ -78,15 +82,15 @@ class Generation:
     def advance(self) -> Delta:
         """Generate one token. The end-of-sequence token counts as one, as in vLLM."""
         self.completion_tokens += 1
-        token = self.continuation.next_token()
-        if token is None:
-            return Delta(self.stop.flush(), "stop")
-        text, stopped = self.stop.push(token)
-        if stopped:
-            return Delta(text, "stop")
+        token = self.continuation.next_token(may_end=self.completion_tokens > self.min_tokens)
+        if token.id == END_OF_SEQUENCE:
+            return Delta(self.stop.flush(), token.id, "stop")
+        text, stopped_by = self.stop.push(token.text)
+        if stopped_by:
+            return Delta(text, token.id, "stop", stopped_by)
         if self.completion_tokens >= self.max_tokens:
-            return Delta(text + self.stop.flush(), "length")
-        return Delta(text, None)
+            return Delta(text + self.stop.flush(), token.id, "length")
+        return Delta(text, token.id)
 
 
 @dataclass(frozen=True, slots=True)

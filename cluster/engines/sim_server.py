@@ -10,36 +10,39 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from uuid import uuid4
 
 import uvloop
 from aiohttp import web
 
+from cluster.engines.sim_answer import Answer, usage_of
 from cluster.engines.sim_api import (
-    Answer,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     RequestRefused,
+    StreamOptions,
     TokenizeRequest,
-    error_body,
     generation_of,
     parse,
     prompt_of,
-    usage_of,
 )
 from cluster.engines.sim_batch import Batch, Delta, Generation, Limits, Timing
+from cluster.engines.sim_drill import PATH as DRILL_PATH
+from cluster.engines.sim_drill import Drill, Fault
 from cluster.engines.sim_metrics import Metrics
-from cluster.engines.sim_text import token_ids
+from cluster.engines.sim_middleware import authentication, faults, refusals
+from cluster.engines.sim_options import parse_options
+from cluster.engines.sim_vocabulary import NoSuchToken, text_of
 
 logger = logging.getLogger(__name__)
-
-NumberT = TypeVar("NumberT", int, float)
 
 _MAX_BODY_BYTES = 64 * 2**20
 _MAX_LAG_S = 0.1  # how far behind its own timetable the engine tries to catch up
@@ -48,13 +51,15 @@ _BACKLOG = 2048  # as uvicorn; with fewer a burst of new connections waits for S
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is served, and how fast. `speed` divides all times."""
+    """What is served, and how fast. `speed` divides all times. `fault`: None allows none."""
 
     model: str
     limits: Limits
     timing: Timing
     speed: float = 1.0
     api_key: str = ""
+    has_token_ids: bool = True
+    fault: Fault | None = None
 
 
 class SimulatedEngine:
@@ -66,6 +71,7 @@ class SimulatedEngine:
         self._metrics = Metrics(settings.model, self._batch)
         self._answers: dict[Generation, asyncio.Queue[Delta]] = {}
         self._work = asyncio.Event()
+        self._drill = Drill(settings.fault or Fault())
 
     async def run(self) -> None:
         """Step for ever.
@@ -82,7 +88,8 @@ class SimulatedEngine:
                 await self._work.wait()
                 due_s = loop.time()
                 continue
-            due_s = max(due_s, loop.time() - _MAX_LAG_S) + step.duration_s / self._settings.speed
+            step_s = step.duration_s / self._settings.speed * self._drill.slowdown
+            due_s = max(due_s, loop.time() - _MAX_LAG_S) + step_s
             await asyncio.sleep(due_s - loop.time())
             deltas = self._batch.finish(step)
             self._metrics.generation_tokens.inc(len(deltas))
@@ -92,15 +99,20 @@ class SimulatedEngine:
     def application(self) -> web.Application:
         """Routes. Handlers must be cancelled when their client leaves (`handler_cancellation`)."""
         app = web.Application(
-            client_max_size=_MAX_BODY_BYTES, middlewares=[self._refusals, self._authentication]
+            client_max_size=_MAX_BODY_BYTES,
+            middlewares=[refusals, authentication(self._settings.api_key), faults(self._drill)],
         )
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._scrape)
+        if self._settings.fault is not None:
+            app.router.add_get(DRILL_PATH, self._drill.get)
+            app.router.add_post(DRILL_PATH, self._drill.post)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -109,49 +121,70 @@ class SimulatedEngine:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = parse(await request.read(), CompletionRequest, served=self._settings.model)
+        if not (self._settings.has_token_ids or isinstance(body.prompt, str)):
+            raise RequestRefused("prompt must be a string (--no-token-ids)", param="prompt")
         return await self._generate(request, body)
 
     async def _generate(
         self, request: web.Request, body: ChatRequest | CompletionRequest
     ) -> web.StreamResponse:
         generation = generation_of(body, self._settings.limits)
-        answer = Answer(chat=isinstance(body, ChatRequest), model=self._settings.model)
+        wants_ids = body.return_token_ids and self._settings.has_token_ids
+        request_id = request.headers.get("X-Request-Id") or uuid4().hex
+        answer = Answer(
+            chat=isinstance(body, ChatRequest),
+            model=self._settings.model,
+            request_id=request_id,
+            prompt_token_ids=prompt_of(body) if wants_ids else None,
+        )
         self._answers[generation] = asyncio.Queue()
         self._batch.add(generation)
         self._work.set()
         try:
             if not body.stream:
-                return await self._whole(generation, answer)
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._stream(request, generation, answer, with_usage=with_usage)
-        finally:  # also when the client has left: then the handler is cancelled
+                return await self._whole(request, generation, answer)
+            options = body.stream_options or StreamOptions()
+            return await self._stream(request, generation, answer, options)
+        except (asyncio.CancelledError, ConnectionResetError):  # the client has left
+            self._drill.departed(request_id)
+            raise
+        finally:
             del self._answers[generation]
             self._batch.remove(generation)
 
-    async def _whole(self, generation: Generation, answer: Answer) -> web.Response:
-        delta = await self._first(generation)
-        pieces = [delta.text]
-        while delta.finish_reason is None:
-            delta = await self._answers[generation].get()
-            pieces.append(delta.text)
-        usage = usage_of(generation)
-        return web.json_response(answer.whole("".join(pieces), delta.finish_reason, usage))
+    async def _whole(
+        self, request: web.Request, generation: Generation, answer: Answer
+    ) -> web.Response:
+        deltas = [await self._first(generation)]
+        await self._drill.after(0, request)
+        while deltas[-1].finish_reason is None:
+            await self._drill.after(len(deltas), request)
+            deltas.append(await self._answers[generation].get())
+        return web.json_response(answer.whole(deltas, usage_of(generation, len(deltas))))
 
     async def _stream(
-        self, request: web.Request, generation: Generation, answer: Answer, *, with_usage: bool
+        self, request: web.Request, generation: Generation, answer: Answer, options: StreamOptions
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
+        await self._drill.after(0, request)
+        every = options.include_usage and options.continuous_usage_stats
         delta = await self._first(generation)
-        if answer.chat:
-            await response.write(answer.opening())
-        while True:
-            if delta.text or delta.finish_reason:
-                await response.write(answer.chunk(*delta))
+        await response.write(answer.opening(usage_of(generation, 0) if every else None))
+        for number in itertools.count(1):
+            event = answer.chunk(
+                delta,
+                is_first=number == 1,
+                with_usage=options.include_usage,
+                usage=usage_of(generation, number) if every else None,
+            )
+            await response.write(self._drill.instead(number) or event)
+            await self._drill.after(number, request)
             if delta.finish_reason:
                 break
             delta = await self._answers[generation].get()
-        await response.write(answer.closing(usage_of(generation) if with_usage else None))
+        usage = usage_of(generation, number) if options.include_usage else None
+        await response.write(answer.closing(usage))
         await response.write_eof()
         return response
 
@@ -165,11 +198,24 @@ class SimulatedEngine:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = parse(await request.read(), TokenizeRequest, served=self._settings.model)
-        tokens = token_ids(prompt_of(body))
-        max_model_len = self._settings.limits.max_model_len
+        tokens = prompt_of(body)
         return web.json_response(
-            {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens}
+            {
+                "count": len(tokens),
+                "max_model_len": self._settings.limits.max_model_len,
+                "tokens": tokens,
+                "token_strs": [text_of([one]) for one in tokens]
+                if body.return_token_strs
+                else None,
+            }
         )
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        body = parse(await request.read(), DetokenizeRequest, served=self._settings.model)
+        try:
+            return web.json_response({"prompt": text_of(body.tokens)})
+        except NoSuchToken as error:
+            raise RequestRefused(str(error), param="tokens") from None
 
     async def _models(self, _: web.Request) -> web.Response:
         model = {
@@ -192,35 +238,10 @@ class SimulatedEngine:
     async def _scrape(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), content_type="text/plain", charset="utf-8")
 
-    @web.middleware
-    async def _refusals(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except RequestRefused as error:
-            return web.json_response(error.body, status=error.status)
-        except web.HTTPException as error:  # aiohttp's own: no such path, body too large
-            what = f"{request.method} {request.path}: {error.reason}"
-            return web.json_response(error_body(what, error.status), status=error.status)
-        except web.RequestPayloadError as error:  # a body not encoded as its header says
-            refused = RequestRefused(f"There was an error parsing the body: {error}")
-            return web.json_response(refused.body, status=refused.status)
-
-    @web.middleware
-    async def _authentication(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        key = self._settings.api_key
-        given = request.headers.get("Authorization", "")
-        if key and request.path.startswith("/v1") and given != f"Bearer {key}":
-            return web.json_response({"error": "Unauthorized"}, status=401)
-        return await handler(request)
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, which end the process at once."""
-    options = _options(arguments)
+    options = parse_options(arguments)
     logging.basicConfig(
         stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s"
     )
@@ -237,49 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.max_num_seqs,
     )
     api_key = os.environ.get("VLLM_API_KEY", "")
-    settings = Settings(options.model, limits, timing, options.speed, api_key)
-    uvloop.run(_serve(settings, options))
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.engines.sim_server",
-        description="OpenAI-compatible server without weights. VLLM_API_KEY: the key it asks for.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    settings = Settings(
+        options.model,
+        limits,
+        timing,
+        options.speed,
+        api_key,
+        has_token_ids=not options.no_token_ids,
+        fault=options.drill,
     )
-    add = parser.add_argument
-    add("--model", required=True, help="the name that requests give")
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="0: any free one; the log tells")
-    add("--max-model-len", type=_positive(int), default=32768, help="context, tokens")
-    add("--max-num-seqs", type=_positive(int), default=256, help="requests that run at once")
-    add("--max-num-batched-tokens", type=_positive(int), default=8192, help="of one step")
-    add("--kv-cache-tokens", type=_positive(int), default=262144, help="KV cache, tokens")
-    add("--weights-bytes", type=_positive(int), default=2**30, help="of one rank; only logged")
-    add("--prefill-tokens-per-s", type=_positive(float), default=20000.0, help="prompt speed")
-    add("--tpot-ms", type=_positive(float), default=10.0, help="step time with one request")
-    add("--tpot-ms-at-max", type=float, default=30.0, help="step time with max-num-seqs requests")
-    add("--speed", type=_positive(float), default=1.0, help="divides prefill and decode times")
-    add("--start-delay-s", type=float, default=0.0, help="simulated load time, before listening")
-    add("--fail-after-s", type=float, help="drill: exit with status 1 so long after the start")
-    options = parser.parse_args(arguments)
-    if options.kv_cache_tokens < options.max_model_len:
-        parser.error(
-            f"the KV cache ({options.kv_cache_tokens} tokens) must hold one request of "
-            f"--max-model-len ({options.max_model_len} tokens): lower it"
-        )
-    return options
-
-
-def _positive(number: type[NumberT]) -> Callable[[str], NumberT]:
-    def positive(text: str) -> NumberT:
-        value = number(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return value
-
-    return positive
+    uvloop.run(_serve(settings, options))
 
 
 async def _serve(settings: Settings, options: argparse.Namespace) -> None:

@@ -1,83 +1,80 @@
-"""What the simulated model says: text that depends on nothing but the text before it.
+"""What the simulated model says: tokens that depend on nothing but the tokens before them.
 
-Like a greedy model, each token is a function of all text so far (prompt and generated alike) and of
-the seed. So the same request gives the same text on every replica, and a request whose prompt is
+Like a greedy model, each token is a function of all tokens so far (prompt and generated alike) and
+of the seed. So the same request gives the same text on every replica, and a request whose prompt is
 another's prompt plus the beginning of its answer continues exactly where that one left off: a
-stream can move to another engine in the middle.
+stream can move to another engine in the middle, also in the middle of a character.
 """
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
-CHARACTERS_PER_TOKEN = 8
-
-# The text ends where this word falls, so without a limit an answer has len(WORDS) + 1 tokens on
-# average, and an answer is never empty unless the prompt itself ends with this word.
-CLOSING_WORD = "calm."
-
-WORDS = tuple(
-    """
-    a above across after air all along always an anchor and any around as at away back bay be
-    beach before below beside between bird blow blue boat bora both bow breeze bright by captain
-    change clear cliff cloud coast cold come course crew dark dawn day deck deep down each east
-    edge even every fall far fast few find first fish flag for from full gale go gone grey gull
-    gust half harbour haul high hill hold home hour hull in into island it keel land late lead
-    leave lee light line long low map mast moon morning mouth near net never new night no north
-    oar of off old on once open out over past pier port quay rain reef rise rock rope round sail
-    salt sand sea shore sky slow so south spray star stern still stone storm strait sun swell that
-    the then there tide to tower under until up wait warm watch water wave west where white wide
-    wind with
-    """.split()  # noqa: SIM905 - a list of 170 quoted words reads worse
+from cluster.engines.sim_vocabulary import (
+    CLOSING_WORD,
+    END_OF_SEQUENCE,
+    WORDS,
+    byte_id,
+    decode,
+    token_bytes,
+    word_id,
 )
 
-
-def count_tokens(text: str) -> int:
-    """Tokens of `text`: one for each word, and one more for each further 8 characters of it.
-
-    Every word of `WORDS` is one token, so what was generated counts the same when it comes back
-    as part of a prompt.
-    """
-    return sum(-(-len(word) // CHARACTERS_PER_TOKEN) for word in text.split())
+# Said byte by byte: 2, 3 and 4 tokens each, and the text comes with the last. Some begin alike.
+_CHARACTERS = tuple(character.encode() for character in "éèšž€海港風🌊🌬🌅⛵")
 
 
-def token_ids(text: str) -> list[int]:
-    """Made-up ids of the tokens of `text`; equal pieces have equal ids."""
-    pieces = [
-        word[start : start + CHARACTERS_PER_TOKEN]
-        for word in text.split()
-        for start in range(0, len(word), CHARACTERS_PER_TOKEN)
-    ]
-    return [
-        int.from_bytes(blake2b(_bytes(piece), digest_size=2).digest(), "big") for piece in pieces
-    ]
+class Token(NamedTuple):
+    """One generated token, and the text that becomes readable with it: maybe none."""
 
-
-def _bytes(text: str) -> bytes:
-    # JSON may hold half a surrogate pair, which plain UTF-8 refuses.
-    return text.encode("utf-8", "surrogatepass")
+    id: int
+    text: str
 
 
 class Continuation:
-    """The text that follows `prompt`, token by token."""
+    """What follows the prompt's tokens, token by token.
 
-    def __init__(self, prompt: str, *, seed: int | None = None, ignore_eos: bool = False) -> None:
-        self._hash = blake2b(_bytes(prompt), digest_size=8, key=str(seed).encode()[:64])
-        self._needs_space = bool(prompt) and not prompt[-1].isspace()
-        self._ended = prompt.endswith(CLOSING_WORD)
+    Raises:
+        NoSuchToken: the prompt holds an id outside of the vocabulary.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], *, seed: int | None = None, ignore_eos: bool = False
+    ) -> None:
+        said = decode(prompt)
+        self._hash = blake2b(said, digest_size=8, key=str(seed).encode()[:64])
+        self._ending = said[-len(CLOSING_WORD) :]
         self._ignore_eos = ignore_eos
+        # As vLLM's detokenizer, it knows the prompt: a character that the prompt's last token has
+        # begun is text of the answer once it is whole.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(said)
 
-    def next_token(self) -> str | None:
-        """The next word, with the space before it; None: the model has ended its answer."""
-        if self._ended and not self._ignore_eos:
-            return None
-        pick = int.from_bytes(self._hash.digest(), "big") % (len(WORDS) + 1)
-        word = WORDS[pick] if pick < len(WORDS) else CLOSING_WORD
-        token = f" {word}" if self._needs_space else word
-        self._hash.update(token.encode())
-        self._needs_space = True
-        self._ended = word == CLOSING_WORD
-        return token
+    def next_token(self, *, may_end: bool = True) -> Token:
+        """The next token; `END_OF_SEQUENCE` when the model has ended its answer."""
+        ended = self._ending == CLOSING_WORD.encode()
+        if ended and may_end and not self._ignore_eos:
+            return Token(END_OF_SEQUENCE, "")
+        token_id = self._pick(int.from_bytes(self._hash.digest(), "big"))
+        said = token_bytes(token_id)
+        self._hash.update(said)
+        self._ending = (self._ending + said)[-len(CLOSING_WORD) :]
+        return Token(token_id, self._decoder.decode(said))
+
+    def _pick(self, number: int) -> int:
+        begun, _ = self._decoder.getstate()
+        if begun:
+            fitting = [one for one in _CHARACTERS if one.startswith(begun)]
+            if fitting:
+                return byte_id(fitting[number % len(fitting)][len(begun)])
+        number %= len(WORDS) + 1 + len(_CHARACTERS)
+        if number > len(WORDS):
+            return byte_id(_CHARACTERS[number - len(WORDS) - 1][0])
+        after_space = bool(self._ending) and not self._ending[-1:].isspace()
+        return word_id((*WORDS, CLOSING_WORD)[number], after_space=after_space)
 
 
 class StopStrings:
@@ -91,16 +88,17 @@ class StopStrings:
         self._num_held = max((len(string) for string in stop), default=1) - 1
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Text that may be shown now, and whether a stop string ended it."""
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Text that may be shown now, and the stop string that ended it, if one did."""
         text = self._held + piece
-        found = [text.index(string) for string in self._stop if string in text]
+        found = [(text.index(string), string) for string in self._stop if string in text]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            cut, string = min(found)
+            return text[:cut], string
         cut = max(len(text) - self._num_held, 0)
         self._held = text[cut:]
-        return text[:cut], False
+        return text[:cut], None
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""

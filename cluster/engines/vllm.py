@@ -64,6 +64,7 @@ class VllmEngine:
             "VLLM_API_KEY": api_key,
             "VLLM_CACHE_ROOT": str((self.cache or default_cache()) / "vllm"),
             "VLLM_DISABLE_LOG_LOGO": "1",
+            "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # `responses_store` bounds it
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -12,6 +13,7 @@ import pytest
 
 from cluster.control_api import ControlClient, serve_control_api
 from cluster.errors import ClusterError, ClusterUnreachable
+from cluster.key_keeper import KeyKeeper
 from cluster.messages import FleetStatus
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
@@ -24,8 +26,9 @@ TOKEN = "the-token"
 
 
 class RememberingControl:
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.keys = KeyKeeper(folder, lambda: None)
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
         self.calls.append(("sync", request.gateway))
@@ -60,8 +63,8 @@ class RememberingControl:
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[tuple[RememberingControl, str]]:
-    control = RememberingControl()
+async def served(tmp_path) -> AsyncIterator[tuple[RememberingControl, str]]:
+    control = RememberingControl(tmp_path)
     [port] = free_ports(1)
     runner = await serve_control_api(control, "127.0.0.1", port, TOKEN)
     yield control, f"http://127.0.0.1:{port}"

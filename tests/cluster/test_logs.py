@@ -24,7 +24,7 @@ class Fleet(RememberingControl):
     """A controller whose replicas are `variants`; their logs lie below `run_dir`."""
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__()
+        super().__init__(run_dir)
         self.run_dir = run_dir
         self.variants: list[VariantStatus] = []
 

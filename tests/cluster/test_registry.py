@@ -7,6 +7,7 @@ import pytest
 from cluster.registry import Registry
 from cluster.shape_version import shape_version
 from placement.fleet import ReplicaBounds
+from placement.routing_policy import RoutingPolicy
 from tests.builders import a_report, a_shape, a_variant
 
 
@@ -33,6 +34,26 @@ def test_an_endpoint_carries_what_the_gateway_needs():
     assert endpoint.max_model_len == 4096
 
 
+def test_an_endpoint_says_which_engine_it_is_and_how_fast_it_should_be():
+    registry = Registry()
+    registry.report(a_report(), now_s=0)
+    variant = a_variant()
+
+    [endpoint] = registry.table([variant], version=1).endpoints
+
+    assert endpoint.engine == variant.shape.engine
+    assert endpoint.tokens_per_s == variant.shape.prediction.output_tokens_per_s
+
+
+def test_how_requests_are_spread_and_what_they_fall_back_to_goes_to_gateways():
+    policy = RoutingPolicy(policy="session", weights={"chat@local-sim": 1})
+    variant = a_variant(routing=policy, fallback=("small",))
+
+    [model] = Registry().table([variant], version=1).models
+
+    assert (model.routing, model.fallback) == (policy, ("small",))
+
+
 def test_a_model_without_replicas_stays_in_the_table():
     table = Registry().table([a_variant(aliases=("c",))], version=1)
 
@@ -46,6 +67,18 @@ def test_only_models_that_may_scale_to_zero_are_worth_holding_requests_for():
     models = Registry().table([a_variant(), sleeper], version=1).models
 
     assert [model.scalable for model in models] == [False, True]
+
+
+def test_a_model_in_several_variants_promises_what_all_of_them_keep():
+    long = a_variant(bounds=ReplicaBounds(min=1, max=2), shape=a_shape(max_model_len=32768))
+    short = a_variant(
+        variant="chat@other", bounds=ReplicaBounds(min=0, max=2), shape=a_shape(max_model_len=8192)
+    )
+
+    [model] = Registry().table([long, short], version=1).models
+
+    assert model.max_model_len == 8192
+    assert not model.scalable
 
 
 def test_a_silent_replica_is_forgotten_and_named():

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from cluster.engines.sim_batch import Batch, Generation, Limits, Timing
 from cluster.engines.sim_text import Continuation
+from cluster.engines.sim_vocabulary import encode
 
 
 def a_batch(*generations: Generation, **changes: int) -> Batch:
@@ -21,7 +22,7 @@ def a_batch(*generations: Generation, **changes: int) -> Batch:
 
 
 def a_generation(prompt_tokens: int, max_tokens: int) -> Generation:
-    return Generation(prompt_tokens, max_tokens, Continuation("the sea", ignore_eos=True))
+    return Generation(prompt_tokens, max_tokens, Continuation(encode("the sea"), ignore_eos=True))
 
 
 def run_until_empty(batch: Batch) -> dict[Generation, list[float]]:

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -100,7 +101,7 @@ async def test_broken_chat_stream_is_continued_by_another_engine() -> None:
         whole = (await ask(first, **body))["choices"][0]["message"]["content"]
         half = " ".join(whole.split(" ")[:4])
         body["messages"] = [*MESSAGES, {"role": "assistant", "content": half}]
-        body |= {"continue_final_message": True, "max_tokens": 6}
+        body |= {"continue_final_message": True, "add_generation_prompt": False, "max_tokens": 6}
         rest = (await ask(second, **body))["choices"][0]["message"]["content"]
 
     assert half + rest == whole
@@ -275,3 +276,154 @@ async def test_openai_client_works() -> None:
 
     assert text == whole.choices[0].message.content
     assert whole.usage.completion_tokens == 9
+
+
+async def test_ids_of_a_broken_stream_continue_it_on_another_engine() -> None:
+    asked = {"max_tokens": 60, "stream": True, "return_token_ids": True, "ignore_eos": True}
+    async with serving(settings()) as first, serving(settings()) as second:
+        opening, *events = await ask(first, messages=MESSAGES, **asked)
+        ids = [one for event in events for one in event["choices"][0]["token_ids"]]
+        text = "".join(event["choices"][0]["delta"]["content"] for event in events)
+        for cut in (1, 7, 31, 59):
+            body = {**asked, "prompt": opening["prompt_token_ids"] + ids[:cut]}
+            rest = await ask(second, "/v1/completions", **body | {"max_tokens": 60 - cut})
+            begun = "".join(event["choices"][0]["delta"]["content"] for event in events[:cut])
+            more = "".join(event["choices"][0]["text"] for event in rest)
+            assert begun + more == text
+            assert [one for event in rest for one in event["choices"][0]["token_ids"]] == ids[cut:]
+
+    assert len(ids) == 60
+
+
+def lines_of(raw: str) -> list[str]:
+    """Events with what differs from run to run made alike."""
+    return [re.sub(r'"created":\d+', '"created":1', line) for line in raw.split("\n\n") if line]
+
+
+async def raw_stream(path: str, **body: Any) -> list[str]:
+    headers = {"X-Request-Id": "i"}
+    async with (
+        serving(settings()) as session,
+        session.post(path, json={"stream": True, **body}, headers=headers) as response,
+    ):
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        return lines_of(await response.text())
+
+
+async def test_chat_stream_has_vllms_bytes() -> None:
+    """As vLLM 0.32's pydantic models write them, apart from the values."""
+    body = {"messages": MESSAGES, "max_tokens": 2, "stream_options": {"include_usage": True}}
+    lines = await raw_stream("/v1/chat/completions", **body)
+    [first, second, last] = [json.loads(line.removeprefix("data: ")) for line in lines[1:4]]
+    said, end = (one["choices"][0]["delta"]["content"] for one in (first, second))
+    usage = last["usage"]
+    head = '"id":"chatcmpl-i","object":"chat.completion.chunk","created":1,"model":"chat"'
+
+    assert lines == [
+        (
+            f'data: {{{head},"choices":[{{"index":0,"delta":{{"role":"assistant","content":""}},'
+            '"logprobs":null,"finish_reason":null}],"prompt_token_ids":null,"prompt_text":null}'
+        ),
+        (
+            f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":"{said}"}},'
+            '"logprobs":null,"finish_reason":null,"token_ids":null}]}'
+        ),
+        (
+            f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":"{end}"}},'
+            '"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}]}'
+        ),
+        (
+            f'data: {{{head},"choices":[],"usage":{{"prompt_tokens":{usage["prompt_tokens"]},'
+            f'"total_tokens":{usage["prompt_tokens"] + 2},"completion_tokens":2}},'
+            '"system_fingerprint":"bora-sim"}'
+        ),
+        "data: [DONE]",
+    ]
+
+
+async def test_completion_stream_has_vllms_bytes_with_ids() -> None:
+    lines = await raw_stream(
+        "/v1/completions", prompt=[3 + ord("a")], max_tokens=2, return_token_ids=True
+    )
+    [first, second] = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:2]]
+    head = '"id":"cmpl-i","object":"text_completion","created":1,"model":"chat"'
+
+    assert lines == [
+        (
+            f'data: {{{head},"choices":[{{"index":0,"text":"{first["text"]}","logprobs":null,'
+            '"finish_reason":null,"stop_reason":null,"prompt_token_ids":[100],'
+            f'"token_ids":[{first["token_ids"][0]}]}}]}}'
+        ),
+        (
+            f'data: {{{head},"choices":[{{"index":0,"text":"{second["text"]}","logprobs":null,'
+            '"finish_reason":"length","stop_reason":null,"prompt_token_ids":null,'
+            f'"token_ids":[{second["token_ids"][0]}]}}],"system_fingerprint":"bora-sim"}}'
+        ),
+        "data: [DONE]",
+    ]
+
+
+async def test_every_event_tells_the_usage_so_far_when_asked() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with serving(settings()) as session:
+        events = await ask(
+            session, messages=MESSAGES, max_tokens=4, stream=True, stream_options=options
+        )
+
+    assert [event["usage"]["completion_tokens"] for event in events] == [0, 1, 2, 3, 4, 4]
+
+
+async def test_answer_that_does_not_stream_has_its_ids_too() -> None:
+    body = {"prompt": "the sea", "max_tokens": 5, "return_token_ids": True}
+    async with serving(settings()) as session:
+        choice = (await ask(session, "/v1/completions", **body))["choices"][0]
+        chat = await ask(session, messages=MESSAGES, max_tokens=5, return_token_ids=True)
+        without = (await ask(session, messages=MESSAGES, max_tokens=5))["choices"][0]
+
+    assert (len(choice["token_ids"]), len(choice["prompt_token_ids"])) == (5, 2)
+    assert len(chat["prompt_token_ids"]) == chat["usage"]["prompt_tokens"]
+    assert (len(chat["choices"][0]["token_ids"]), without["token_ids"]) == (5, None)
+
+
+async def test_detokenize_is_the_reverse_of_tokenize() -> None:
+    text = 'The 海 blows.\n  {"a": [1, 2]} 🌊'
+    async with serving(settings()) as session:
+        tokens = await ask(session, "/tokenize", prompt=text, return_token_strs=True)
+        back = await ask(session, "/detokenize", tokens=tokens["tokens"])
+        refused = await ask(session, "/detokenize", expect=400, tokens=[2**40])
+
+    assert back == {"prompt": text}
+    assert len(tokens["token_strs"]) == tokens["count"]
+    assert "out of vocabulary" in refused["error"]["message"]
+
+
+async def test_min_tokens_keeps_an_answer_from_ending() -> None:
+    body = {"prompt": "all is calm.", "max_tokens": 50}
+    async with serving(settings()) as session:
+        short = await ask(session, "/v1/completions", **body)
+        long = await ask(session, "/v1/completions", **body, min_tokens=10)
+        await ask(session, "/v1/completions", expect=400, **body, min_tokens=51)
+
+    assert short["usage"]["completion_tokens"] == 1
+    assert long["usage"]["completion_tokens"] >= 10
+
+
+async def test_conversation_is_continued_in_one_way_only() -> None:
+    turns = [*MESSAGES, {"role": "assistant", "content": "The wind"}]
+    async with serving(settings()) as session:
+        error = await ask(session, expect=400, messages=turns, continue_final_message=True)
+
+    assert "add_generation_prompt" in error["error"]["message"]
+
+
+async def test_engine_without_token_ids_ignores_the_wish_and_takes_text_only() -> None:
+    base = settings()
+    plain = Settings("chat", base.limits, base.timing, speed=10.0, has_token_ids=False)
+    async with serving(plain) as session:
+        opening, event = await ask(
+            session, messages=MESSAGES, max_tokens=1, stream=True, return_token_ids=True
+        )
+        error = await ask(session, "/v1/completions", expect=400, prompt=[300, 301])
+
+    assert opening["prompt_token_ids"] is event["choices"][0]["token_ids"] is None
+    assert "must be a string" in error["error"]["message"]

@@ -90,6 +90,7 @@ def test_environment_on_a_cpu() -> None:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_DISABLE_LOG_LOGO": "1",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
         "VLLM_NO_USAGE_STATS": "1",

@@ -32,6 +32,8 @@ class Seen:
     headers: dict[str, str]
     body: bytes
     json: dict[str, Any]
+    method: str = "POST"
+    query: str = ""
 
 
 @dataclass
@@ -58,7 +60,10 @@ class FakeEngine:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {k.lower(): v for k, v in request.headers.items()}
-        self.seen.append(Seen(request.path, headers, body, json.loads(body)))
+        asked = json.loads(body) if body else {}
+        self.seen.append(
+            Seen(request.path, headers, body, asked, request.method, request.query_string)
+        )
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -99,7 +104,7 @@ class FakeEngine:
             "id": "cmpl-1",
             "object": "chat.completion",
             "created": 1700000000,
-            "model": asked["model"],
+            "model": asked.get("model"),
             "choices": [choice],
             "usage": USAGE,
             "system_fingerprint": "fp",
@@ -158,7 +163,7 @@ async def running(app: web.Application) -> AsyncIterator[str]:
 async def an_engine(**behaviour: Any) -> AsyncIterator[FakeEngine]:
     engine = FakeEngine(**behaviour)
     app = web.Application(client_max_size=2**30)
-    app.router.add_post("/{path:.*}", engine.handle)
+    app.router.add_route("*", "/{path:.*}", engine.handle)
     async with running(app) as url:
         engine.url = url
         yield engine
@@ -195,7 +200,7 @@ async def a_gateway(
             "endpoints_file": path,
             "http_port": 0,
             "grpc_port": None,
-            "limits": Limits(**(limits or {})),
+            "limits": Limits(**{"health_interval_s": 0, **(limits or {})}),
             "access_log": True,
         }
         if "controller_url" in changes:
@@ -217,7 +222,7 @@ def a_chat(**changes: Any) -> dict[str, Any]:
     return {"model": "chat", "messages": [{"role": "user", "content": "hi"}], **changes}
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for `condition`; fails the test if it does not come."""
     async with asyncio.timeout(timeout_s):
         while not condition():

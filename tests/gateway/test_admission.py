@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.admission import Admission
+from gateway.call import make_call
 from gateway.config import Limits
-from gateway.errors import NoSuchModel, Overloaded, Unavailable
+from gateway.errors import (
+    EngineBroke,
+    EngineUnreachable,
+    NoSuchModel,
+    Overloaded,
+    Unavailable,
+    WouldBeLate,
+)
 from gateway.load import LoadMeter
+from gateway.record import Record
 from tests.gateway.engines import a_table, an_endpoint
 
 
@@ -68,7 +77,7 @@ async def test_a_waiter_goes_on_when_an_endpoint_is_trusted_again() -> None:
         a_table(an_endpoint("http://a", max_in_flight=1), an_endpoint("http://b", max_in_flight=1))
     )
     first, _second = admission.try_acquire("chat"), admission.try_acquire("chat")
-    admission.suspect(first)
+    admission.failed(first, EngineBroke("it hung up"))
     admission.release(first)
     assert admission.try_acquire("chat") is None  # the healthy one is full, the other suspect
 
@@ -77,32 +86,88 @@ async def test_a_waiter_goes_on_when_an_endpoint_is_trusted_again() -> None:
     assert lease.endpoint == first.endpoint
 
 
+async def test_what_engines_answer_decides_who_is_asked_next() -> None:
+    admission = Admission(Limits(breaker_failures=2))
+    admission.apply(a_table(an_endpoint("http://a"), an_endpoint("http://b")))
+    first = admission.try_acquire("chat")
+    for status in (404, 429, 500, 500):
+        assert first.state.breaker.closed
+        admission.failed(first, status)
+    admission.release(first)
+
+    assert not first.state.breaker.closed
+    leases = [admission.try_acquire("chat") for _ in range(5)]
+    assert first.endpoint not in [lease.endpoint for lease in leases]
+
+
+async def test_a_good_answer_clears_an_endpoint_of_suspicion() -> None:
+    times = [0.0]
+    admission = Admission(Limits(suspect_s=2), clock=lambda: times[0])
+    admission.apply(a_table(an_endpoint("http://a")))
+    bad = admission.try_acquire("chat")
+    admission.failed(bad, EngineUnreachable("nobody listens"))
+    admission.release(bad)
+    times[0] = 2.5
+
+    good = admission.try_acquire("chat")
+    admission.release(good, Record("http", "/v1/chat/completions", "id", status=400))
+
+    assert good.state.breaker.closed
+
+
 async def test_retry_after_follows_the_pace_of_the_queue() -> None:
-    times = iter(float(n) for n in range(1000))
-    admission = Admission(Limits(max_queued=0), clock=lambda: next(times))
-    admission.apply(a_table(an_endpoint("http://a", max_in_flight=1)))
+    now = [0.0]
+    admission = Admission(Limits(max_queued=1), clock=lambda: now[0])
+    admission.apply(a_table(an_endpoint("http://a", max_in_flight=2)))
     for _ in range(5):
-        admission.release(admission.try_acquire("chat"))
-    lease = admission.try_acquire("chat")
+        lease = admission.try_acquire("chat")
+        now[0] += 8
+        admission.release(lease)
+    leases = [admission.try_acquire("chat"), admission.try_acquire("chat")]
+    waiting = asyncio.ensure_future(admission.wait("chat"))
+    await asyncio.sleep(0)
 
     with pytest.raises(Overloaded) as refused:
         await admission.wait("chat")
 
-    assert refused.value.retry_after == "1"  # nobody waits, so the next place is soon
+    assert refused.value.retry_after == "8"  # one is before it, and a place comes free every 4 s
+    for lease in leases:
+        admission.release(lease)
+    admission.release(await waiting)
+
+
+async def test_what_would_be_late_is_refused_at_once_and_told_when_to_return() -> None:
+    now = [0.0]
+    admission = Admission(clock=lambda: now[0])
+    admission.apply(a_table(an_endpoint("http://a", max_in_flight=1)))
+    lease = admission.try_acquire("chat")
+    hurried = make_call("http", "/x", b'{"model": "chat"}', {"x-request-timeout-s": "5"}, "id")
+    early = asyncio.ensure_future(admission.wait("chat", (), hurried))
+    await asyncio.sleep(0)
+    assert not early.done()  # nothing has ended yet, so nobody knows better
+    now[0] += 8
     admission.release(lease)
+    await asyncio.sleep(0)
+
+    with pytest.raises(WouldBeLate, match="waits about 8") as refused:
+        await admission.wait("chat", (), hurried)
+
+    assert refused.value.retry_after == "3"
+    admission.release(await early)
 
 
 def test_a_load_meter_averages_over_time_and_knows_its_pace() -> None:
     load = LoadMeter(0.0)
     load.began(0.0)
     load.began(5.0)
+    assert load.wait_s(3, 2, 6.0) is None
     load.ended(10.0)
     load.ended(10.0)
 
     assert load.average(20.0) == pytest.approx((5 * 1 + 5 * 2) / 20)
     assert load.average(21.0) == 0
     assert load.average(21.0) == 0
-    assert load.wait_s(3, 20.0) == pytest.approx(3 * 10 / 2)
+    assert load.wait_s(3, 2, 20.0) == pytest.approx((3 + 1) / 2 * 7.5, rel=0.02)
 
 
 def test_what_is_unknown_is_said_so() -> None:

@@ -22,6 +22,7 @@ from tests.gateway.engines import (
     in_flight,
     metric,
 )
+from tests.gateway.test_http_server import a_post, a_wire
 
 JSON = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 WHOLE = JSON + b"content-length: 2\r\n\r\n{}"
@@ -108,6 +109,21 @@ async def test_an_answer_without_a_length_ends_with_its_connection(
         for _ in range(2):
             response = await client.post(CHAT, json=a_chat())
             assert (response.status, await response.read()) == (200, body)
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+async def test_an_answer_without_a_body_leaves_nothing_on_the_connection(status: bytes) -> None:
+    async with (
+        a_raw_engine(b"HTTP/1.1 " + status + b"\r\n\r\n", WHOLE) as (url, _),
+        a_gateway(a_table(an_endpoint(url))) as gateway,
+        a_wire(gateway) as wire,
+    ):
+        wire.send(a_post(), a_post())
+        first, second = await wire.answer(), await wire.answer()
+
+        assert f"{first.status}".encode() in status
+        assert "transfer-encoding" not in first.headers
+        assert (second.status, second.body) == (200, b"{}")
 
 
 async def test_an_answer_cut_short_is_502() -> None:

@@ -194,7 +194,7 @@ async def test_a_kept_alive_connection_that_the_engine_closed_meanwhile_is_no_fa
 
 
 async def test_a_client_that_stops_reading_does_not_keep_its_place_past_its_deadline() -> None:
-    flood = tuple(b"data: " + b"x" * 65000 + b"\n\n" for _ in range(400))
+    flood = tuple(b'data: {"x": "' + b"x" * 65000 + b'"}\n\n' for _ in range(400))
     async with (
         an_engine(raw_chunks=flood) as engine,
         a_gateway(a_table(an_endpoint(engine))) as gateway,

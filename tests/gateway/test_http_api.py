@@ -40,7 +40,7 @@ async def test_a_stream_reaches_the_client_byte_for_byte() -> None:
 
 
 async def test_events_cut_anywhere_and_with_any_line_ends_arrive_unchanged() -> None:
-    chunks = (b": hi\r\n\r\nda", b'ta: {"a', b'": 1}\r\n\r', b"\ndata: x\n\ndata: no end")
+    chunks = (b": hi\r\n\r\nda", b'ta: {"a', b'": 1}\r\n\r', b"\ndata: {}\n\ndata: [DONE]")
     async with (
         an_engine(raw_chunks=chunks) as engine,
         a_gateway(a_table(an_endpoint(engine))) as gateway,

@@ -25,6 +25,23 @@ def test_however_a_stream_is_cut_no_byte_is_lost_or_changed(
     assert out + aligner.tail == stream
 
 
+@given(_pieces, st.lists(st.integers(0, 60), max_size=6))
+def test_what_is_held_back_is_less_than_an_event(pieces: list[bytes], cuts: list[int]) -> None:
+    stream, aligner, at = b"".join(pieces), EventAligner(), 0
+    for cut in [*sorted(cuts), len(stream)]:
+        aligner.feed(stream[at:cut])
+        at = max(at, cut)
+        assert not any(mark in aligner.tail for mark in (b"\n\n", b"\r\r", b"\r\n\r\n"))
+
+
+@given(_pieces | st.lists(st.binary(max_size=9), max_size=9))
+def test_data_is_read_from_whole_events_of_any_bytes(pieces: list[bytes]) -> None:
+    aligner = EventAligner()
+    whole = b"".join(aligner.feed(piece) for piece in pieces)
+
+    assert all(data in whole and data != b"[DONE]" for data in event_data(whole))
+
+
 def test_a_tail_without_end_is_let_go() -> None:
     aligner = EventAligner()
 

@@ -12,6 +12,7 @@ from placement.catalogue import GpuType
 from placement.errors import ConfigError
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
+from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec, dump_yaml, load_yaml, parse_yaml, place
 
 GOOD = """\
@@ -137,6 +138,23 @@ def test_two_models_may_not_answer_to_one_name() -> None:
     twice = GOOD + "  - {name: other, model: mixtral, aliases: [chat]}\n"
 
     assert "two models of the fleet answer to the name 'chat'" in complaints(twice)[0]
+
+
+def test_a_model_falls_back_to_another_model_of_the_fleet() -> None:
+    text = GOOD + "  - {name: other, model: mixtral, fallback: [NAME]}\n"
+
+    assert parse_yaml(text.replace("NAME", "chat"), FleetSpec, source="f.yaml")
+    for name in ("other", "chatt"):
+        told = complaints(text.replace("NAME", name))[0]
+        assert f"other: fallback '{name}' is no other model of the fleet" in told
+
+
+def test_a_model_says_how_its_requests_are_spread() -> None:
+    text = GOOD + "  - {name: other, model: mixtral, routing: {policy: session, weights: {v: 2}}}\n"
+
+    other = parse_yaml(text, FleetSpec, source="f.yaml").models[-1]
+
+    assert other.routing == RoutingPolicy(policy="session", weights={"v": 2})
 
 
 def test_a_cpu_pool_must_say_how_much_memory_a_slot_has() -> None:

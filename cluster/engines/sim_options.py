@@ -1,0 +1,76 @@
+"""Command line of the simulated engine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from cluster.engines.sim_drill import Fault
+
+NumberT = TypeVar("NumberT", int, float)
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags as attributes; ends the process with status 2 when they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.engines.sim_server",
+        description="OpenAI-compatible server without weights. VLLM_API_KEY: the key it asks for.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="the name that requests give")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="0: any free one; the log tells")
+    add("--max-model-len", type=_positive(int), default=32768, help="context, tokens")
+    add("--max-num-seqs", type=_positive(int), default=256, help="requests that run at once")
+    add("--max-num-batched-tokens", type=_positive(int), default=8192, help="of one step")
+    add("--kv-cache-tokens", type=_positive(int), default=262144, help="KV cache, tokens")
+    add("--weights-bytes", type=_positive(int), default=2**30, help="of one rank; only logged")
+    add("--prefill-tokens-per-s", type=_positive(float), default=20000.0, help="prompt speed")
+    add("--tpot-ms", type=_positive(float), default=10.0, help="step time with one request")
+    add("--tpot-ms-at-max", type=float, default=30.0, help="step time with max-num-seqs requests")
+    add("--speed", type=_positive(float), default=1.0, help="divides prefill and decode times")
+    add("--start-delay-s", type=float, default=0.0, help="simulated load time, before listening")
+    add("--fail-after-s", type=float, help="drill: exit with status 1 so long after the start")
+    add(
+        "--no-token-ids",
+        action="store_true",
+        help="as engines other than vLLM: no return_token_ids, and prompts are text",
+    )
+    add(
+        "--drill",
+        nargs="?",
+        type=_fault,
+        const=Fault(),
+        metavar="FAULT",
+        help='allow faults on request (POST /drill); {"kind": "slow", "slowdown": 10}: begin so',
+    )
+    options = parser.parse_args(arguments)
+    if options.kv_cache_tokens < options.max_model_len:
+        parser.error(
+            f"the KV cache ({options.kv_cache_tokens} tokens) must hold one request of "
+            f"--max-model-len ({options.max_model_len} tokens): lower it"
+        )
+    return options
+
+
+def _positive(number: type[NumberT]) -> Callable[[str], NumberT]:
+    def positive(text: str) -> NumberT:
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    return positive
+
+
+def _fault(text: str) -> Fault:
+    try:
+        return Fault.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise argparse.ArgumentTypeError(f"{text} is not a fault: {problem['msg']}") from None

@@ -1,0 +1,1 @@
+"""KServe's Open Inference Protocol v2, for text: what Triton's vLLM backend takes and gives."""
