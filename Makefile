@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock test-multihost
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test-drill: install  ## a minute: engines that fail under streams, which no clie
 
 test-system: install  ## minutes: all of bora, as a user starts it
 	$(BIN)/python -m pytest -m system
+
+test-multihost: install  ## minutes: ray up on hosts with networks of their own (root; needs sshd, rsync)
+	$(BIN)/python -m pytest -m multihost
 
 format: install  ## write the code the way `check` wants it
 	$(BIN)/ruff format .

@@ -24,9 +24,10 @@ from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.files import replace_text
+from cluster.gateway_host import gateway_actors
 from cluster.key_keeper import KeyKeeper
 from cluster.messages import Event, FleetStatus, ReplicaReport
-from cluster.names import GATEWAY, NAMESPACE
+from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.registry import Registry
 from cluster.replica import Site
@@ -179,8 +180,11 @@ class Controller:
 
     async def stop(self) -> None:
         """Let requests finish, then stop gateways and engines; Ray itself goes on."""
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            await ray.get_actor(GATEWAY, namespace=NAMESPACE).stop.remote()
+        stopping = []
+        for name in await asyncio.to_thread(gateway_actors):
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                stopping.append(ray.get_actor(name, namespace=NAMESPACE).stop.remote())
+        await asyncio.gather(*stopping, return_exceptions=True)
         self._plan = None
         (self._run_dir / PLAN_FILE).unlink(missing_ok=True)
         await self._deployer.stop()

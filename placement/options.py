@@ -13,10 +13,12 @@ from placement.catalogue import Catalogue, GpuType
 from placement.fleet import FleetModel, FleetSpec, Objective
 from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
+from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection, Shape
+from placement.weight_bytes import GGUF_BITS
 
 SPEED_ERROR = 0.15  # what predictions may be wrong by, for `robust` in a fleet
 MEMORY_ERROR = 0.05
@@ -38,6 +40,7 @@ class Option:
     replicas: int  # to start with
     price_per_gpu_hour: float
     price_known: bool  # otherwise taken to be that of the dearest pool
+    offloaded: bool = False  # llama.cpp: weights that a GPU would read stay in host memory
     shape: Shape | None = None  # where it does not follow from `candidate`
 
     @property
@@ -74,6 +77,16 @@ def find_options(
     for index, group in enumerate(groups):
         if wish.pools is not None and group.pool.name not in wish.pools:
             continue
+        if wish.engine == "llamacpp":
+            found, refused = llamacpp_options(wish, group.pool, catalogue)
+            for each in found:
+                option = _llamacpp(wish, index, group, each, catalogue, dearest=dearest)
+                legal.append(_as_stressed(option, wish) if fleet.robust == "require" else option)
+            rejected += [
+                entry.model_copy(update={"shape": {**entry.shape, "pool": group.name}})
+                for entry in refused
+            ]
+            continue
         for candidate in candidates(wish, group.pool, catalogue):
             rejection = first_rejection(candidate)
             if rejection is None:
@@ -85,7 +98,8 @@ def find_options(
             shape = {**rejection.shape, "model": wish.name, "pool": group.name}
             illegal.append((candidate, rejection))
             rejected.append(rejection.model_copy(update={"shape": shape}))
-    rejected += _missing_checkpoints(wish, catalogue)
+    if wish.engine != "llamacpp":
+        rejected += _missing_checkpoints(wish, catalogue)
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(wish=wish, legal=tuple(legal), illegal=tuple(illegal), rejected=tuple(rejected))
 
@@ -193,6 +207,28 @@ def _option(
     )
 
 
+def _llamacpp(
+    wish: FleetModel,
+    index: int,
+    group: NodeGroup,
+    found: LlamacppOption,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
+) -> Option:
+    option = _carrying(
+        wish,
+        group,
+        found.candidate,
+        found.speed,
+        catalogue,
+        index=index,
+        slots=found.gpus_per_replica,
+        dearest=dearest,
+    )
+    return replace(option, shape=found.shape, offloaded=found.offloaded)
+
+
 def _carrying(
     wish: FleetModel,
     group: NodeGroup,
@@ -227,8 +263,10 @@ def quality(option: Option) -> tuple[object, ...]:
     candidate = option.candidate
     precision = candidate.checkpoint.precision
     return (
+        option.offloaded,
         -candidate.max_model_len,
         _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
+        -GGUF_BITS.get(precision, 0.0),
         candidate.tensor_parallel_size,
         candidate.pipeline_parallel_size,
         option.pool.name,

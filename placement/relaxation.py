@@ -12,6 +12,17 @@ from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
 
+_ANY = "allow another precision (`precision: any`)"
+_WITHOUT_CANDIDATE = {  # llama.cpp's rules
+    "kv-cache-below-one-request": "a smaller max_model_len, or more kv_cache_gib_per_gpu",
+    "weights-exceed-memory": "GPUs with more memory, or fewer bits per weight",
+    "pages-from-disk": "nodes with more host memory, or fewer bits per weight",
+    "host-memory-exceeded": "nodes with more host memory, or fewer bits per weight",
+    "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
+    "no-such-checkpoint": "the path of a .gguf file as `model`, or `engine: vllm`",
+    "engine-has-no-loader": "engine: vllm",
+}
+
 
 def nothing_legal(options: Options) -> Unmet:
     """No shape of the model is possible on any pool."""
@@ -21,7 +32,7 @@ def nothing_legal(options: Options) -> Unmet:
         return Unmet(
             model=model,
             constraint=f"{rejection.rule}: {rejection.reason}" if rejection else "no checkpoints",
-            cheapest_relaxation="allow another precision (`precision: any`)",
+            cheapest_relaxation=_WITHOUT_CANDIDATE.get(rejection.rule if rejection else "", _ANY),
         )
     candidate, rejection = closest
     shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
@@ -105,7 +116,7 @@ def _for_rule(candidate: Candidate, rule: str) -> str:
         "context-too-long": f"max_model_len: {candidate.model.context}",
         "batch-below-num-seqs": f"max_num_batched_tokens: {candidate.max_num_seqs}",
         "expert-parallel-needs-experts": "expert_parallel: false",
-        "engine-has-no-loader": "a checkpoint that is not GGUF",
+        "engine-has-no-loader": "engine: llamacpp, or a checkpoint that is not GGUF",
         "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
         "dtype-not-supported": "dtype: auto",
     }

@@ -184,7 +184,10 @@ def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
     for each, pool, _ in parts:
         candidate = each.option.candidate
         name = f"{safe[question.options[each.model].wish.name]}@{pool}"
-        name += f"-tp{candidate.tensor_parallel_size}"
+        if candidate.engine == "llamacpp":
+            name += f"-gguf-{candidate.checkpoint.precision}"
+        else:
+            name += f"-tp{candidate.tensor_parallel_size}"
         if candidate.pipeline_parallel_size > 1:
             name += f"-pp{candidate.pipeline_parallel_size}"
         names.append(name + ("-ep" if candidate.expert_parallel else ""))

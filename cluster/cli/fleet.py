@@ -21,7 +21,7 @@ from cluster.context import Context
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gateway_ports import checked_ports
-from cluster.local_ray import remove_tmpdir
+from cluster.local_ray import remove_tmpdir, use_own_token
 from cluster.processes import free_ports
 from placement.inventory import Inventory
 from placement.spec import load_yaml
@@ -110,6 +110,7 @@ def _install_and_deploy(
 
     Whatever goes wrong on the way, nothing is left there.
     """
+    use_own_token()  # before Ray is imported: it reads the environment then
     from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
     bootstrap.connect(address)
@@ -145,6 +146,7 @@ def _install_and_deploy(
 
 
 def _uninstall(running: Context, console: Console) -> None:
+    use_own_token()  # before Ray is imported: it reads the environment then
     from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
     if not bootstrap.listens(running.ray_address):
