@@ -54,6 +54,11 @@ class FitRequest(Spec):
         allow_inf_nan=False,
         description="Of a node; None: unknown, as much as is needed.",
     )
+    kv_cache_gib: PositiveFloat | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="llama.cpp on a CPU: what the cache may take; None: one context.",
+    )
     concurrency: PositiveInt | None = Field(
         default=None, description="Requests at once, over all replicas."
     )

@@ -83,7 +83,7 @@ class ScalingPolicy(Spec):
     )
 
 
-# vLLM flags that the planner writes, and the key of the fleet that sets each.
+# Flags of the engines that the planner writes, and the key of the fleet that sets each.
 _PLANNED_FLAGS = {
     "--model": "model",
     "--tensor-parallel-size": "tensor_parallel_size",
@@ -95,6 +95,14 @@ _PLANNED_FLAGS = {
     "--gpu-memory-utilization": "gpu_memory_utilization",
     "--dtype": "dtype",
     "--kv-cache-dtype": "kv_cache_dtype",
+    "--ctx-size": "max_model_len",
+    "--parallel": "max_num_seqs",
+    "--batch-size": "max_num_batched_tokens",
+    "--n-gpu-layers": "gpu_memory_utilization",
+    "--n-cpu-moe": "gpu_memory_utilization",
+    "--tensor-split": "gpu_memory_utilization",
+    "--cache-type-k": "kv_cache_dtype",
+    "--cache-type-v": "kv_cache_dtype",
 }
 
 
@@ -111,8 +119,10 @@ class FleetModel(Spec):
     precision: Literal["any"] | tuple[Precision, ...] = Field(
         default="any", description="Checkpoints that may be used; `any`: the planner chooses."
     )
-    engine: Literal["vllm", "sim"] = Field(
-        default="vllm", description="`sim`: no weights, timing as predicted."
+    engine: Literal["vllm", "llamacpp", "sim"] = Field(
+        default="vllm",
+        description="`llamacpp`: GGUF files, layers that do not fit on GPUs stay in host memory; "
+        "`sim`: no weights, timing as predicted.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of activations and unquantised weights; `auto`: 16 bits."
@@ -173,6 +183,18 @@ class FleetModel(Spec):
             if name in _PLANNED_FLAGS:
                 raise ValueError(f"{flag} would contradict the plan; use {_PLANNED_FLAGS[name]}")
         return flags
+
+    @model_validator(mode="after")
+    def _llamacpp_splits_layers(self) -> Self:
+        if self.engine == "llamacpp":
+            split = {"tensor_parallel_size": 1, "expert_parallel": False, "dtype": "auto"}
+            for key, only in split.items():
+                if getattr(self, key) not in (None, only):
+                    raise ValueError(
+                        f"{key}: {getattr(self, key)} means nothing to engine 'llamacpp', which "
+                        "gives each GPU whole layers; leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _only_the_simulator_simulates(self) -> Self:

@@ -7,10 +7,22 @@ import math
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import longest_context
 from placement.memory import kv_layout, memory_use
-from placement.options import Option, Options, furthest
+from placement.option import Option
+from placement.options import Options, furthest
 from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
+
+_ANY = "allow another precision (`precision: any`)"
+_LLAMACPP = {  # whose options have no candidate to look closer at
+    "kv-cache-below-one-request": "a smaller max_model_len, or more kv_cache_gib_per_gpu",
+    "weights-exceed-memory": "GPUs with more memory, or fewer bits per weight",
+    "pages-from-disk": "nodes with more host memory, or fewer bits per weight",
+    "host-memory-exceeded": "nodes with more host memory, or fewer bits per weight",
+    "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
+    "no-such-checkpoint": "the path of a .gguf file as `model`, or `engine: vllm`",
+    "engine-has-no-loader": "engine: vllm",
+}
 
 
 def nothing_legal(options: Options) -> Unmet:
@@ -18,10 +30,11 @@ def nothing_legal(options: Options) -> Unmet:
     model, closest = options.wish.name, furthest(options)
     if closest is None:
         rejection = options.rejected[0] if options.rejected else None
+        rule = rejection.rule if rejection and options.wish.engine == "llamacpp" else ""
         return Unmet(
             model=model,
             constraint=f"{rejection.rule}: {rejection.reason}" if rejection else "no checkpoints",
-            cheapest_relaxation="allow another precision (`precision: any`)",
+            cheapest_relaxation=_LLAMACPP.get(rule, _ANY),
         )
     candidate, rejection = closest
     shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
@@ -36,6 +49,14 @@ def service_level(option: Option, options: Options) -> Unmet:
     """Even one request alone is slower than the service level."""
     wish = options.wish
     prediction = option.capacity.prediction
+    if not option.capacity.broken_promise:
+        return Unmet(
+            model=wish.name,
+            constraint=f"{_on(option)} leaves no room for 5 % less memory",
+            cheapest_relaxation="robust: prefer, or gpu_memory_utilization: 0.95 or less"
+            if wish.engine == "llamacpp"
+            else "robust: prefer, or GPUs with more memory",
+        )
     return Unmet(
         model=wish.name,
         constraint=f"one request alone misses {option.capacity.broken_promise} on "
@@ -105,7 +126,7 @@ def _for_rule(candidate: Candidate, rule: str) -> str:
         "context-too-long": f"max_model_len: {candidate.model.context}",
         "batch-below-num-seqs": f"max_num_batched_tokens: {candidate.max_num_seqs}",
         "expert-parallel-needs-experts": "expert_parallel: false",
-        "engine-has-no-loader": "a checkpoint that is not GGUF",
+        "engine-has-no-loader": "engine: llamacpp, or a checkpoint that is not GGUF",
         "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
         "dtype-not-supported": "dtype: auto",
     }
