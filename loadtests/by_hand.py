@@ -12,7 +12,8 @@ from placement.fleet import FleetSpec
 from placement.inventory import Inventory
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup, node_groups
-from placement.options import Option, find_options
+from placement.option import Option
+from placement.options import find_options
 from placement.packing import Places
 
 GIB = 2**30

@@ -234,7 +234,8 @@ def _why(before: Variant, after: Variant) -> str:
         return f"checkpoint {before.checkpoint} -> {after.checkpoint}"
     old, new = before.shape.model_dump(), after.shape.model_dump()
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-    for name in (*names, "kv_cache_dtype", "dtype", "tensor_parallel_size"):
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_layers")
+    for name in ("engine", "precision", *names, "kv_cache_dtype", "dtype", *sizes):
         if old[name] != new[name]:
             return f"{name} {old[name]} -> {new[name]}"
     if _engine(before) != _engine(after):

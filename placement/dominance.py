@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from placement.legality import describe
-from placement.options import Option, Options
+from placement.option import Option
+from placement.options import Options
 from placement.plan import Rejection
 
 

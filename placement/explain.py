@@ -11,7 +11,8 @@ from placement.fleet import FleetModel, FleetSpec, Objective
 from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import NodeGroup, node_groups
-from placement.options import Option, Options, find_options
+from placement.option import Option, ranks
+from placement.options import Options, find_options
 from placement.plan import Plan, Variant
 from placement.problem import Nodes, Problem
 from placement.question import Question, make_question
@@ -220,13 +221,9 @@ def _in_words(question: Question, selection: Selection, model: int) -> str:
 
 
 def _option_in_words(option: Option, replicas: int) -> str:
-    candidate = option.candidate
-    ranks = f"tp{candidate.tensor_parallel_size}"
-    if candidate.pipeline_parallel_size > 1:
-        ranks += f"-pp{candidate.pipeline_parallel_size}"
     return (
-        f"{replicas} x {candidate.checkpoint.precision} on {option.gpus_per_replica} x "
-        f"{option.gpu.name} ({ranks}, pool {option.pool.name})"
+        f"{replicas} x {option.candidate.checkpoint.precision} on {option.gpus_per_replica} x "
+        f"{option.gpu.name} ({ranks(option)}, pool {option.pool.name})"
     )
 
 

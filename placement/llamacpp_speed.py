@@ -5,7 +5,7 @@ from __future__ import annotations
 from placement.catalogue import GpuType
 from placement.efficiency import NO_MESSAGE, Efficiency, bandwidth_beside_hopper
 from placement.fit_request import FitRequest
-from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, LlamaConstants
+from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, Errors, LlamaConstants
 from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
 from placement.parameters import count_parameters
 from placement.plan import Prediction
@@ -39,8 +39,7 @@ def predict_llamacpp(
     kv = slots * tokens * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
     on_gpu = placement.gpu_layers / task.architecture.num_layers
     layers = task.architecture.num_layers
-    share = constants.gpu_bandwidth * bandwidth_beside_hopper(gpu)
-    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * share)
+    gpu_s = (gpu_bytes + kv * layers * on_gpu) / _gpu_bytes_per_s(gpu, constants)
     host = HOST_BYTES_PER_S
     if request.host_bandwidth_gb_s is not None:
         host = request.host_bandwidth_gb_s * 1e9
@@ -60,29 +59,42 @@ def predict_llamacpp(
 
 
 def llamacpp_replica_speed(
-    task: LlamaTask, placement: Placement, gpu: GpuType, *, max_num_batched_tokens: int
+    task: LlamaTask,
+    placement: Placement,
+    gpu: GpuType,
+    *,
+    max_num_batched_tokens: int,
+    constants: LlamaConstants = LLAMACPP,
 ) -> ReplicaSpeed:
     """The same costs in the form that capacity, autoscaler and router work with.
 
     One memory stands for two: bytes on GPUs count as the bytes that host memory would read in the
-    same time. Windows save nothing, and the GPUs of a replica take turns.
+    same time, a layer's fixed time as one kernel. Windows save nothing, and the GPUs of a replica
+    take turns, so they count as one rank.
     """
-    share = LLAMACPP.gpu_bandwidth * bandwidth_beside_hopper(gpu)
-    as_host = HOST_BYTES_PER_S / (gpu.memory_bandwidth_bytes_per_s * share)
+    as_host = HOST_BYTES_PER_S / _gpu_bytes_per_s(gpu, constants)
     architecture = task.architecture.model_copy(update={"sliding_window": None})
     layers = architecture.num_layers
     dense_gpu, dense_host = _bytes_read(task, placement, 0)
     every_gpu, every_host = _bytes_read(task, placement, None)
     on_gpu = placement.gpu_layers / layers
     kv = layers * kv_bytes_per_layer_token(architecture, task.kv_cache_dtype)
+    always = dense_host + dense_gpu * as_host
     prompt = _prompt_s_per_token(task, placement, gpu) * HOST_FLOPS
+    head = task.weights.head * (as_host if placement.head_on_gpu else 1.0)
     return ReplicaSpeed(
         architecture=architecture,
-        efficiency=Efficiency(bandwidth=1.0, flops=1.0, step_s=0.0, kernel_s=LLAMACPP.layer_s),
+        efficiency=Efficiency(
+            bandwidth=1.0,
+            flops=1.0,
+            step_s=0.0,
+            kernel_s=constants.layer_s,
+            errors=Errors(tpot=LLAMACPP_ERROR, ttft=UNKNOWN.ttft),
+        ),
         bandwidth_bytes_per_s=HOST_BYTES_PER_S,
         flops=HOST_FLOPS,
         flops_16_bit=HOST_FLOPS,
-        always_read_bytes=dense_host + dense_gpu * as_host,
+        always_read_bytes=always,
         expert_bytes=every_host - dense_host + (every_gpu - dense_gpu) * as_host,
         flops_per_token=prompt,
         prefill_flops_per_token=prompt,
@@ -95,8 +107,14 @@ def llamacpp_replica_speed(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=task.num_slots,
         kv_cache_tokens=task.cells,
-        draft=DraftCost(0.0, 0, 0),
+        draft=DraftCost((always - head) / layers + head, kernels=1, messages=0),
     )
+
+
+def _gpu_bytes_per_s(gpu: GpuType, constants: LlamaConstants) -> float:
+    """What reading weights and cache on a GPU reaches."""
+    share = constants.gpu_bandwidth * bandwidth_beside_hopper(gpu)
+    return gpu.memory_bandwidth_bytes_per_s * share
 
 
 def _bytes_read(task: LlamaTask, placement: Placement, slots: int | None) -> tuple[float, float]:

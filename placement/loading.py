@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from placement.memory import memory_use
-from placement.options import Option
-from placement.plan import Variant
+from placement.option import Option
+from placement.plan import Shape, Variant
 
 # Guesses: an NVMe disk that feeds all GPUs of a node; profiling, compiling and CUDA graphs.
 DISK_BYTES_PER_S = 2e9
@@ -13,7 +13,8 @@ ENGINE_START_S = 60.0
 
 def load_bytes(variant: Variant) -> int:
     """Bytes of weights that one replica reads."""
-    return variant.shape.per_gpu.weights_bytes * variant.shape.num_gpus
+    on_cpu = variant.gpu == "cpu"
+    return _on_gpus_and_host(variant.shape, variant.shape.num_gpus, on_cpu=on_cpu)
 
 
 def variant_load_s(variant: Variant) -> float:
@@ -23,5 +24,15 @@ def variant_load_s(variant: Variant) -> float:
 
 def load_s(option: Option) -> float:
     """As `variant_load_s`, for an option."""
-    gpu = option.shape.per_gpu if option.shape else memory_use(option.candidate).per_gpu
-    return ENGINE_START_S + gpu.weights_bytes * option.candidate.num_ranks / DISK_BYTES_PER_S
+    ranks = option.candidate.num_ranks
+    if option.shape is None:
+        held = memory_use(option.candidate).per_gpu.weights_bytes * ranks
+    else:
+        held = _on_gpus_and_host(option.shape, ranks, on_cpu=option.candidate.device.is_cpu)
+    return ENGINE_START_S + held / DISK_BYTES_PER_S
+
+
+def _on_gpus_and_host(shape: Shape, ranks: int, *, on_cpu: bool) -> int:
+    """The host's part is llama.cpp's, with buffers that are little beside weights left there."""
+    host = 0 if on_cpu else shape.host_memory_bytes
+    return shape.per_gpu.weights_bytes * ranks + host

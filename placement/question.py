@@ -9,7 +9,8 @@ from placement.dominance import undominated
 from placement.fleet import FleetModel, FleetSpec
 from placement.loading import load_s
 from placement.node_groups import NodeGroup
-from placement.options import Option, Options, stressed
+from placement.option import Option, stressed
+from placement.options import Options
 from placement.packing import Places
 from placement.plan import Plan, Rejection, Variant
 from placement.problem import Column, Need, Problem
@@ -97,6 +98,7 @@ def same_engine(option: Option, variant: Variant, wish: FleetModel) -> bool:
     return (
         variant.model == wish.name
         and variant.checkpoint == candidate.checkpoint.source
+        and shape.precision == candidate.checkpoint.precision  # one repository may have many
         and variant.gpus_per_replica == option.gpus_per_replica
         and shape.engine == candidate.engine
         and shape.tensor_parallel_size == candidate.tensor_parallel_size

@@ -7,13 +7,14 @@ import math
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import longest_context
 from placement.memory import kv_layout, memory_use
-from placement.options import Option, Options, furthest
+from placement.option import Option
+from placement.options import Options, furthest
 from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
 
 _ANY = "allow another precision (`precision: any`)"
-_WITHOUT_CANDIDATE = {  # llama.cpp's rules
+_LLAMACPP = {  # whose options have no candidate to look closer at
     "kv-cache-below-one-request": "a smaller max_model_len, or more kv_cache_gib_per_gpu",
     "weights-exceed-memory": "GPUs with more memory, or fewer bits per weight",
     "pages-from-disk": "nodes with more host memory, or fewer bits per weight",
@@ -29,10 +30,11 @@ def nothing_legal(options: Options) -> Unmet:
     model, closest = options.wish.name, furthest(options)
     if closest is None:
         rejection = options.rejected[0] if options.rejected else None
+        rule = rejection.rule if rejection and options.wish.engine == "llamacpp" else ""
         return Unmet(
             model=model,
             constraint=f"{rejection.rule}: {rejection.reason}" if rejection else "no checkpoints",
-            cheapest_relaxation=_WITHOUT_CANDIDATE.get(rejection.rule if rejection else "", _ANY),
+            cheapest_relaxation=_LLAMACPP.get(rule, _ANY),
         )
     candidate, rejection = closest
     shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
@@ -47,6 +49,14 @@ def service_level(option: Option, options: Options) -> Unmet:
     """Even one request alone is slower than the service level."""
     wish = options.wish
     prediction = option.capacity.prediction
+    if not option.capacity.broken_promise:
+        return Unmet(
+            model=wish.name,
+            constraint=f"{_on(option)} leaves no room for 5 % less memory",
+            cheapest_relaxation="robust: prefer, or gpu_memory_utilization: 0.95 or less"
+            if wish.engine == "llamacpp"
+            else "robust: prefer, or GPUs with more memory",
+        )
     return Unmet(
         model=wish.name,
         constraint=f"one request alone misses {option.capacity.broken_promise} on "

@@ -12,7 +12,7 @@ from placement.assignment import Wanted, assign
 from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
 from placement.fleet import FleetModel, ReplicaBounds
-from placement.options import Option, quality, stressed
+from placement.option import Option, quality, ranks, stressed
 from placement.performance import predict
 from placement.plan import NodeGpus, Plan, Predicted, Variant
 from placement.question import Question, running_here
@@ -182,15 +182,8 @@ def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
     safe = _safe_names(options.wish.name for options in question.options)
     names = []
     for each, pool, _ in parts:
-        candidate = each.option.candidate
-        name = f"{safe[question.options[each.model].wish.name]}@{pool}"
-        if candidate.engine == "llamacpp":
-            name += f"-gguf-{candidate.checkpoint.precision}"
-        else:
-            name += f"-tp{candidate.tensor_parallel_size}"
-        if candidate.pipeline_parallel_size > 1:
-            name += f"-pp{candidate.pipeline_parallel_size}"
-        names.append(name + ("-ep" if candidate.expert_parallel else ""))
+        name = f"{safe[question.options[each.model].wish.name]}@{pool}-{ranks(each.option)}"
+        names.append(name + ("-ep" if each.option.candidate.expert_parallel else ""))
     return [
         name if names.count(name) == 1 else f"{name}-{each.option.candidate.checkpoint.precision}"
         for name, (each, _, _) in zip(names, parts, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from cluster.cli.plan_svg import GIB, STYLE, WIDTH, colours_of, drawing
+from cluster.cli.render import beside_gpus
 from placement.explanation import Explanation
 from placement.inventory import Inventory
 from placement.migration import Create, Delete, Migration, Replace
@@ -117,12 +118,13 @@ def _variants(plan: Plan) -> Iterator[str]:
 
 def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
     shape, used = variant.shape, variant.predicted.utilization
+    weights = f"{shape.per_gpu.weights_bytes / GIB:.1f} GiB/GPU{beside_gpus(variant)}"
     bar = f'<span class="use"><i style="width: {100 * min(used, 1.0):.0f}%"></i></span>'
     rate = variant.capacity_requests_per_s * variant.replicas
     return (
         f'<span class="dot" style="background: {colour}"></span>{escape(variant.model)}',
         escape(variant.pool),
-        f"{escape(shape.precision)}, {shape.per_gpu.weights_bytes / GIB:.1f} GiB/GPU",
+        f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
         f"{variant.gpus_per_replica} x {escape(variant.gpu)}",
         f"{shape.max_model_len:,}",

@@ -196,7 +196,7 @@ def _bar(
     other = memory.activation_bytes + memory.non_torch_bytes + memory.cuda_graph_bytes
     bottom = float(y + scale.height)
     parts = ((memory.weights_bytes, 1.0), (memory.kv_cache_bytes, 0.55), (other, 0.28))
-    for size, opacity in parts:
+    for size, opacity in parts if _computes(replica, gpu) else ():
         high = scale.height * min(1.0, size / total)
         bottom -= high
         if high > 0.05:
@@ -212,12 +212,24 @@ def _bar(
 
 def _told(replica: _Replica, gpu: int, memory: GpuMemory) -> str:
     variant = replica.variant
-    return (
+    head = (
         f"GPU {gpu}: {variant.model}, replica {replica.number} of {variant.replicas}\n"
         f"{variant.variant}, {variant.shape.precision}\n"
+    )
+    if not _computes(replica, gpu):
+        host = variant.shape.host_memory_bytes / GIB
+        return f"{head}holds nothing: taken for its share of the {host:.1f} GiB of host memory"
+    return (
+        f"{head}"
         f"weights {memory.weights_bytes / GIB:.1f} GiB, KV cache "
         f"{memory.kv_cache_bytes / GIB:.1f} GiB, of {memory.total_bytes / GIB:.1f} GiB"
     )
+
+
+def _computes(replica: _Replica, gpu: int) -> bool:
+    """Whether a GPU holds layers: llama.cpp may take more of them, for the node's memory."""
+    shape = replica.variant.shape
+    return shape.engine != "llamacpp" or sorted(replica.gpus).index(gpu) < shape.num_gpus
 
 
 def _short(name: str, width: int) -> str:

@@ -100,6 +100,13 @@ def status_page(status: FleetStatus) -> RenderableType:
     return Group(head, table, *failures)
 
 
+def beside_gpus(variant: Variant) -> str:
+    """What a replica of llama.cpp holds in host memory; on a CPU that is all, and told already."""
+    if not variant.shape.host_memory_bytes or variant.gpu == "cpu":
+        return ""
+    return f" + {variant.shape.host_memory_bytes / GIB:.1f} GiB host"
+
+
 def _plan_row(variant: Variant) -> tuple[str, ...]:
     shape = variant.shape
     nodes = sorted({node.node for replica in variant.placement for node in replica})
@@ -107,8 +114,8 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
         variant.model,
         variant.variant,
         f"{variant.replicas} ({variant.bounds.min}-{variant.bounds.max})",
-        f"{shape.num_gpus} x {variant.gpu}",
-        f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB",
+        f"{variant.gpus_per_replica} x {variant.gpu}",
+        f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB{beside_gpus(variant)}",
         f"{shape.kv_cache_tokens:,}",
         ", ".join(nodes),
         f"{variant.predicted.ttft_p95_s:.2f} s",

@@ -107,3 +107,26 @@ def test_names_do_not_become_markup() -> None:
 
     assert "<b>&" not in plan_html(odd, inventory)
     assert "<b>&" not in plan_svg(odd, inventory)
+
+
+def test_experts_in_host_memory_are_told_and_gpus_taken_for_it_are_drawn_empty() -> None:
+    wish = a_wish(
+        "large", "mistral-large-3-675b-2512", engine="llamacpp", precision=("q4_k_m",),
+        max_model_len=8192,
+    )  # fmt: skip
+    inventory = an_inventory(a_pool("p", "RTX-4090", gpus_per_node=4, host_memory_gib=512))
+    fleet = a_fleet(wish)
+    plan = make_plan(fleet, inventory, CATALOGUE)
+
+    root = ET.fromstring(plan_svg(plan, inventory))  # noqa: S314 - our own text
+    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
+    text = io.StringIO()
+    Console(file=text, width=200).print(plan_page(plan))
+
+    [variant] = plan.variants
+    empty = [title for title in titles if "holds nothing: taken for its share" in title]
+    assert len(empty) == variant.gpus_per_replica - variant.shape.num_gpus > 0
+    host = f" + {variant.shape.host_memory_bytes / 2**30:.1f} GiB host"
+    assert host in text.getvalue()
+    assert host in plan_html(plan, inventory)
+    assert f"{variant.gpus_per_replica} x RTX-4090" in text.getvalue()

@@ -8,9 +8,18 @@ import pytest
 from pydantic import ValidationError
 
 from placement.catalogue import load_catalogue
+from placement.changes import migration
+from placement.explain import explain
+from placement.fit_checkpoints import Case, Subject, weights_to_try
+from placement.fit_llamacpp import PlacedShape, placed_shapes
+from placement.fit_request import FitRequest
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory, Pool
-from placement.plan import Plan
+from placement.llamacpp_speed import llamacpp_replica_speed, predict_llamacpp
+from placement.loading import load_bytes
+from placement.migration import Replace
+from placement.performance import Load, predict
+from placement.plan import Plan, Robustness
 from placement.planner import make_plan
 
 CATALOGUE = load_catalogue()
@@ -23,10 +32,17 @@ def a_model(name: str = "chat", model: str = SMALL, **changes: Any) -> FleetMode
     return FleetModel(**{"name": name, "model": model, "engine": "llamacpp", **changes})
 
 
-def planned(*models: FleetModel, **pool: Any) -> Plan:
+def an_inventory(**pool: Any) -> Inventory:
     fields = {"name": "p", "gpu": "RTX-4090", "gpus_per_node": 4, "host_memory_gib": 512, **pool}
-    fleet = FleetSpec(fleet="test", models=models)
-    return make_plan(fleet, Inventory(pools=(Pool(**fields),)), CATALOGUE)
+    return Inventory(pools=(Pool(**fields),))
+
+
+def a_fleet(*models: FleetModel, **changes: Any) -> FleetSpec:
+    return FleetSpec(fleet="test", models=models, **changes)
+
+
+def planned(*models: FleetModel, **pool: Any) -> Plan:
+    return make_plan(a_fleet(*models), an_inventory(**pool), CATALOGUE)
 
 
 def flag(plan: Plan, name: str, model: int = 0) -> str:
@@ -138,3 +154,112 @@ def test_the_fleets_flags_come_last() -> None:
 def test_keys_that_llama_cpp_does_not_know_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValidationError, match=f"{key}: {value} means nothing to engine"):
         a_model(**{key: value})
+
+
+def test_a_pool_is_shared_with_vllm() -> None:
+    other = FleetModel(name="small", model="ministral-3-8b", max_model_len=8192)
+    plan = planned(a_model(precision=("q4_k_m",), max_model_len=8192), other)
+
+    assert plan.status == "optimal"
+    assert sorted(variant.shape.engine for variant in plan.variants) == ["llamacpp", "vllm"]
+
+
+def test_what_runs_stays_though_a_faster_file_is_there() -> None:
+    fleet, pools = a_fleet(a_model(max_model_len=8192)), an_inventory()
+    running = make_plan(fleet, pools, CATALOGUE)
+
+    again = make_plan(fleet, pools, CATALOGUE, running=running)
+
+    assert again.variants == running.variants
+    assert migration(running, again).changes == ()
+
+
+def test_another_quantisation_of_the_same_repository_is_another_engine() -> None:
+    before = planned(a_model(precision=("q4_k_m",), max_model_len=8192))
+    fleet = a_fleet(a_model(precision=("q6_k",), max_model_len=8192))
+    after = make_plan(fleet, an_inventory(), CATALOGUE, running=before)
+
+    assert before.variants[0].checkpoint == after.variants[0].checkpoint
+    moved = migration(before, after)
+    assert [change.kind for change in moved.changes] == ["create", "delete"]
+    assert moved.bytes_to_load == pytest.approx(19.35e9, rel=0.05)
+
+
+def test_another_context_is_told_as_the_reason_of_a_replacement() -> None:
+    before = planned(a_model(precision=("q4_k_m",), max_model_len=8192))
+    fleet = a_fleet(a_model(precision=("q4_k_m",), max_model_len=4096))
+    after = make_plan(fleet, an_inventory(), CATALOGUE, running=before)
+
+    [change] = migration(before, after).changes
+    assert isinstance(change, Replace)
+    assert change.why == "max_model_len 8192 -> 4096"
+
+
+def test_weights_in_host_memory_are_loaded_too() -> None:
+    plan = planned(a_model(model=LARGE_3, precision=("q4_k_m",), max_model_len=8192))
+
+    assert load_bytes(plan.variants[0]) == pytest.approx(405e9, rel=0.1)
+
+
+def test_reasons_name_the_file_and_the_runner_up() -> None:
+    other = Pool(name="q", gpu="L40S", gpus_per_node=1, host_memory_gib=64)
+    pools = Inventory(pools=(*an_inventory().pools, other))
+    fleet = a_fleet(a_model(precision=("q4_k_m",), max_model_len=8192))
+    plan = make_plan(fleet, pools, CATALOGUE)
+
+    [reason] = explain(fleet, pools, CATALOGUE, plan).reasons
+    assert reason.chosen[0].startswith("1 x q4_k_m on 1 x RTX-4090")
+    assert "1 x L40S (gguf-q4_k_m-pp1, pool q)" in (reason.runner_up or "")
+
+
+def test_flags_that_leave_room_hold_with_less_memory() -> None:
+    assert planned(a_model(max_model_len=8192)).robustness == Robustness(holds=True)
+
+
+def test_flags_that_fill_a_gpu_do_not_hold_with_less_memory() -> None:
+    full = a_model(precision=("q4_k_m",), gpu_memory_utilization=1.0)
+    pools = an_inventory(gpus_per_node=1)
+
+    preferred = make_plan(a_fleet(full), pools, CATALOGUE)
+    required = make_plan(a_fleet(full, robust="require"), pools, CATALOGUE)
+
+    assert preferred.robustness is not None
+    assert preferred.robustness.short == ("chat",)
+    assert "no room for 5 % less memory" in required.unmet[0].constraint
+    assert "gpu_memory_utilization: 0.95" in required.unmet[0].cheapest_relaxation
+
+
+def test_slower_engines_need_more_replicas_where_the_plan_must_hold() -> None:
+    demand = {"requests_per_s": 2.0}
+    model = a_model(precision=("q4_k_m",), demand=demand, replicas={"max": 8}, max_model_len=8192)
+    pools = an_inventory(nodes=2)
+
+    plain = make_plan(a_fleet(model, robust="off"), pools, CATALOGUE).variants[0]
+    held = make_plan(a_fleet(model, robust="require"), pools, CATALOGUE).variants[0]
+
+    assert held.capacity_requests_per_s == pytest.approx(0.85 * plain.capacity_requests_per_s)
+    assert held.replicas >= plain.replicas
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "num_gpus"),
+    [(SMALL, "RTX-4090", 1), (SMALL, "H100-SXM", 2), (LARGE_3, "RTX-4090", 4), (SMALL, "cpu", 1)],
+)
+def test_planner_and_fit_predict_the_same_speed(model: str, gpu: str, num_gpus: int) -> None:
+    request = FitRequest(
+        gpu=gpu, num_gpus=num_gpus, engine="llamacpp", max_model_len=8192, host_memory_gib=600,
+        input_tokens=512, output_tokens=128,
+    )  # fmt: skip
+    subject, kind = Subject(CATALOGUE.model(model), None), CATALOGUE.gpu(gpu)
+    [weights] = [w for w in weights_to_try(subject, request) if w.precision == "q4_k_m"][:1]
+    placed = list(placed_shapes(Case(subject, weights, request, kind)))[-1]
+    assert isinstance(placed, PlacedShape)
+    speed = llamacpp_replica_speed(placed.task, placed.placement, kind, max_num_batched_tokens=2048)
+
+    for slots, tolerance in ((1, 1e-3), (4, 0.15)):
+        asked = request.model_copy(update={"concurrency": slots})
+        told = predict_llamacpp(placed.task, placed.placement, kind, asked)
+        found = predict(speed, Load(concurrency=slots, input_tokens=512, output_tokens=128))
+        assert found.tpot_ms == pytest.approx(told.tpot_ms, rel=tolerance)
+        assert found.output_tokens_per_s == pytest.approx(told.output_tokens_per_s, rel=0.15)
+        assert found.tpot_error == told.tpot_error
