@@ -56,7 +56,7 @@ def test_a_precision_chooses_the_gguf_file() -> None:
     [variant] = plan.variants
     assert (variant.shape.engine, variant.shape.precision) == ("llamacpp", "q4_k_m")
     assert variant.checkpoint_format == "gguf"
-    assert variant.variant == "chat@p-gguf-q4_k_m"
+    assert variant.variant == "chat@p-gguf-q4_k_m-pp1"
     assert flag(plan, "--n-gpu-layers") == str(variant.shape.num_layers + 1)
 
 
