@@ -104,6 +104,7 @@ class HttpApi:
             _respond_error(to, error, told_id, methods_of(head.path))
         except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
             _log.exception("request %s failed", told_id)
+            to.forsake()
             if to.started:
                 to.abort()
             else:

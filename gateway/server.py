@@ -113,6 +113,8 @@ class Gateway:
             return
         draining = asyncio.create_task(self._forwarder.drain(timeout_s))
         await asyncio.sleep(0)  # it now refuses requests
+        if self._http:
+            self._http.close_after_answers()
         self._tell_health()
         await draining
 

@@ -205,6 +205,19 @@ class Transcript:
             return False
         return all(self._read_choice(choice, ids) for choice in choices)
 
+    def note_parts(self, delta: dict[str, Any], text: str) -> bool:
+        """Whether `delta` has more than text, in the middle of which no other engine can go on."""
+        if delta.get("tool_calls"):
+            self.blocked = "it is in the middle of tool calls"
+            return True
+        if delta.get("reasoning") or delta.get("reasoning_content"):
+            self.blocked = "it is in the middle of reasoning"
+            return True
+        if text and self.blocked and "reasoning" in self.blocked:
+            self.blocked = None
+            self.reasoned = True
+        return False
+
     def _expect_spaces(self) -> None:
         """Engines write JSON either way, but always in the same."""
         marks = (self._mark, self._ids_mark, self._finish_mark)
@@ -222,13 +235,7 @@ class Transcript:
         if choice.get("finish_reason") == _ABORT:
             self.fault = "it gave the request up"
             return False
-        if delta.get("tool_calls"):
-            self.blocked = "it is in the middle of tool calls"
-        elif delta.get("reasoning") or delta.get("reasoning_content"):
-            self.blocked = "it is in the middle of reasoning"
-        elif text and self.blocked and "reasoning" in self.blocked:
-            self.blocked = None
-            self.reasoned = True
+        self.note_parts(delta, text)
         if choice.get("index"):
             self.blocked = "it has several choices"
         self.finished = self.finished or choice.get("finish_reason") is not None

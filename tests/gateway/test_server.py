@@ -57,6 +57,23 @@ async def test_draining_lets_streams_finish_and_refuses_the_rest() -> None:
         await asyncio.wait_for(draining, 1)
 
 
+async def test_an_answer_that_a_drain_has_waited_for_is_its_connections_last() -> None:
+    async with (
+        an_engine(gate=asyncio.Event()) as engine,
+        a_gateway(a_table(an_endpoint(engine))) as gateway,
+        a_client(gateway) as client,
+    ):
+        answer = asyncio.create_task(client.post(CHAT, json=a_chat()))
+        await until(lambda: engine.running == 1)
+        draining = asyncio.create_task(gateway.drain(5))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+
+        response = await answer
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        await asyncio.wait_for(draining, 1)
+
+
 async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() -> None:
     async with (
         an_engine(word_gate=asyncio.Event()) as engine,
