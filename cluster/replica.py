@@ -171,6 +171,7 @@ class Replica:
             stage=engine.stage,
             started_s=self._started_s,
             node=socket.gethostname(),
+            gpus=tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ())),
             pid=engine.pid,
             url=engine.url,
             api_key=engine.api_key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,12 +19,12 @@ _STEP_GIB = 0.1  # figures of nodes that are alike differ by less; a pool has on
 def device_kinds(node: NodeFacts, catalogue: Catalogue) -> dict[str, tuple[str, ...]]:
     """UUIDs of the node's GPUs and MIG slices by GPU type, in the driver's order.
 
-    A type that the catalogue does not have is called as the driver calls it.
+    A type that the catalogue does not have is called as the driver calls it, with dashes.
     """
     kinds: dict[str, tuple[str, ...]] = {}
     for gpu in node.gpus:
         known = gpu_type_of(gpu.name, gpu.memory_bytes, catalogue)
-        name = known.name if known else gpu.name
+        name = known.name if known else re.sub(r"[^A-Za-z0-9.]+", "-", gpu.name)
         parts = [(slice_name(name, each.profile), each.uuid) for each in gpu.mig_slices]
         for kind, uuid in parts if gpu.mig else [(name, gpu.uuid)]:
             kinds[kind] = (*kinds.get(kind, ()), uuid)

@@ -59,6 +59,16 @@ def _count_and_type(
             "the devices into the container; or take the node out of the pool",
         )
         return
+    if node.measured and node.measured.device == "cpu" and not node.measured.problem:
+        yield expected.mismatch(
+            "gpu-unusable",
+            node.host,
+            declared=f"{wanted} x {expected.gpu.name}",
+            found=f"driver {node.driver} lists GPUs, torch {node.versions.get('torch', '?')} "
+            "can use none of them",
+            cure="install requirements/gpu.txt there (a CPU build of torch sees no GPU), and a "
+            "driver that its CUDA works with",
+        )
     if len(own) != wanted:
         present = ", ".join(str(gpu.index) for gpu in own)
         fallen = "look in `dmesg` for Xid errors (a GPU that fell off the bus), reseat or reset it"

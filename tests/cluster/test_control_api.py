@@ -14,7 +14,7 @@ import pytest
 from cluster.control_api import ControlClient, serve_control_api
 from cluster.errors import ClusterError, ClusterUnreachable
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import FleetStatus
+from cluster.messages import Event, EventList, FleetStatus, NodeList
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
@@ -60,6 +60,12 @@ class RememberingControl:
 
     def status(self) -> FleetStatus:
         return FleetStatus(fleet="test", table_version=3, variants=(), gateways=(), events=())
+
+    def events(self, after: int) -> EventList:
+        return EventList(events=(Event(number=after + 1, at_s=1.0, text="it happened"),))
+
+    def nodes(self) -> NodeList:
+        return NodeList(nodes=(), pending=("a-00000000",))
 
 
 @pytest.fixture
