@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from cluster.errors import AlreadyRunning, ClusterUnreachable
 from cluster.gateway_host import GatewayHost
 from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
+from cluster.ray_survey import look, measure
 from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
+from placement.node_facts import NodeFacts
 
 
 class ControllerActor(Controller):
@@ -104,6 +107,20 @@ def inventory() -> Inventory:
         ConfigError: no node carries bora's labels.
     """
     return ray_inventory(ray.nodes())
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def probe_nodes(progress: Callable[[str], None]) -> tuple[NodeFacts, ...]:
+    """What the cluster's nodes have, and where there are GPUs how fast they are."""
+    nodes = alive_nodes()
+    found = look(nodes, progress).found
+    fast = measure(nodes, [facts for facts in found if facts.gpus], progress).found
+    measured = {facts.node: facts for facts in fast}
+    return tuple(measured.get(facts.node, facts) for facts in found)
 
 
 def start(

@@ -23,6 +23,7 @@ from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrat
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.event_log import EventLog
+from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.key_keeper import KeyKeeper
 from cluster.messages import EventKind, EventList, FleetStatus, NodeList, ReplicaReport
@@ -32,7 +33,7 @@ from cluster.registry import Registry
 from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
-from cluster.surveyor import FACTS_FILE, Surveyor
+from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import ValidationError
 
-from cluster.files import replace_text
+from cluster.facts_file import keep_facts, kept_facts
 from cluster.messages import EventKind, NodeList
 from cluster.names import POOL_LABEL
 from cluster.ray_inventory import node_name, ray_inventory
@@ -25,7 +24,6 @@ from placement.inventory import Inventory
 from placement.mismatches import mismatches
 from placement.node_facts import NodeFacts
 
-FACTS_FILE = "nodes.json"  # beside the run's folder: probes of a host outlive a run
 PERIOD_S = 2.0
 _RECENT_S = 600.0
 _ATTEMPTS = 3
@@ -45,7 +43,8 @@ class Surveyor:
         self._facts: dict[str, NodeFacts] = {}
         self._alive: dict[str, Mapping[str, Any]] = {}
         self._failures: dict[str, int] = {}
-        self._pending: set[str] = set()
+        self._pending = {"nodes"}  # until the first look
+        self._probing: asyncio.Task[None] | None = None
         self._told: set[tuple[str, str, str]] = set()
 
     async def run_forever(self) -> None:
@@ -73,20 +72,30 @@ class Surveyor:
     async def _round(self) -> None:
         nodes = {node_name(n): n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]}
         self._come_and_gone(nodes)
-        new = {name: n for name, n in nodes.items() if self._is_open(name)}
-        if not new:
-            return
+        if self._probing is not None:
+            if not self._probing.done():  # minutes, where engines hold the GPUs
+                return
+            done, self._probing = self._probing, None
+            done.result()
+        new = {name: node for name, node in nodes.items() if self._is_open(name)}
         self._pending = set(new)
-        for name in list(new):
-            if known := self._probed_before(name, new[name]):
-                self._facts[name] = known
-                del new[name]
-        await self._probe(new)
+        if new:
+            self._probing = asyncio.create_task(self._probe_all(new))
+
+    async def _probe_all(self, new: Mapping[str, Mapping[str, Any]]) -> None:
+        known = {name: self._probed_before(name, node) for name, node in new.items()}
+        self._facts |= {name: facts for name, facts in known.items() if facts is not None}
+        await self._probe({name: node for name, node in new.items() if known[name] is None})
+        gone = self._facts.keys() - self._alive.keys()
+        for name in gone:
+            del self._facts[name]
         self._pending = set()
         await asyncio.to_thread(keep_facts, self._file, self._facts.values())
         self._say_lies()
 
     async def _probe(self, new: Mapping[str, Mapping[str, Any]]) -> None:
+        if not new:
+            return
         survey = await asyncio.to_thread(look, list(new.values()))
         for name, why in survey.unheard.items():
             self._failures[name] = self._failures.get(name, 0) + 1
@@ -141,15 +150,3 @@ class Surveyor:
                 self._catalogue.gpu(pool.gpu)
             return declared
         return None
-
-
-def kept_facts(file: Path) -> tuple[NodeFacts, ...]:
-    """What was found before; nothing where the file is missing or of another version."""
-    with contextlib.suppress(FileNotFoundError, ValidationError):
-        return NodeList.model_validate_json(file.read_bytes()).nodes
-    return ()
-
-
-def keep_facts(file: Path, facts: Iterable[NodeFacts]) -> None:
-    """Write what was found, for the next controller."""
-    replace_text(file, NodeList(nodes=tuple(facts)).model_dump_json())
