@@ -15,9 +15,10 @@ from ray import serve
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
 from cluster.gateway_host import GatewayHost
+from cluster.host_state import HostState
 from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
 from cluster.ray_inventory import ray_inventory
-from cluster.ray_survey import look, measure
+from cluster.ray_survey import Survey, host_states, look, measure
 from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
@@ -112,6 +113,19 @@ def inventory() -> Inventory:
 def alive_nodes() -> list[dict[str, Any]]:
     """The cluster's nodes as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def examine_nodes(
+    progress: Callable[[str], None], *, quick: bool
+) -> tuple[Survey, dict[str, HostState]]:
+    """For `bora doctor`: facts of all nodes, their speeds unless `quick`, and their states."""
+    nodes = alive_nodes()
+    seen = look(nodes, progress)
+    states = host_states(nodes)
+    if quick:
+        return seen, states
+    found = measure(nodes, seen.found, progress).found
+    return Survey(found, seen.unheard), states
 
 
 def probe_nodes(progress: Callable[[str], None]) -> tuple[NodeFacts, ...]:

@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from cluster.errors import PortInUse
 from cluster.processes import require_free_port
 from placement.spec import Spec
@@ -34,7 +36,7 @@ class HostState(Spec):
 
 def host_state(ports: Sequence[int] = (), cache: Path | None = None) -> HostState:
     """Of this host; of `ports` those on which something listens. Takes up to 10 s offline."""
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    hub = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     return HostState(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         shared_memory_bytes=_shared_memory_bytes(),

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.host_state import HostState, host_state
 from cluster.names import POOL_LABEL
+from cluster.probes.host import cache_folder
 from cluster.probes.node import probe, silent
 from cluster.probes.speeds import TIMEOUT_S as SPEEDS_TIMEOUT_S
 from cluster.probes.speeds import with_speeds
@@ -140,4 +141,4 @@ def _measure(facts: str) -> str:
 
 
 def _host_state() -> str:
-    return host_state().model_dump_json()
+    return host_state(cache=cache_folder()).model_dump_json()
