@@ -27,8 +27,10 @@ def of_node(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> list[M
         return list(_slices(expected, node, catalogue))
     own = own_gpus(expected.gpu.name, node.gpus, catalogue)
     answer = [*_count_and_type(expected, node, own, catalogue), *_mig(expected, node, own)]
+    other_card = any(lie.rule in ("gpu-type", "gpu-memory") for lie in answer)
     for gpu in own:
-        answer += [*_memory(expected, node, gpu), *_pcie(expected, node, gpu)]
+        if not other_card:  # its memory and slot differ for that reason
+            answer += [*_memory(expected, node, gpu), *_pcie(expected, node, gpu)]
         answer += _ecc(expected, node, gpu)
     indices = {gpu.index for gpu in own}
     inside = [pair for pair in node.pairs if {pair.first, pair.second} <= indices]
