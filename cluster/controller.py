@@ -136,7 +136,9 @@ class Controller:
     async def gateway_ended(self, log_tail: str) -> None:
         """A gateway process of ours ended by itself."""
         self._gateway_failure = log_tail
-        self._note("gateway", "", "a gateway ended and is started again", reason=log_tail[-300:])
+        self._note(
+            "", "a gateway ended and is started again", kind="gateway", reason=log_tail[-300:]
+        )
 
     async def apply(self, plan: Plan) -> None:
         """Make the cluster serve exactly `plan`; returns when Serve has taken everything over.
@@ -155,7 +157,7 @@ class Controller:
         served = {variant.model for variant in self._plan.variants}
         for model in await self._deployer.reconcile(self._plan, counts):
             kind: EventKind = "deployed" if model in served else "deleted"
-            self._note(kind, model, kind)
+            self._note(model, kind, kind=kind)
 
     async def scale(self, model: str, replicas: int) -> None:
         """Set the replica count of a model's first variant, until the load says otherwise.
@@ -250,7 +252,7 @@ class Controller:
             return
         log.warning("the plan was %.0f %% off: %s", 100 * observation.error, observation)
         text = f"the memory plan was {100 * observation.error:.0f} % off"
-        self._note("calibration", variant.model, text, reason=str(observation))
+        self._note(variant.model, text, kind="calibration", reason=str(observation))
         try:
             add_observation(self._run_dir.parent / CALIBRATION_FILE, observation)
         except (OSError, ConfigError):
@@ -290,7 +292,7 @@ class Controller:
         await self._deployer.scale(variant, replicas)
         self._autoscaler.set(variant, replicas)
         text = f"{variant.variant}: {replicas} replicas ({reason})"
-        self._note("scaled", variant.model, text, reason=reason)
+        self._note(variant.model, text, kind="scaled", reason=reason)
 
     def _settling(self) -> bool:
         return time.monotonic() < self._settled_s
@@ -309,7 +311,7 @@ class Controller:
         version = max(self._desk.table.version + 1, int(time.time() * 1000))
         self._desk.publish(self._registry.table(self._variants(), version))
 
-    def _note(self, kind: EventKind, model: str, text: str, *, reason: str = "") -> None:
+    def _note(self, model: str, text: str, *, kind: EventKind = "note", reason: str = "") -> None:
         self._events.note(time.time(), kind, text, model=model, reason=reason)
 
     def _note_node(self, kind: EventKind, node: str, text: str) -> None:

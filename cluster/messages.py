@@ -27,7 +27,7 @@ class ReplicaReport(Spec):
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
     node: str = ""
-    gpus: tuple[str, ...] = ()  # that Ray gave it; a slot of a machine without GPUs has none
+    gpus: tuple[int, ...] = ()  # indices on that node
     pid: int = 0  # of the engine
     url: str = ""
     api_key: str = ""
@@ -48,7 +48,7 @@ class ReplicaStatus(Spec):
     stage: str
     age_s: float
     node: str
-    gpus: tuple[str, ...]
+    gpus: tuple[int, ...] = ()
     pid: int
     url: str
     log_file: str

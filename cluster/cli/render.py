@@ -132,7 +132,7 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
     tokens = "?" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
     weights = "?" if replica.weights_bytes is None else f"{replica.weights_bytes / GIB:.3f}"
     stage = f" ({replica.stage})" if replica.stage else ""
-    gpus = f" GPU {','.join(replica.gpus)}" if replica.gpus else ""
+    gpus = f" GPU {','.join(map(str, replica.gpus))}" if replica.gpus else ""
     return (
         "",
         Text(f"  {replica.replica}"),

@@ -98,8 +98,8 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
     variant = variant_status(
         a_variant(gpu="H100-SXM", gpus_per_replica=2),
         [
-            a_report(replica="r1", node="h1", gpus=("0", "1"), weights_bytes=48 * 2**30),
-            a_report(replica="r2", node="h2", gpus=("4", "5"), kv_cache_tokens=1000),
+            a_report(replica="r1", node="h1", gpus=(0, 1), weights_bytes=48 * 2**30),
+            a_report(replica="r2", node="h2", gpus=(4, 5), kv_cache_tokens=1000),
         ],
         ready=2,
         wanted=3,

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
-from cluster.processes import free_ports
+from cluster.processes import free_ports, start_guarded, stop_guarded
 from tests.system.harness import BORA, eventually
 
 pytestmark = pytest.mark.ray
@@ -34,22 +34,26 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
         "zone": "a",
     }  # fmt: skip
     ray = start_local_ray(resources={SLOT: 4.0}, num_gpus=0, labels=labels, run_dir=folder)
-    join(ray, {POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"}, num_gpus=8)
+    log = folder / "second.log"
+    second = join(ray, {POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"}, num_gpus=8, log=log)
+    eventually(lambda: "Ray runtime started" in log.read_text(), 60)
     yield ray
+    stop_guarded(second, 60)
     ray.stop()
 
 
-def join(ray: LocalRay, labels: dict[str, str], *, num_gpus: int) -> None:
-    """One more Ray node on this machine; it ends with its head."""
+def join(
+    ray: LocalRay, labels: dict[str, str], *, num_gpus: int, log: Path
+) -> subprocess.Popen[bytes]:
+    """One more Ray node on this machine."""
     agent, agent_grpc, metrics = free_ports(3)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", ray.address]
     command += ["--node-ip-address", "127.0.0.1", "--num-gpus", str(num_gpus)]
     command += ["--labels", ",".join(f"{key}={value}" for key, value in labels.items())]
     command += ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
     command += ["--dashboard-agent-grpc-port", str(agent_grpc)]
-    command += ["--object-store-memory", str(100 * 2**20), "--num-cpus", "1"]
-    environment = {**os.environ, **ray.env}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    command += ["--object-store-memory", str(100 * 2**20), "--num-cpus", "1", "--block"]
+    return start_guarded(command, log=log, env=ray.env, grace_s=2)
 
 
 @pytest.fixture
