@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
 from cluster.gateway_host import GatewayHost, gateway_actors, gateway_name
+from cluster.host_state import HostState
 from cluster.names import CONTROLLER, NAMESPACE
 from cluster.ray_inventory import ray_inventory
+from cluster.ray_survey import Survey, host_states, look, measure
 from placement.errors import ConfigError
 from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
+from placement.node_facts import NodeFacts
 
 
 class ControllerActor(Controller):
@@ -106,6 +110,33 @@ def inventory() -> Inventory:
         ConfigError: no node carries bora's labels.
     """
     return ray_inventory(ray.nodes())
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def examine_nodes(
+    progress: Callable[[str], None], *, quick: bool
+) -> tuple[Survey, dict[str, HostState]]:
+    """For `bora doctor`: facts of all nodes, their speeds unless `quick`, and their states."""
+    nodes = alive_nodes()
+    seen = look(nodes, progress)
+    states = host_states(nodes)
+    if quick:
+        return seen, states
+    found = measure(nodes, seen.found, progress).found
+    return Survey(found, seen.unheard), states
+
+
+def probe_nodes(progress: Callable[[str], None]) -> tuple[NodeFacts, ...]:
+    """What the cluster's nodes have, and where there are GPUs how fast they are."""
+    nodes = alive_nodes()
+    found = look(nodes, progress).found
+    fast = measure(nodes, [facts for facts in found if facts.gpus], progress).found
+    measured = {facts.node: facts for facts in fast}
+    return tuple(measured.get(facts.node, facts) for facts in found)
 
 
 def start(

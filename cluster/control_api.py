@@ -25,7 +25,7 @@ from cluster.key_messages import (
     UsageQuery,
     UsageTotals,
 )
-from cluster.messages import DeleteRequest, FleetStatus, ScaleRequest
+from cluster.messages import DeleteRequest, EventList, FleetStatus, NodeList, ScaleRequest
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import PlacementError, UnknownName
 from placement.inventory import Inventory
@@ -70,6 +70,14 @@ class Control(Protocol):
 
     def status(self) -> FleetStatus:
         """The state of the fleet."""
+        ...
+
+    def events(self, after: int) -> EventList:
+        """What happened since the event with this number."""
+        ...
+
+    def nodes(self) -> NodeList:
+        """What probes found on the nodes."""
         ...
 
     @property
@@ -118,7 +126,9 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
             web.post("/v1/stop", _no_body(control.stop)),
             web.get("/v1/inventory", _no_body(control.inventory)),
             web.get("/v1/plan", _no_body(control.plan)),
-            web.get("/v1/status", _status(control)),
+            web.get("/v1/status", _at_once(control.status)),
+            web.get("/v1/nodes", _at_once(control.nodes)),
+            web.get("/v1/events", _events(control)),
             web.get("/v1/keys", _no_body(control.keys.list)),
             web.post("/v1/keys", _on_body(CreateKeyRequest, control.keys.create)),
             web.post("/v1/keys/revoke", _on_body(RevokeKeyRequest, control.keys.revoke)),
@@ -188,10 +198,20 @@ def _answer(value: BaseModel | None) -> web.Response:
     return web.Response(text=text, content_type="application/json")
 
 
-def _status(control: Control) -> Handler:
+def _at_once(tell: Callable[[], BaseModel]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         del request
-        return _answer(control.status())
+        return _answer(tell())
+
+    return handler
+
+
+def _events(control: Control) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        after = request.query.get("after", "0")
+        if not after.isdecimal():
+            return _refusal(400, f"after={after!r}: expected the number of an event")
+        return _answer(control.events(int(after)))
 
     return handler
 
@@ -212,6 +232,14 @@ class ControlClient:
     def status(self) -> FleetStatus:
         """The state of the fleet."""
         return self._read(FleetStatus, self._call("GET", "/v1/status"))
+
+    def events(self, after: int = 0) -> EventList:
+        """What happened since the event with this number, as far as it is kept."""
+        return self._read(EventList, self._call("GET", f"/v1/events?after={after}"))
+
+    def nodes(self) -> NodeList:
+        """What probes found on the nodes."""
+        return self._read(NodeList, self._call("GET", "/v1/nodes"))
 
     def apply(self, plan: Plan) -> None:
         """Serve exactly this plan."""

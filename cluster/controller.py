@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,22 @@ import ray
 
 from cluster import serve_apps
 from cluster.autoscaler import Autoscaler
-from cluster.calibration_file import CALIBRATION_FILE, add_observation
+from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
+from cluster.event_log import EventLog
+from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gateway_host import gateway_actors
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import Event, FleetStatus, ReplicaReport
+from cluster.messages import EventKind, EventList, FleetStatus, NodeList, ReplicaReport
 from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.registry import Registry
 from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
+from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
@@ -44,6 +46,8 @@ from placement.spec import dump_yaml, parse_yaml
 SCALE_PERIOD_S = 0.5
 SETTLE_S = 3.0  # after a restart every replica has sent a heartbeat by then
 PLAN_FILE = "plan.yaml"
+EVENTS_FILE = "events.jsonl"
+SHOWN_EVENTS = 200  # in a status; `bora events` has all
 
 log = logging.getLogger("bora.controller")
 
@@ -61,7 +65,10 @@ class Controller:
         self._registry = Registry()
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
-        self._events: deque[Event] = deque(maxlen=200)
+        self._events = EventLog(self._run_dir / EVENTS_FILE)
+        self._surveyor = Surveyor(
+            self._run_dir.parent / FACTS_FILE, calibrated_catalogue(), self._note_node
+        )
         self._failures: dict[str, str] = {}
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
@@ -69,6 +76,7 @@ class Controller:
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
         self._loop: asyncio.Task[None] | None = None
+        self._survey: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
     async def start(self) -> str:
@@ -84,6 +92,8 @@ class Controller:
                 await serve_control_api(self, *self._address, self._token)
                 self._loop = asyncio.create_task(self._run_forever())
                 self._loop.add_done_callback(end_process_on_failure)
+                self._survey = asyncio.create_task(self._surveyor.run_forever())
+                self._survey.add_done_callback(end_process_on_failure)
         host, port = self._address
         return f"http://{host}:{port}"
 
@@ -105,7 +115,7 @@ class Controller:
         await self.start()
         report = ReplicaReport.model_validate_json(text)
         if self._registry.report(report, time.monotonic()):
-            self._note(report.model, f"replica {report.replica}: {report.state}")
+            self._events.replica(time.time(), report)
             if report.state == "failed":
                 self._failures[report.variant] = report.log_tail or report.stage
             elif report.state == "ready":
@@ -127,7 +137,9 @@ class Controller:
     async def gateway_ended(self, log_tail: str) -> None:
         """A gateway process of ours ended by itself."""
         self._gateway_failure = log_tail
-        self._note("", "a gateway ended and is started again")
+        self._note(
+            "", "a gateway ended and is started again", kind="gateway", reason=log_tail[-300:]
+        )
 
     async def apply(self, plan: Plan) -> None:
         """Make the cluster serve exactly `plan`; returns when Serve has taken everything over.
@@ -145,7 +157,8 @@ class Controller:
         counts = {v.variant: self._autoscaler.target(v) for v in self._plan.variants}
         served = {variant.model for variant in self._plan.variants}
         for model in await self._deployer.reconcile(self._plan, counts):
-            self._note(model, "deployed" if model in served else "deleted")
+            kind: EventKind = "deployed" if model in served else "deleted"
+            self._note(model, kind, kind=kind)
 
     async def scale(self, model: str, replicas: int) -> None:
         """Set a model's replica count, until the load says otherwise; its first variant first.
@@ -190,12 +203,20 @@ class Controller:
         await self._deployer.stop()
 
     async def inventory(self) -> Inventory:
-        """What the cluster's nodes offer, from their labels.
+        """What the cluster's nodes offer, from their labels and what probes measured there.
 
         Raises:
             ConfigError: no node carries bora's labels.
         """
-        return ray_inventory(await asyncio.to_thread(ray.nodes))
+        return self._surveyor.corrected(ray_inventory(await asyncio.to_thread(ray.nodes)))
+
+    def nodes(self) -> NodeList:
+        """What probes found on the nodes."""
+        return self._surveyor.nodes()
+
+    def events(self, after: int) -> EventList:
+        """What happened since the event with this number."""
+        return EventList(events=self._events.after(after))
 
     async def plan(self) -> Plan | None:
         """What the cluster serves."""
@@ -222,7 +243,7 @@ class Controller:
             ),
             gateways=self._autoscaler.gateways(time.monotonic()),
             gateway_failure=self._gateway_failure,
-            events=tuple(self._events),
+            events=tuple(self._events)[-SHOWN_EVENTS:],
         )
 
     def _compare(self, report: ReplicaReport) -> None:
@@ -239,7 +260,8 @@ class Controller:
         if observation is None:
             return
         log.warning("the plan was %.0f %% off: %s", 100 * observation.error, observation)
-        self._note(variant.model, f"the memory plan was {100 * observation.error:.0f} % off")
+        text = f"the memory plan was {100 * observation.error:.0f} % off"
+        self._note(variant.model, text, kind="calibration", reason=str(observation))
         try:
             add_observation(self._run_dir.parent / CALIBRATION_FILE, observation)
         except (OSError, ConfigError):
@@ -261,7 +283,7 @@ class Controller:
     def _expire(self) -> None:
         for lost in self._registry.expire(time.monotonic()):
             if lost.state not in ("failed", "draining"):
-                self._note(lost.model, f"replica {lost.replica}: no heartbeat, taken out")
+                self._events.lost(time.time(), lost)
             self._publish()
 
     async def _follow_load(self, variant: Variant) -> None:
@@ -279,7 +301,8 @@ class Controller:
     async def _scale(self, variant: Variant, replicas: int, reason: str) -> None:
         await self._deployer.scale(variant, replicas)
         self._autoscaler.set(variant, replicas)
-        self._note(variant.model, f"{variant.variant}: {replicas} replicas ({reason})")
+        text = f"{variant.variant}: {replicas} replicas ({reason})"
+        self._note(variant.model, text, kind="scaled", reason=reason)
 
     def _settling(self) -> bool:
         return time.monotonic() < self._settled_s
@@ -298,9 +321,11 @@ class Controller:
         version = max(self._desk.table.version + 1, int(time.time() * 1000))
         self._desk.publish(self._registry.table(self._variants(), version))
 
-    def _note(self, model: str, text: str) -> None:
-        self._events.append(Event(at_s=time.time(), model=model, text=text))
-        log.info("%s: %s", model, text)
+    def _note(self, model: str, text: str, *, kind: EventKind = "note", reason: str = "") -> None:
+        self._events.note(time.time(), kind, text, model=model, reason=reason)
+
+    def _note_node(self, kind: EventKind, node: str, text: str) -> None:
+        self._events.note(time.time(), kind, text, node=node)
 
     def _variants(self) -> tuple[Variant, ...]:
         return self._plan.variants if self._plan else ()

@@ -3,6 +3,7 @@
 ClusterError
 ├── ClusterUnreachable   no cluster, controller or gateway answers (exit code 4)
 ├── EngineFailed         an engine did not start; its last log lines are in the message (5)
+├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
 ├── PortInUse            (2)
 └── AlreadyRunning       a bora of this user already runs here (2)
 """
@@ -26,6 +27,12 @@ class EngineFailed(ClusterError):
     """An engine ended before it was ready."""
 
     exit_code = 5
+
+
+class InventoryDiffers(ClusterError):
+    """What was planned for is not there."""
+
+    exit_code = 3
 
 
 class PortInUse(ClusterError):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-from collections import Counter
-
-import psutil
 
 from cluster.errors import ClusterError
+from cluster.probes.node import probe
 from placement.catalogue import Catalogue
 from placement.errors import UnknownName
+from placement.found_inventory import pools_of
 from placement.inventory import Inventory, Pool
+from placement.node_facts import NodeFacts
 
 POOL = "local"
 GIB = 2**30
@@ -23,32 +20,32 @@ _MIN_SLOTS = 4  # nano models need no core of their own, so a small machine may 
 _KV_CACHE_GIB = 1.0
 
 
-def local_inventory(catalogue: Catalogue) -> Inventory:
+def local_inventory(catalogue: Catalogue, facts: NodeFacts | None = None) -> Inventory:
     """This machine's GPUs, or without any its CPU as slots that each hold one rank.
 
+    A box with several GPU types, or with GPUs cut by MIG, has a pool for each kind. `facts`: of
+    this machine, where they are known already.
+
     Raises:
-        ClusterError: the GPUs are of different or unknown types.
+        ClusterError: the driver does not answer, or a GPU is of an unknown type.
     """
-    names = _gpu_names()
-    memory_gib = psutil.virtual_memory().total / GIB
-    if not names:
-        return Inventory(pools=(_cpu_pool(memory_gib),))
-    if len(Counter(names)) > 1:
-        raise ClusterError(
-            f"this machine mixes GPU types ({', '.join(sorted(set(names)))}); describe it with "
-            f"one pool a type in an inventory file"
-        )
-    pool = Pool(
-        name=POOL,
-        gpu=_gpu_type(catalogue, names[0]),
-        gpus_per_node=len(names),
-        host_memory_gib=round(memory_gib, 1),
-        node_names=(socket.gethostname(),),
-    )
-    return Inventory(pools=(pool,))
+    facts = facts or probe(measure=False)
+    if not facts.gpus:
+        if facts.problems:
+            raise ClusterError(f"this machine's GPUs cannot be used: {'; '.join(facts.problems)}")
+        return Inventory(pools=(_cpu_pool(facts),))
+    pools = pools_of(facts, catalogue, POOL)
+    for pool in pools:
+        try:
+            catalogue.gpu(pool.gpu)
+        except UnknownName as error:
+            names = ", ".join(sorted({gpu.name for gpu in facts.gpus}))
+            raise ClusterError(f"this machine's GPUs are {names}: {error}") from error
+    return Inventory(pools=pools)
 
 
-def _cpu_pool(memory_gib: float) -> Pool:
+def _cpu_pool(facts: NodeFacts) -> Pool:
+    memory_gib = facts.host_memory_bytes / GIB
     wanted = max(_MIN_SLOTS, os.cpu_count() or 1)
     slots = max(1, min(wanted, int(memory_gib / _MIN_GIB_PER_SLOT)))
     return Pool(
@@ -59,26 +56,5 @@ def _cpu_pool(memory_gib: float) -> Pool:
         kv_cache_gib_per_gpu=_KV_CACHE_GIB,
         host_memory_gib=round(memory_gib, 1),
         price_per_gpu_hour=0.0,
-        node_names=(socket.gethostname(),),
+        node_names=(facts.host,),
     )
-
-
-def _gpu_names() -> list[str]:
-    """What nvidia-smi calls each GPU of this machine; none without the driver."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return (
-        [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        if result.returncode == 0
-        else []
-    )
-
-
-def _gpu_type(catalogue: Catalogue, name: str) -> str:
-    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ").replace(" ", "-")
-    try:
-        return catalogue.gpu(short).name
-    except UnknownName as error:
-        raise ClusterError(f"this machine's GPU is {name!r}: {error}") from error

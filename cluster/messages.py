@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from placement.inventory import Inventory
+from placement.node_facts import NodeFacts
 from placement.spec import Spec
 
 ReplicaState = Literal["starting", "ready", "unhealthy", "draining", "stopped", "failed"]
+EventKind = Literal[
+    "note", "replica-started", "replica-ready", "replica-unhealthy", "replica-draining",
+    "replica-stopped", "replica-died", "replica-lost", "scaled", "deployed", "deleted", "drained",
+    "calibration", "gateway", "node-joined", "node-lost", "node-unprobed", "mismatch",
+]  # fmt: skip
 
 
 class ReplicaReport(Spec):
@@ -20,6 +27,7 @@ class ReplicaReport(Spec):
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
     node: str = ""
+    gpus: tuple[int, ...] = ()  # indices on that node
     pid: int = 0  # of the engine
     url: str = ""
     api_key: str = ""
@@ -40,6 +48,7 @@ class ReplicaStatus(Spec):
     stage: str
     age_s: float
     node: str
+    gpus: tuple[int, ...] = ()
     pid: int
     url: str
     log_file: str
@@ -69,15 +78,37 @@ class VariantStatus(Spec):
     planned_weights_bytes: int
     replicas: tuple[ReplicaStatus, ...]
     last_event: str
+    last_event_s: float = 0.0  # epoch seconds; 0: there was none
+    gpu: str = ""
+    gpus_per_replica: int = 1
     failure: str = ""  # why it does not start, with the end of the engine's log
 
 
 class Event(Spec):
     """Something that happened."""
 
+    number: int = 0  # grows by one each
     at_s: float  # epoch seconds
-    model: str
+    kind: EventKind = "note"
+    model: str = ""
+    replica: str = ""
+    node: str = ""
     text: str
+    reason: str = ""
+
+
+class EventList(Spec):
+    """GET /v1/events?after=NUMBER."""
+
+    events: tuple[Event, ...]
+
+
+class NodeList(Spec):
+    """GET /v1/nodes."""
+
+    nodes: tuple[NodeFacts, ...]
+    pending: tuple[str, ...] = ()  # that are being probed
+    declared: Inventory | None = None  # by the nodes' labels; None: they contradict each other
 
 
 class FleetStatus(Spec):

@@ -18,7 +18,7 @@ def node_labels(pool: Pool) -> dict[str, str]:
         labels[MEMORY_LABEL] = str(pool.memory_gib_per_gpu)
     if pool.kv_cache_gib_per_gpu is not None:
         labels[KV_CACHE_LABEL] = str(pool.kv_cache_gib_per_gpu)
-    return labels
+    return {**pool.labels, **labels}
 
 
 def ray_inventory(nodes: Sequence[Mapping[str, Any]]) -> Inventory:
@@ -58,10 +58,25 @@ def _pool(name: str, nodes: Sequence[Mapping[str, Any]]) -> Pool:
         gpus_per_node=devices,
         memory_gib_per_gpu=float(memory) if memory else None,
         kv_cache_gib_per_gpu=float(kv_cache) if kv_cache else None,
-        node_names=tuple(
-            sorted(f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}" for node in nodes)
-        ),
+        labels=_common_labels(nodes),
+        node_names=tuple(sorted(node_name(node) for node in nodes)),
     )
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """What plans call a node: two Ray nodes may share a host."""
+    return f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}"
+
+
+def _common_labels(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The operator's own (zone, rack ...) that all nodes of the pool share; not Ray's, not ours."""
+    first, *others = (node["Labels"] for node in nodes)
+    return {
+        key: value
+        for key, value in first.items()
+        if not key.startswith(("ray.io/", "bora."))
+        and all(labels.get(key) == value for labels in others)
+    }
 
 
 def _devices(node: Mapping[str, Any]) -> int:

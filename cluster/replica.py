@@ -171,6 +171,7 @@ class Replica:
             stage=engine.stage,
             started_s=self._started_s,
             node=socket.gethostname(),
+            gpus=_gpus(),
             pid=engine.pid,
             url=engine.url,
             api_key=engine.api_key,
@@ -182,6 +183,11 @@ class Replica:
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
         )
+
+
+def _gpus() -> tuple[int, ...]:
+    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return tuple(int(gpu) for gpu in ids if str(gpu).isdigit())
 
 
 def _controller() -> Any:

@@ -21,7 +21,7 @@ def variant_status(
     now_s: float,
 ) -> VariantStatus:
     """One variant, wanted and actual."""
-    own = [event.text for event in events if event.model == variant.model]
+    own = [event for event in events if event.model == variant.model]
     return VariantStatus(
         model=variant.model,
         aliases=variant.aliases,
@@ -37,7 +37,10 @@ def variant_status(
         planned_kv_cache_tokens=variant.shape.kv_cache_tokens,
         planned_weights_bytes=variant.shape.per_gpu.weights_bytes,
         replicas=tuple(_replica_status(report, now_s) for report in reports),
-        last_event=own[-1] if own else "",
+        last_event=own[-1].text if own else "",
+        last_event_s=own[-1].at_s if own else 0.0,
+        gpu=variant.gpu,
+        gpus_per_replica=variant.gpus_per_replica,
         failure=failure,
     )
 

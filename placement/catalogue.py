@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from placement.architecture import Architecture
 from placement.calibration import Calibration
 from placement.errors import ConfigError, UnknownName
+from placement.mig import MARK, mig_slice
 from placement.spec import Spec, load_yaml
 
 if TYPE_CHECKING:  # it imports this module
@@ -185,11 +186,14 @@ class Catalogue:
         raise UnknownName("model", name, self.models)
 
     def gpu(self, name: str) -> GpuType:
-        """The GPU type called or aliased `name` (case-insensitive).
+        """The GPU type called or aliased `name` (case-insensitive); `TYPE-MIG-3g.40gb` is a slice.
 
         Raises:
             UnknownName: with the nearest names.
         """
+        whole, mark, profile = name.partition(MARK)
+        if mark and (part := mig_slice(self.gpu(whole), profile)):
+            return part
         for gpu in self.gpus.values():
             if name.lower() in {gpu.name.lower(), *(alias.lower() for alias in gpu.aliases)}:
                 return gpu

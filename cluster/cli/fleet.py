@@ -13,16 +13,20 @@ import typer
 from rich.console import Console
 
 from cluster import context
+from cluster.calibration_file import calibrated_catalogue
 from cluster.cli.catalogue import Json
+from cluster.cli.inventory_check import probed_nodes, require_truth
 from cluster.cli.planning import solve, solve_on
 from cluster.cli.render import feasible, page_console, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
+from cluster.facts_file import FACTS_FILE, keep_facts
 from cluster.gateway_ports import checked_ports
 from cluster.local_ray import remove_tmpdir, use_own_token
 from cluster.processes import free_ports
+from placement.found_inventory import with_findings
 from placement.inventory import Inventory
 from placement.spec import load_yaml
 
@@ -42,16 +46,23 @@ def deploy(
     address: Annotated[
         str | None, typer.Option(help="GCS address of a Ray cluster that has no bora yet.")
     ] = None,
+    trust_inventory: Annotated[
+        bool, typer.Option(help="Deploy though hosts are not what was declared.")
+    ] = False,
 ) -> None:
     """Serve this fleet on the running cluster; models that it does not name are stopped."""
     console = page_console(stderr=True)
     running = context.find()
     if running is None and address is not None:
-        _install_and_deploy(address, fleet, inventory, console)
+        _install_and_deploy(address, fleet, inventory, console, trust_inventory=trust_inventory)
         return
     client = _client(running or context.require())
+    nodes = probed_nodes(client, console)
     before = client.plan()
     plan = feasible(solve(fleet, inventory, before), console)
+    declared = nodes.declared if inventory is None else load_yaml(inventory, Inventory)
+    if declared is not None and not trust_inventory:
+        require_truth(plan, declared, nodes.nodes, calibrated_catalogue(), console)
     if before is not None and before.gateway != plan.gateway:
         console.print(
             "note: the gateway keeps its address and its `auth` until `bora down`", markup=False
@@ -104,7 +115,7 @@ def down() -> None:
 
 
 def _install_and_deploy(
-    address: str, fleet: Path, inventory: Path | None, console: Console
+    address: str, fleet: Path, inventory: Path | None, console: Console, *, trust_inventory: bool
 ) -> None:
     """Controller and gateway on a Ray cluster that somebody else started, then the fleet.
 
@@ -114,8 +125,12 @@ def _install_and_deploy(
     from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
     bootstrap.connect(address)
-    offered = bootstrap.inventory() if inventory is None else load_yaml(inventory, Inventory)
+    declared = bootstrap.inventory() if inventory is None else load_yaml(inventory, Inventory)
+    found = bootstrap.probe_nodes(lambda text: console.print(f"probed {text}", markup=False))
+    offered = with_findings(declared, found) if inventory is None else declared
     plan = feasible(solve_on(fleet, offered), console)
+    if not trust_inventory:
+        require_truth(plan, declared, found, calibrated_catalogue(), console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     host = bootstrap.node_address()
     [port] = free_ports(1, host)
@@ -123,6 +138,7 @@ def _install_and_deploy(
     run_dir = context.made_state_dir() / "run"
     (run_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     bootstrap.require_none()
+    keep_facts(run_dir.parent / FACTS_FILE, found)
     try:
         bootstrap.start(
             run_dir=run_dir,

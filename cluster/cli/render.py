@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -70,20 +73,17 @@ def _if_slower(plan: Plan, robustness: Robustness) -> str:
     return f"{told}; `robust: require` avoids that"
 
 
-def status_page(status: FleetStatus) -> RenderableType:
-    """The fleet now: each variant, and under it its replicas."""
+def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableType:
+    """The fleet now: each variant, and under it its replicas. `now_s`: epoch seconds."""
+    now_s = time.time() if now_s is None else now_s
     table = Table(
-        "model", "variant", "ready", "state", "load", "KV tokens plan/actual", "node", "last event",
+        "model", "variant", "ready", "state", "nodes and GPUs",
+        "weights/GPU plan/actual", "KV tokens plan/actual", "load", "last event",
         box=None,
     )  # fmt: skip
     failures: list[RenderableType] = []
     for variant in status.variants:
-        load = f"{variant.in_flight:.1f} in flight, {variant.queued} waiting"
-        ready = f"{variant.ready}/{variant.wanted}"
-        table.add_row(
-            variant.model, variant.variant, ready, _state(variant), load,
-            "", "", "", variant.last_event,
-        )  # fmt: skip
+        table.add_row(*_variant_row(variant, now_s))
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
         if variant.failure and variant.ready < variant.wanted:
@@ -107,6 +107,35 @@ def beside_gpus(variant: Variant) -> str:
     return f" + {variant.shape.host_memory_bytes / GIB:.1f} GiB host"
 
 
+def age(seconds: float) -> str:
+    """`12 s`, `5 min`, `3 h`, `2 d`."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(seconds, 0) / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def _variant_row(variant: VariantStatus, now_s: float) -> tuple[RenderableType, ...]:
+    hosts = Counter(replica.node for replica in variant.replicas if replica.node)
+    places = ", ".join(
+        f"{host} ({count * variant.gpus_per_replica})" for host, count in sorted(hosts.items())
+    )
+    last = ""
+    if variant.last_event:
+        last = f"{variant.last_event}, {age(now_s - variant.last_event_s)} ago"
+    return (
+        variant.model,
+        variant.variant,
+        f"{variant.ready}/{variant.wanted}",
+        _state(variant),
+        Text(f"{variant.gpu}: {places}" if places else variant.gpu),
+        "",
+        "",
+        f"{variant.in_flight:.1f} in flight, {variant.queued} waiting",
+        Text(last),
+    )
+
+
 def _plan_row(variant: Variant) -> tuple[str, ...]:
     shape = variant.shape
     nodes = sorted({node.node for replica in variant.placement for node in replica})
@@ -128,15 +157,16 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
     tokens = "?" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
     weights = "?" if replica.weights_bytes is None else f"{replica.weights_bytes / GIB:.3f}"
     stage = f" ({replica.stage})" if replica.stage else ""
+    gpus = f" GPU {','.join(map(str, replica.gpus))}" if replica.gpus else ""
     return (
         "",
         Text(f"  {replica.replica}"),
-        f"{replica.age_s:.0f} s",
+        age(replica.age_s),
         Text(f"{replica.state}{stage}", style=_STYLES.get(replica.state, "yellow")),
-        f"{replica.running} running, {replica.waiting} waiting",
+        Text(f"{replica.node}{gpus}"),
         f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
         f"{variant.planned_kv_cache_tokens:,} / {tokens}",
-        replica.node,
+        f"{replica.running} running, {replica.waiting} waiting",
         "",
     )
 

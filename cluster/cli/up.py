@@ -19,23 +19,30 @@ from rich.console import Console
 
 from cluster import context
 from cluster.calibration_file import calibrated_catalogue
+from cluster.cli.inventory_check import require_truth
 from cluster.cli.render import feasible, page_console
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context, state_dir
 from cluster.control_api import ControlClient
 from cluster.errors import AlreadyRunning, ClusterError
+from cluster.facts_file import FACTS_FILE, keep_facts
 from cluster.gateway_ports import checked_ports
-from cluster.local_inventory import local_inventory
+from cluster.local_inventory import POOL, local_inventory
 from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray, use
 from cluster.models import catalogue_for
 from cluster.names import SLOT
+from cluster.probes.node import probe
+from cluster.probes.speeds import with_speeds
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
+from cluster.raylets import raylets
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
-from placement.catalogue import CONFIGS
+from placement.catalogue import CONFIGS, Catalogue
 from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
 from placement.inventory import Inventory
+from placement.mig import MARK
+from placement.node_facts import NodeFacts
 from placement.plan import Plan
 from placement.planner import make_plan
 from placement.spec import load_yaml
@@ -104,12 +111,19 @@ def _one_model(model: str) -> FleetSpec:
 def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
     catalogue = catalogue_for(spec, calibrated_catalogue())
-    inventory = local_inventory(catalogue)
+    facts = probe(measure=False)
+    if facts.gpus:
+        console.print("measuring this machine's GPUs", markup=False)
+        facts = with_speeds(facts, lambda text: console.print(f"  {text}", markup=False))
+    inventory = local_inventory(catalogue, facts)
+    _require_one_kind(inventory, facts, catalogue)
     plan = feasible(make_plan(spec, inventory, catalogue), console)
+    require_truth(plan, inventory, [facts], catalogue, console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     run_dir = _fresh_run_dir(started)
     started_s = time.monotonic()
     console.print(f"starting Ray on this machine (logs: {run_dir / 'logs'})", markup=False)
+    keep_facts(run_dir.parent / FACTS_FILE, [facts])
     ray = _start_ray(inventory, run_dir)
     client: ControlClient | None = None
     try:
@@ -127,6 +141,23 @@ def _run(spec: FleetSpec, started: Context, console: Console) -> None:
                     client.stop()
         with signals_ignored():
             ray.stop()
+
+
+def _require_one_kind(inventory: Inventory, facts: NodeFacts, catalogue: Catalogue) -> None:
+    """`bora up` starts one Ray node, and all devices of a Ray node are of one kind.
+
+    Raises:
+        ClusterError: they are not; with the commands that start a Ray node for each kind.
+    """
+    kinds = raylets(facts, catalogue, POOL)
+    if len(kinds) < 2 and not any(MARK in pool.gpu for pool in inventory.pools):
+        return
+    commands = "\n".join(f"  {each.start_arguments()} --address HOST:PORT" for each in kinds)
+    raise ClusterError(
+        f"this machine has {', '.join(f'{p.gpus_per_node} x {p.gpu}' for p in inventory.pools)}. "
+        f"Start Ray with a node for each kind, then `bora deploy FLEET --address HOST:PORT`:\n"
+        f"  ray start --head --num-gpus 0\n{commands}"
+    )
 
 
 def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:

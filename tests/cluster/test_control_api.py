@@ -14,7 +14,7 @@ import pytest
 from cluster.control_api import ControlClient, serve_control_api
 from cluster.errors import ClusterError, ClusterUnreachable
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import FleetStatus
+from cluster.messages import Event, EventList, FleetStatus, NodeList
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
@@ -61,6 +61,12 @@ class RememberingControl:
     def status(self) -> FleetStatus:
         return FleetStatus(fleet="test", table_version=3, variants=(), gateways=(), events=())
 
+    def events(self, after: int) -> EventList:
+        return EventList(events=(Event(number=after + 1, at_s=1.0, text="it happened"),))
+
+    def nodes(self) -> NodeList:
+        return NodeList(nodes=(), pending=("a-00000000",))
+
 
 @pytest.fixture
 async def served(tmp_path) -> AsyncIterator[tuple[RememberingControl, str]]:
@@ -86,6 +92,8 @@ async def test_every_call_arrives_as_it_was_made(served):
     assert await asyncio.to_thread(client.plan) == plan
     assert (await asyncio.to_thread(client.status)).fleet == "test"
     assert (await asyncio.to_thread(client.inventory)).pools[0].gpu == "H100-SXM"
+    assert (await asyncio.to_thread(client.events, 6)).events[0].number == 7
+    assert (await asyncio.to_thread(client.nodes)).pending == ("a-00000000",)
 
 
 @pytest.mark.parametrize("path", ["/v1/status", "/v1/sync", "/v1/stop", "/nowhere"])
@@ -161,6 +169,7 @@ async def test_a_bug_in_the_controller_is_logged_with_its_traceback(served, capl
         ("POST", "/v1/scale", b'{"model": "bug", "replicas": 1}', 500),
         ("GET", "/nowhere", b"", 404),
         ("GET", "/v1/scale", b"", 405),
+        ("GET", "/v1/events?after=-1", b"", 400),
         ("POST", "/v1/apply", io.BytesIO(b" " * (17 * 2**20)), 413),
     ],
 )

@@ -322,7 +322,10 @@ def test_a_stream_that_has_said_nothing_is_asked_anew_and_its_reasoning_passed_o
     assert [json.loads(event[6:])["choices"][0] for event in said.split(b"\n\n") if event] == [
         {"index": 0, "delta": {"reasoning": "hm"}, "finish_reason": None, "token_ids": None},
         {
-            "index": 0, "delta": {"content": "so"}, "finish_reason": None, "logprobs": None,
+            "index": 0,
+            "delta": {"content": "so"},
+            "finish_reason": None,
+            "logprobs": None,
             "token_ids": None,
         },
     ]

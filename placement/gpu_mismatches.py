@@ -1,0 +1,251 @@
+"""What a pool says of its GPUs, against the GPUs of a node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from placement.catalogue import Catalogue
+from placement.gpu_names import gpu_type_of
+from placement.mig import MARK, slice_name
+from placement.mismatch import GIB, Expected, Mismatch
+from placement.node_facts import GpuFacts, NodeFacts, PairFacts
+
+# Bytes/s of one PCIe lane by generation, one direction.
+_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
+_HALF = 0.6  # of the declared bandwidth: below it a plan's transfer times are wrong
+_QUARTER = 0.3
+_MEMORY_TOLERANCE = 0.02  # between drivers, torch-visible memory differs by less
+_DRIVER_TOLERANCE = 0.05  # nvidia-smi's figure is up to 4 % above torch's
+
+
+def of_node(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> list[Mismatch]:
+    """Everything about GPUs, their memory, their slots and the links between them."""
+    if expected.is_cpu:
+        return []
+    if MARK in expected.gpu.name:
+        return list(_slices(expected, node, catalogue))
+    own = own_gpus(expected.gpu.name, node.gpus, catalogue)
+    answer = [*_count_and_type(expected, node, own, catalogue), *_mig(expected, node, own)]
+    other_card = any(lie.rule in ("gpu-type", "gpu-memory") for lie in answer)
+    for gpu in own:
+        if not other_card:  # its memory and slot differ for that reason
+            answer += [*_memory(expected, node, gpu), *_pcie(expected, node, gpu)]
+        answer += _ecc(expected, node, gpu)
+    indices = {gpu.index for gpu in own}
+    inside = [pair for pair in node.pairs if {pair.first, pair.second} <= indices]
+    return [*answer, *_links(expected, node, inside)]
+
+
+def own_gpus(declared: str, gpus: Sequence[GpuFacts], catalogue: Catalogue) -> tuple[GpuFacts, ...]:
+    """In a mixed box those of the declared type; where none is, all."""
+    types = [gpu_type_of(gpu.name, gpu.memory_bytes, catalogue) for gpu in gpus]
+    own = tuple(
+        gpu for gpu, kind in zip(gpus, types, strict=True) if kind and kind.name == declared
+    )
+    return own or tuple(gpus)
+
+
+def _count_and_type(
+    expected: Expected, node: NodeFacts, own: Sequence[GpuFacts], catalogue: Catalogue
+) -> Iterator[Mismatch]:
+    wanted = expected.pool.gpus_per_node
+    if not own:
+        driver = f"driver {node.driver}" if node.driver else "no NVIDIA driver that answers"
+        yield expected.mismatch(
+            "gpu-count",
+            node.host,
+            declared=f"{wanted} x {expected.gpu.name}",
+            found=f"no GPU ({driver})",
+            cure="`nvidia-smi` must list them on the host: install or reload the driver, pass "
+            "the devices into the container; or take the node out of the pool",
+        )
+        return
+    if node.measured and node.measured.device == "cpu" and not node.measured.problem:
+        yield expected.mismatch(
+            "gpu-unusable",
+            node.host,
+            declared=f"{wanted} x {expected.gpu.name}",
+            found=f"driver {node.driver} lists GPUs, torch {node.versions.get('torch', '?')} "
+            "can use none of them",
+            cure="install requirements/gpu.txt there (a CPU build of torch sees no GPU), and a "
+            "driver that its CUDA works with",
+        )
+    if len(own) != wanted:
+        present = ", ".join(str(gpu.index) for gpu in own)
+        fallen = "look in `dmesg` for Xid errors (a GPU that fell off the bus), reseat or reset it"
+        advice = fallen if len(own) < wanted else "give the rest to another pool"
+        yield expected.mismatch(
+            "gpu-count",
+            node.host,
+            declared=f"{wanted} GPUs",
+            found=f"{len(own)} (index {present})",
+            cure=f"{advice}; or set gpus_per_node: {len(own)}",
+            severity="error" if len(own) < wanted else "warning",
+        )
+    for (name, memory), count in Counter((gpu.name, gpu.memory_bytes) for gpu in own).items():
+        kind = gpu_type_of(name, memory, catalogue)
+        if kind is not None and kind.name == expected.gpu.name:
+            continue
+        cure = f"set gpu: {kind.name}" if kind else "describe the card in configs/gpus/"
+        twin = kind is not None and kind.ray_accelerator_type == expected.gpu.ray_accelerator_type
+        less = memory < (expected.gpu.nvidia_smi_mib or 0) * 2**20 * (1 - _DRIVER_TOLERANCE)
+        yield expected.mismatch(
+            "gpu-memory" if (twin or kind is None) and less else "gpu-type",
+            node.host,
+            declared=f"{expected.gpu.name} ({expected.memory_bytes / GIB:.1f} GiB)",
+            found=f"{count} x {name} ({memory / GIB:.1f} GiB)",
+            cure=cure,
+        )
+
+
+def _memory(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
+    measured = gpu.torch_memory_bytes is not None
+    tolerance = _MEMORY_TOLERANCE if measured else 0.0
+    said = expected.pool.memory_gib_per_gpu is not None
+    if not (measured or said) or gpu.seen_bytes >= expected.memory_bytes * (1 - tolerance):
+        return
+    yield expected.mismatch(
+        "gpu-memory",
+        node.host,
+        declared=f"{expected.memory_bytes / GIB:.2f} GiB per GPU",
+        found=f"GPU {gpu.index} ({gpu.name}): {gpu.seen_bytes / GIB:.2f} GiB",
+        cure=f"set memory_gib_per_gpu: {gpu.seen_bytes / GIB:.1f}",
+    )
+
+
+def _pcie(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
+    if gpu.pcie_width is None or gpu.pcie_max_generation is None:
+        return
+    there = _LANE.get(gpu.pcie_max_generation, _LANE[6]) * gpu.pcie_width
+    declared = expected.gpu.pcie_bytes_per_s
+    if there >= _HALF * declared:
+        return
+    yield expected.mismatch(
+        "pcie-width",
+        node.host,
+        declared=f"{declared / 1e9:.0f} GB/s, as {expected.gpu.name} has with 16 lanes",
+        found=f"GPU {gpu.index} on x{gpu.pcie_width} of generation {gpu.pcie_max_generation}: "
+        f"{there / 1e9:.0f} GB/s",
+        cure="move the card to an x16 slot that is wired to the CPU, check riser and BIOS "
+        "bifurcation; tensor parallelism without NVLink will be slow until then",
+        severity="error" if there < _QUARTER * declared else "warning",
+    )
+
+
+def _ecc(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
+    where = f"GPU {gpu.index} ({gpu.uuid})"
+    if gpu.uncorrected_errors or gpu.remapping:
+        rows = f", row remapping {gpu.remapping}" if gpu.remapping else ""
+        failed = gpu.remapping == "failed"
+        yield expected.mismatch(
+            "ecc-errors",
+            node.host,
+            declared="sound memory",
+            found=f"{where}: {gpu.uncorrected_errors} uncorrected errors{rows}",
+            cure="have the card replaced"
+            if failed
+            else "drain the node and reset the GPU "
+            f"(`nvidia-smi --gpu-reset -i {gpu.index}`); if errors come back, replace the card",
+        )
+    elif gpu.ecc is False and not gpu.name.startswith("NVIDIA GeForce"):
+        yield expected.mismatch(
+            "ecc-off",
+            node.host,
+            declared=f"{expected.gpu.name} with ECC",
+            found=f"{where}: ECC is off, so that memory errors go unseen",
+            cure=f"`nvidia-smi -i {gpu.index} -e 1` and a reset",
+            severity="warning",
+        )
+
+
+def _mig(expected: Expected, node: NodeFacts, own: Sequence[GpuFacts]) -> Iterator[Mismatch]:
+    for gpu in own:
+        if gpu.mig:
+            slices = ", ".join(each.profile or "?" for each in gpu.mig_slices) or "no slice"
+            profile = next((each.profile for each in gpu.mig_slices if each.profile), "3g.40gb")
+            yield expected.mismatch(
+                "mig-on",
+                node.host,
+                declared=f"whole GPUs ({expected.gpu.name})",
+                found=f"GPU {gpu.index} is cut by MIG: {slices}",
+                cure=f"`nvidia-smi -i {gpu.index} -mig 0`; or declare the slices as a pool "
+                f"with gpu: {slice_name(expected.gpu.name, profile)}",
+            )
+
+
+def _slices(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> Iterator[Mismatch]:
+    present = Counter(
+        slice_name(kind.name, each.profile)
+        for gpu in node.gpus
+        if (kind := gpu_type_of(gpu.name, gpu.memory_bytes, catalogue))
+        for each in gpu.mig_slices
+    )
+    if present[expected.gpu.name] != expected.pool.gpus_per_node:
+        listed = ", ".join(f"{count} x {name}" for name, count in sorted(present.items()))
+        yield expected.mismatch(
+            "gpu-count",
+            node.host,
+            declared=f"{expected.pool.gpus_per_node} x {expected.gpu.name}",
+            found=listed or "no MIG slice",
+            cure="make the slices (`nvidia-smi mig -cgi PROFILE -C`), or set gpu and "
+            "gpus_per_node to what is there",
+        )
+
+
+def _links(expected: Expected, node: NodeFacts, pairs: Sequence[PairFacts]) -> Iterator[Mismatch]:
+    if expected.link not in ("nvlink", "pcie"):
+        return
+    apart = [pair for pair in pairs if pair.path and not pair.path.startswith("NV")]
+    if expected.link == "nvlink" and apart:
+        yield expected.mismatch(
+            "nvlink-missing",
+            node.host,
+            declared="NVLink between all GPUs",
+            found=f"{_listed(apart)}: {apart[0].path}, over PCIe",
+            cure="check bridges and `nvidia-smi nvlink --status` (on HGX boards the "
+            "fabric manager must run); or set links: {intra: pcie}",
+        )
+    else:
+        barred = [pair for pair in pairs if pair.peer and pair.peer != "OK"]
+        if barred:
+            yield expected.mismatch(
+                "p2p-unavailable",
+                node.host,
+                declared=f"peer access ({expected.link})",
+                found=f"{_listed(barred)}: {barred[0].peer}, copies go through host memory",
+                cure="set links: {intra: pcie-no-p2p}; or allow it: IOMMU and ACS off, a driver "
+                "that does not bar it",
+            )
+    yield from _copies(expected, node, pairs)
+
+
+def _copies(expected: Expected, node: NodeFacts, pairs: Sequence[PairFacts]) -> Iterator[Mismatch]:
+    wrong = [pair for pair in pairs if pair.copy_correct is False]
+    if wrong:
+        yield expected.mismatch(
+            "p2p-wrong-copies",
+            node.host,
+            declared=f"peer access ({expected.link})",
+            found=f"{_listed(wrong)}: what arrives differs from what was sent",
+            cure="turn IOMMU and PCIe ACS off (`iommu=off`), or set NCCL_P2P_DISABLE=1 and "
+            "links: {intra: pcie-no-p2p}; until then answers would be wrong",
+        )
+    declared = expected.gpu.pcie_bytes_per_s
+    if expected.link == "nvlink":
+        declared = expected.gpu.nvlink_bytes_per_s
+    slow = [pair for pair in pairs if (pair.copy_bytes_per_s or declared) < _QUARTER * declared]
+    if slow and not wrong:
+        yield expected.mismatch(
+            "link-slow",
+            node.host,
+            declared=f"{declared / 1e9:.0f} GB/s between GPUs ({expected.link})",
+            found=f"{_listed(slow)}: {(slow[0].copy_bytes_per_s or 0) / 1e9:.1f} GB/s",
+            cure="see that nothing else used the GPUs; then `nvidia-smi topo -m` and the cables",
+            severity="warning",
+        )
+
+
+def _listed(pairs: Sequence[PairFacts]) -> str:
+    shown = ", ".join(f"GPU {pair.first} and {pair.second}" for pair in pairs[:3])
+    return shown if len(pairs) <= 3 else f"{shown} and {len(pairs) - 3} more pairs"

@@ -1,0 +1,62 @@
+"""Where an inventory and what probes found differ: by host, with what was declared and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from placement import gpu_mismatches, host_mismatches
+from placement.catalogue import Catalogue
+from placement.inventory import Inventory, Pool
+from placement.mismatch import Expected, Mismatch
+from placement.node_facts import NodeFacts
+
+
+def mismatches(
+    declared: Inventory,
+    found: Sequence[NodeFacts],
+    *,
+    catalogue: Catalogue,
+    checkpoints: Mapping[str, Mapping[str, int]] | None = None,
+) -> tuple[Mismatch, ...]:
+    """Every lie of `declared`, in the order of its pools and nodes.
+
+    `checkpoints`: by pool, the weights that its nodes must hold: bytes by Hugging Face repo id.
+    A node of `found` belongs to the pool that lists its name or host, else to that of its label.
+    """
+    answer: list[Mismatch] = []
+    for pool in declared.pools:
+        nodes = _nodes_of(pool, declared, found)
+        expected = Expected.of(pool, catalogue, (checkpoints or {}).get(pool.name, {}))
+        answer += _missing(pool, nodes)
+        for node in nodes:
+            answer += gpu_mismatches.of_node(expected, node, catalogue)
+            answer += host_mismatches.of_node(expected, node)
+    return (*answer, *host_mismatches.differing_versions(found))
+
+
+def _nodes_of(pool: Pool, declared: Inventory, found: Sequence[NodeFacts]) -> list[NodeFacts]:
+    named = {name for each in declared.pools for name in each.node_names or ()}
+    own = set(pool.node_names or ())
+    return [
+        node
+        for node in found
+        if own & {node.node, node.host}
+        or (node.pool == pool.name and not named & {node.node, node.host})
+    ]
+
+
+def _missing(pool: Pool, nodes: Sequence[NodeFacts]) -> Iterator[Mismatch]:
+    present = {name for node in nodes for name in (node.node, node.host)}
+    absent = [name for name in pool.node_names or () if name not in present]
+    count = pool.nodes - len(nodes)
+    if pool.node_names is None and count > 0:
+        absent = [f"{count} of {pool.nodes} nodes"]
+    for name in absent:
+        yield Mismatch(
+            rule="node-missing",
+            pool=pool.name,
+            host=name,
+            declared=f"in pool {pool.name}",
+            found="not in the cluster",
+            cure="start it (`ray start`, or `ray up`), or take it out of the inventory",
+        )
