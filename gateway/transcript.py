@@ -34,7 +34,16 @@ class Transcript:
     """
 
     __slots__ = (
-        *("_finish_mark", "_ids", "_ids_mark", "_mark", "_num_held", "_num_out", "_num_sent"),
+        *(
+            "_finish_mark",
+            "_ids",
+            "_ids_mark",
+            "_mark",
+            "_num_held",
+            "_num_out",
+            "_num_sent",
+            "_only_ids",
+        ),
         *("_said", "_steps", "blocked", "done", "fault", "finished", "head", "hides_ids"),
         *("num_pending", "num_tokens", "prompt_ids", "reasoned", "usage_sent"),
     )
@@ -48,6 +57,7 @@ class Transcript:
         self._num_held = num_held
         self._num_out = 0  # characters that engines have let out, where some are held back
         self._steps: list[tuple[int, int]] = []  # then: after so many tokens, so many characters
+        self._only_ids = False  # the event has nothing else to tell
         self._num_sent = 0  # tokens that the client has seen chunks of
         self.hides_ids = hides_ids
         self.head: dict[str, Any] | None = None
@@ -154,10 +164,15 @@ class Transcript:
         """The long way: event by event, line by line."""
         passed: list[bytes] = []
         for event in events.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
-            if event and not self._read(event):
-                events = b"".join([one + b"\n\n" for one in passed])
+            was_read = self._read(event) if event else True
+            if was_read and not self._only_ids:
+                passed.append(event)
+                continue
+            events, self._only_ids = b"", False  # what was not passed over is put together anew
+            if not was_read:
                 break
-            passed.append(event)
+        if not events:
+            events = b"".join([one + b"\n\n" for one in passed if one])
         return _ANY_IDS.sub(_hidden, events) if self.hides_ids else events
 
     def _read(self, event: bytes) -> bool:
@@ -238,7 +253,10 @@ class Transcript:
         self.note_parts(delta, text)
         if choice.get("index"):
             self.blocked = "it has several choices"
-        self.finished = self.finished or choice.get("finish_reason") is not None
+        reason = choice.get("finish_reason")
+        self.finished = self.finished or reason is not None
+        # vLLM's parsers swallow tokens, and it sends a chunk for them only because we asked for ids.
+        self._only_ids = bool(self.hides_ids and ids and choice.get("delta") == {} and not reason)
         if ids or text or not (delta.get("role") or choice.get("finish_reason")):
             self.add(ids, quoted(text))
         return True

@@ -352,3 +352,17 @@ def test_ids_are_hidden_byte_for_byte(spaces: tuple[str, str]) -> None:
 
     assert hidden == [read.replace(b'ids":null', b'ids": null') for read in plain]
     assert told.num_tokens == 24
+
+
+def test_a_chunk_that_only_tells_ids_is_not_for_the_client_but_counts() -> None:
+    told = Transcript(is_chat=True, hides_ids=True)
+    fed(told, {**delta(role="assistant", content=""), "prompt_token_ids": [1]})
+    chunks = [{"id": "1", **delta([n], **said)} for n, said in ((3, {}), (4, {"content": "a"}))]
+    events = b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
+
+    passed = [told.feed(events), told.feed(events.split(b"\n\n")[0] + b"\n\n")]
+
+    assert passed[0].count(b"data: ") == 1
+    assert b'"content": "a"' in passed[0]
+    assert passed[1] == b""
+    assert told.num_tokens == 3
