@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
@@ -142,5 +143,7 @@ def stop() -> None:
 
 
 def _actor(kind: type, name: str, *arguments: Any, **options: Any) -> Any:
-    remote = ray.remote(kind).options(name=name, **_ACTOR, **options)
+    # They listen on this node's address, so that they start, and start again, on this node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(kind).options(name=name, scheduling_strategy=here, **_ACTOR, **options)
     return remote.remote(*arguments)

@@ -18,6 +18,7 @@ from placement.plan import Variant
 
 LOG_TAIL_LINES = 30
 POLL_S = 0.2
+HEALTH_TIMEOUT_S = 2.0
 
 
 class EngineProcess:
@@ -125,7 +126,7 @@ class EngineProcess:
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            timeout = aiohttp.ClientTimeout(5)
+            timeout = aiohttp.ClientTimeout(HEALTH_TIMEOUT_S)
             async with session.get(f"{self.url}/health", timeout=timeout) as response:
                 return response.status == 200
         return False

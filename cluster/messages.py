@@ -20,6 +20,9 @@ class ReplicaReport(Spec):
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
     node: str = ""
+    node_id: str = ""  # Ray's
+    gpus: tuple[int, ...] = ()  # indices on that node
+    num_devices: int = 0  # GPUs, or slots on a node without
     pid: int = 0  # of the engine
     url: str = ""
     api_key: str = ""
@@ -40,6 +43,8 @@ class ReplicaStatus(Spec):
     stage: str
     age_s: float
     node: str
+    node_id: str = ""
+    gpus: tuple[int, ...] = ()
     pid: int
     url: str
     log_file: str
@@ -70,6 +75,9 @@ class VariantStatus(Spec):
     replicas: tuple[ReplicaStatus, ...]
     last_event: str
     failure: str = ""  # why it does not start, with the end of the engine's log
+    waiting: str = ""  # which resource is missing where, for replicas that Ray has no place for
+    misplaced: tuple[str, ...] = ()  # what is not as planned about places and memory
+    rollout: str = ""  # how far the replacement of an older shape is
 
 
 class Event(Spec):
@@ -96,6 +104,20 @@ class ScaleRequest(Spec):
 
     model: str
     replicas: int
+
+
+class DrainRequest(Spec):
+    """POST /v1/drain."""
+
+    target: str  # a replica's id, or a node's name, host or Ray id
+    timeout_s: float = 600.0
+
+
+class Drained(Spec):
+    """What `bora drain` waits for: these replicas are told to finish and go."""
+
+    node_id: str = ""  # that is drained as a whole; empty: only the replica
+    replicas: tuple[str, ...]
 
 
 class DeleteRequest(Spec):

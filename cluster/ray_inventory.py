@@ -40,6 +40,11 @@ def ray_inventory(nodes: Sequence[Mapping[str, Any]]) -> Inventory:
     return Inventory(pools=tuple(_pool(name, pools[name]) for name in sorted(pools)))
 
 
+def node_name(node: Mapping[str, Any]) -> str:
+    """How plans and status call a node of `ray.nodes()`: the host, and what tells it from others."""
+    return f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}"
+
+
 def _pool(name: str, nodes: Sequence[Mapping[str, Any]]) -> Pool:
     forms = {(node["Labels"].get(GPU_LABEL), _devices(node)) for node in nodes}
     if len(forms) > 1:
@@ -58,9 +63,7 @@ def _pool(name: str, nodes: Sequence[Mapping[str, Any]]) -> Pool:
         gpus_per_node=devices,
         memory_gib_per_gpu=float(memory) if memory else None,
         kv_cache_gib_per_gpu=float(kv_cache) if kv_cache else None,
-        node_names=tuple(
-            sorted(f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}" for node in nodes)
-        ),
+        node_names=tuple(sorted(node_name(node) for node in nodes)),
     )
 
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cluster.cli import catalogue, fit, fleet, gateway, keys, logs, up
+from cluster.cli import catalogue, drain, fit, fleet, gateway, keys, logs, up
 from cluster.cli.render import page_console
 from cluster.errors import ClusterError
 from placement.errors import PlacementError
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (up, catalogue, fit, fleet, logs, gateway, keys):
+for module in (up, catalogue, fit, fleet, drain, logs, gateway, keys):
     module.register(app)
 
 

@@ -69,6 +69,7 @@ def status_page(status: FleetStatus) -> RenderableType:
         )  # fmt: skip
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
+        failures += [Text(line, style="yellow") for line in _remarks(variant)]
         if variant.failure and variant.ready < variant.wanted:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
             text = f"{variant.model}: an engine ended (`bora logs {variant.model}`):\n{end}"
@@ -81,6 +82,14 @@ def status_page(status: FleetStatus) -> RenderableType:
         if status.gateway_failure:
             failures.append(Text(f"gateway: {status.gateway_failure}", style="red"))
     return Group(head, table, *failures)
+
+
+def _remarks(variant: VariantStatus) -> list[str]:
+    """What is under way or not as planned."""
+    remarks = [f"not as planned: {text}" for text in variant.misplaced]
+    remarks += [variant.waiting] if variant.waiting else []
+    remarks += [f"roll-out: {variant.rollout}"] if variant.rollout else []
+    return [f"{variant.model}: {text}" for text in remarks]
 
 
 def _plan_row(variant: Variant) -> tuple[str, ...]:
@@ -117,6 +126,8 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
 
 
 def _state(variant: VariantStatus) -> Text:
+    if variant.ready > variant.wanted == 0:
+        return Text("being replaced", style="yellow")
     if variant.ready >= variant.wanted:
         return Text("serving" if variant.wanted else "scaled to zero", style="green")
     if variant.ready or variant.failure:
