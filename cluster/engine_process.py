@@ -10,6 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import aiohttp
+import psutil
 
 from cluster.engines.adapter import Engine, EngineFacts, EngineLoad
 from cluster.errors import EngineFailed
@@ -102,6 +103,14 @@ class EngineProcess:
         """End the engine and all it started; returns when nothing is left."""
         if self._process:
             stop_guarded(self._process)
+
+    def kill(self) -> None:
+        """End an engine that answers nothing, which SIGTERM would hardly move; then as `stop`."""
+        if self._process:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for engine in psutil.Process(self._process.pid).children():
+                    engine.kill()
+            self.stop()
 
     def log_tail(self) -> str:
         """The last lines of the engine's output."""

@@ -183,7 +183,7 @@ class Replica:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
         if self._engine:
-            self._engine.stop()
+            self._engine.kill()
         os._exit(1)
 
     async def _report(self) -> None:

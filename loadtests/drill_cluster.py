@@ -1,6 +1,6 @@
 """Parts of a cluster die under streams; the fault table says what that cost: `make drill-cluster`.
 
-    python -m loadtests.drill_cluster [--only engine-kill,node] [--clients 8]
+    python -m loadtests.drill_cluster [--only engine-kill,node] [--clients 12]
 
 Starts three Ray nodes on this machine (a head and two workers) with simulated engines, keeps streams
 running, and for each death measures how long requests still went there, how long capacity was short,
@@ -153,7 +153,7 @@ _WORKERS = ("a", "b")
 DEATHS = (
     Death("engine-kill", _kill_engine, away_s=2.0),
     # A frozen engine is given 15 s to wake up before it is replaced.
-    Death("engine-stop", _freeze_engine, away_s=3.5, full_s=30.0),
+    Death("engine-stop", _freeze_engine, away_s=3.5, full_s=25.0),
     Death("replica", _kill_replica, away_s=2.0),
     Death("gateway", _kill_gateway, away_s=None, starts_engine=False, may_fail=True),
     Death("controller", _kill_controller, away_s=None, full_s=20.0, starts_engine=False),
@@ -319,7 +319,7 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", help=f"of {', '.join(death.name for death in DEATHS)}")
-    parser.add_argument("--clients", type=int, default=8, help="streams at a time")
+    parser.add_argument("--clients", type=int, default=12, help="streams at a time")
     return parser
 
 

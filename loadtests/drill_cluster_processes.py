@@ -38,6 +38,7 @@ class DrillCluster:
         self._slots = slots
         self._workers = workers
         [self._gcs_port] = free_ports(1)
+        self._started: list[subprocess.Popen[bytes]] = []
         self._mark = secrets.token_hex(8)
         token = temporary / "token"
         token.write_text(secrets.token_urlsafe(32))
@@ -94,6 +95,7 @@ class DrillCluster:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        self._started.append(process)
         deadline = time.monotonic() + _START_S
         while "Ray runtime started" not in log.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -148,6 +150,8 @@ class DrillCluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
+        for process in self._started:
+            process.wait()
 
     def bora(self, *arguments: str, timeout_s: float = 180.0) -> str:
         """What a command of bora prints.
