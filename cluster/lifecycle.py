@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from pydantic import ValidationError
@@ -64,6 +64,7 @@ class Lifecycle:
         self._note = note
         self._census: Census | None = None
         self._retiring: dict[str, _Retirement] = {}
+        self._drained: set[str] = set()  # nodes that Ray will place nothing on
         self._failing: set[GenerationKey] = set()
         self._rollouts: dict[str, str] = {}  # by model
         self._freed_s: dict[str, float] = {}  # by model: when old replicas went last (monotonic)
@@ -165,6 +166,7 @@ class Lifecycle:
                 f"`bora down` stops everything on it"
             )
         text = f"bora drain {request.target}"
+        self._drained.add(node.node_id)
         await asyncio.to_thread(census.drain_node, node.node_id, text, request.timeout_s)
         self._note("", f"node {node.name}: draining")
         there = [each.replica for each in self._registry.reports if each.node_id == node.node_id]
@@ -217,21 +219,22 @@ class Lifecycle:
         return bool(lost)
 
     async def _let_go(self, now: Census) -> None:
-        """Lower Serve's counts for those that have ended."""
+        """Lower Serve's counts for those that have ended, or whatever else a count differs by."""
         alive = {
             each.replica
             for served in now.generations.values()
             for each in served.replicas
             if each.state in RUNNING
         }
-        for replica, retirement in list(self._retiring.items()):
-            if replica in alive:
-                continue
-            del self._retiring[replica]
-            variant = next((v for v in self._variants() if key_of(v) == retirement.key), None)
-            if variant is not None and not retirement.replaced:
-                count = self.counts([variant])[variant.variant]
-                await self._deployer.scale(retirement.key, count)
+        self._retiring = {key: each for key, each in self._retiring.items() if key in alive}
+        variants = self._variants()
+        counts = self.counts(variants)
+        for variant in variants:
+            key, count = key_of(variant), counts[variant.variant]
+            served = now.generations.get(key)
+            # Serve has not taken one without a configuration over yet.
+            if served and served.config and not served.deleting and served.target != count:
+                await self._deployer.scale(key, count)
 
     async def _roll(self, now: Census) -> None:
         """One step of every model's roll-out."""
@@ -313,7 +316,9 @@ class Lifecycle:
 
     def _compare(self, now: Census) -> None:
         """Places: planned against actual, and who has none. What is new is logged."""
-        nodes = tuple(now.nodes.values())
+        nodes = tuple(
+            replace(node, draining=node.node_id in self._drained) for node in now.nodes.values()
+        )
         for variant in self._variants():
             key = key_of(variant)
             served = now.generations.get(key)

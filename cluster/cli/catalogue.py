@@ -16,6 +16,7 @@ from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
 from cluster.models import catalogue_for
+from placement.canary import merged, with_canaries
 from placement.catalogue import Catalogue, load_catalogue
 from placement.errors import ConfigError, UnknownName
 from placement.fleet import FleetSpec
@@ -111,7 +112,8 @@ def solve_on(fleet: Path, offered: Inventory) -> Plan:
     """
     spec = load_yaml(fleet, FleetSpec)
     try:
-        catalogue = catalogue_for(spec, calibrated_catalogue())
+        planned = with_canaries(spec)
+        catalogue = catalogue_for(planned, calibrated_catalogue())
     except UnknownName as error:
         asked = [model.model for model in spec.models]
         if error.name not in asked:
@@ -121,7 +123,7 @@ def solve_on(fleet: Path, offered: Inventory) -> Plan:
     problems = _unknown_names(fleet, spec, offered, catalogue)
     if problems:
         raise ConfigError("\n".join(problems))
-    return make_plan(spec, offered, catalogue)
+    return merged(make_plan(planned, offered, catalogue), spec)
 
 
 def inventory_for(path: Path | None, catalogue: Catalogue) -> Inventory:

@@ -32,6 +32,7 @@ from cluster.names import SLOT
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
+from placement.canary import merged, with_canaries
 from placement.catalogue import CONFIGS
 from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
@@ -98,9 +99,10 @@ def _one_model(model: str) -> FleetSpec:
 
 def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
-    catalogue = catalogue_for(spec, calibrated_catalogue())
+    planned = with_canaries(spec)
+    catalogue = catalogue_for(planned, calibrated_catalogue())
     inventory = local_inventory(catalogue)
-    plan = feasible(make_plan(spec, inventory, catalogue), console)
+    plan = feasible(merged(make_plan(planned, inventory, catalogue), spec), console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     run_dir = _fresh_run_dir(started)
     started_s = time.monotonic()

@@ -273,12 +273,12 @@ class Router:
         return revived
 
     def _doubt(self, state: EndpointState, now: float) -> None:
-        """Send elsewhere until it answers again, if there is a place that nothing speaks against.
+        """Send elsewhere for a while, if another endpoint answers its checks.
 
-        With all of them in doubt, it is rather the gateway or the load that is slow.
+        Where none does, it is rather the gateway or the load that is slow.
         """
         route = self._routes[state.endpoint.model]
-        if any(other is not state and other.is_trusted(now) for other in route.ready):
+        if any(not other.failed_checks and other.is_trusted(now) for other in route.ready):
             state.suspect_until = max(state.suspect_until, now + _DOUBTED_S)
             route.is_clear = False
 

@@ -12,7 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from cluster.control_api import ControlClient
 from loadtests.steady_streams import SteadyStreams
+from placement.plan import Plan
 from tests.system.harness import Bora, eventually, running_bora
 
 pytestmark = pytest.mark.ray
@@ -179,6 +181,67 @@ async def test_a_drained_replica_finishes_its_streams_and_is_replaced(bora: Bora
     assert load.failures() == []
     assert load.last_sent(chosen, begun_s) < 5
     assert chosen not in load.samples[-1].usable
+
+
+async def test_places_are_as_planned(bora: Bora):
+    variant = await asyncio.to_thread(bora.variant, "chat")
+
+    assert variant["misplaced"] == []
+    assert variant["waiting"] == ""
+    assert all(replica["node_id"] for replica in variant["replicas"])
+
+
+async def test_an_update_that_nobody_watches_is_stopped_and_its_room_given_back(
+    bora: Bora, tmp_path: Path
+):
+    """As above, but the command is gone: the controller itself puts back what it took."""
+    slots = await asyncio.to_thread(num_slots, bora, tmp_path)
+    assert (await deploy(bora, a_fleet(tmp_path, replicas=slots))).returncode == 0
+    await until_only_the_new_shape_serves(bora)
+    plan = await asyncio.to_thread(
+        bora.command, "plan", str(a_fleet(tmp_path, replicas=slots, flags=BROKEN)), "--json"
+    )
+    context = json.loads((bora.state / "context.json").read_text())
+    client = ControlClient(context["controller_url"], context["token"])
+    async with SteadyStreams(bora.url, "chat") as load:
+        await asyncio.to_thread(client.apply, Plan.model_validate_json(plan.stdout))
+
+        def stopped() -> bool:
+            variant = bora.variant("chat")
+            whole = f"0 of {slots} in the new shape, {slots} in the old one"
+            return bool(variant["rollout"].startswith("stopped") and whole in variant["rollout"])
+
+        await asyncio.to_thread(eventually, stopped, 90)
+        await asyncio.sleep(3)
+
+    assert "simulated failure" in (await asyncio.to_thread(bora.variant, "chat"))["failure"]
+    assert load.failures() == []
+    assert load.least_ready() >= slots - 1
+    assert (await deploy(bora, a_fleet(tmp_path))).returncode == 0
+
+
+async def test_a_canary_gets_its_share_and_goes_without_a_trace(bora: Bora, tmp_path: Path):
+    fleet = a_fleet(tmp_path)
+    assert (await deploy(bora, fleet)).returncode == 0
+    with_canary = tmp_path / "canary.yaml"
+    canary = "    canary: {weight: 0.25, engine_args: [--sim-speed=4]}\n"
+    with_canary.write_text(fleet.read_text() + canary)
+    async with SteadyStreams(bora.url, "chat") as load:
+        result = await deploy(bora, with_canary)
+        since = len(load.outcomes)
+        await asyncio.sleep(8)
+        until = len(load.outcomes)
+        replicas = (await asyncio.to_thread(bora.status))["variants"][1]["replicas"]
+        assert (await deploy(bora, fleet)).returncode == 0
+        await until_only_the_new_shape_serves(bora)
+
+    assert result.returncode == 0, result.stderr
+    used = [outcome.endpoint for outcome in load.outcomes[since:until]]
+    share = sum(name == replicas[0]["replica"] for name in used) / len(used)
+    assert 0.15 < share < 0.35
+    assert load.failures() == []
+    assert load.least_ready() >= 2
+    assert len((await asyncio.to_thread(bora.status))["variants"]) == 1
 
 
 async def test_what_is_unknown_cannot_be_drained(bora: Bora):
