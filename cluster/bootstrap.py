@@ -19,7 +19,7 @@ from cluster.gateway_host import GatewayHost, gateway_actors, gateway_name
 from cluster.host_state import HostState
 from cluster.names import CONTROLLER, NAMESPACE
 from cluster.ray_inventory import ray_inventory
-from cluster.ray_survey import Survey, host_states, look, measure
+from cluster.ray_survey import RayProbes, Survey, host_states, look, measure
 from placement.errors import ConfigError
 from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
@@ -112,16 +112,11 @@ def inventory() -> Inventory:
     return ray_inventory(ray.nodes())
 
 
-def alive_nodes() -> list[dict[str, Any]]:
-    """The cluster's nodes as Ray describes them."""
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
 def examine_nodes(
     progress: Callable[[str], None], *, quick: bool
 ) -> tuple[Survey, dict[str, HostState]]:
     """For `bora doctor`: facts of all nodes, their speeds unless `quick`, and their states."""
-    nodes = alive_nodes()
+    nodes = RayProbes().nodes()
     seen = look(nodes, progress)
     states = host_states(nodes)
     if quick:
@@ -132,7 +127,7 @@ def examine_nodes(
 
 def probe_nodes(progress: Callable[[str], None]) -> tuple[NodeFacts, ...]:
     """What the cluster's nodes have, and where there are GPUs how fast they are."""
-    nodes = alive_nodes()
+    nodes = RayProbes().nodes()
     found = look(nodes, progress).found
     fast = measure(nodes, [facts for facts in found if facts.gpus], progress).found
     measured = {facts.node: facts for facts in fast}

@@ -40,6 +40,7 @@ from cluster.messages import (
 )
 from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
+from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
 from cluster.replica import Site
 from cluster.shape_version import shape_version
@@ -77,9 +78,9 @@ class Controller:
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events = EventLog(self._run_dir / EVENTS_FILE)
-        self._surveyor = Surveyor(
-            self._run_dir.parent / FACTS_FILE, calibrated_catalogue(), self._note_node
-        )
+        facts_file = self._run_dir.parent / FACTS_FILE
+        catalogue = calibrated_catalogue()
+        self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
         self._failures: dict[str, str] = {}
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)

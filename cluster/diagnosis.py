@@ -229,8 +229,9 @@ def _ports(host: str, state: HostState) -> list[Check]:
         Check(
             host=host,
             check="ports",
-            status="failed",
-            found=f"in use: {taken}",
+            # With a Ray on the host it is most likely our own gateway that listens there.
+            status="warning" if state.ray_running else "failed",
+            found=f"in use: {taken}" + (" (Ray runs here)" if state.ray_running else ""),
             cure=f"see who listens (`ss -ltnp 'sport = :{state.ports_in_use[0]}'`) and stop it, or "
             "choose other ports (--http-port, --grpc-port, `gateway:` in the fleet)",
         )

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from huggingface_hub import constants
 
 from cluster.errors import PortInUse
@@ -31,6 +32,7 @@ class HostState(Spec):
     hub_problem: str = ""  # empty: it answers
     hub_token: bool = False
     ports_in_use: tuple[int, ...] = ()  # of those that were asked about
+    ray_running: bool = False
     cache_writable: bool = True
 
 
@@ -45,6 +47,7 @@ def host_state(ports: Sequence[int] = (), cache: Path | None = None) -> HostStat
         hub_problem=_hub_problem(hub),
         hub_token=_has_token(),
         ports_in_use=tuple(port for port in ports if _in_use(port)),
+        ray_running=any(each.info["name"] == "raylet" for each in psutil.process_iter(["name"])),
         cache_writable=cache is None or _writable(cache),
     )
 

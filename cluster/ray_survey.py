@@ -32,6 +32,22 @@ class Survey:
     unheard: Mapping[str, str]
 
 
+class RayProbes:
+    """The cluster that this process has joined, as the surveyor sees it."""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Those that are up."""
+        return [node for node in ray.nodes() if node["Alive"]]
+
+    def look(self, nodes: Sequence[Mapping[str, Any]]) -> Survey:
+        """Their facts without measurements."""
+        return look(nodes)
+
+    def measure(self, nodes: Sequence[Mapping[str, Any]], found: Sequence[NodeFacts]) -> Survey:
+        """`found` with speeds."""
+        return measure(nodes, found)
+
+
 def look(nodes: Sequence[Mapping[str, Any]], progress: Callable[[str], None] = silent) -> Survey:
     """Facts of `nodes` (as `ray.nodes()` gives them) without measurements, and their clocks."""
     tasks = {node_name(node): _on(node, _look, node_name(node), node["Labels"]) for node in nodes}

@@ -19,10 +19,12 @@ from cluster.diagnosis import Check
 from cluster.host_report import HostReport
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, SLOT
 from placement.errors import ConfigError
+from placement.fleet import GatewaySpec
 from placement.inventory import Inventory, Pool
 
 TIMEOUT_S = 240.0
 _CONNECT_S = 5
+_PORTS = f"6379,{GatewaySpec().http_port},{GatewaySpec().grpc_port}"  # of Ray's head, of a gateway
 _SSH_FAILED = 255
 _RECEIVED_S = 0.5  # an answer is that old at most when it is read
 _LAST_WORDS = 200
@@ -97,7 +99,7 @@ def ask_hosts(
 def _ask(
     cluster: ClusterHosts, host: str, pool: str, *, quick: bool
 ) -> tuple[HostReport | None, Check]:
-    command = f"cd {cluster.folder} && {cluster.python} -m cluster.host_report"
+    command = f"cd {cluster.folder} && {cluster.python} -m cluster.host_report --ports {_PORTS}"
     result = _ssh(cluster, host, command + (" --quick" if quick else ""))
     received_s = time.time()
     check = _told(cluster, host, result)

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -16,7 +16,7 @@ from cluster.facts_file import keep_facts, kept_facts
 from cluster.messages import EventKind, NodeList
 from cluster.names import POOL_LABEL
 from cluster.ray_inventory import node_name, ray_inventory
-from cluster.ray_survey import look, measure
+from cluster.ray_survey import Survey
 from placement.catalogue import Catalogue
 from placement.errors import PlacementError
 from placement.found_inventory import with_findings
@@ -32,10 +32,27 @@ log = logging.getLogger("bora.surveyor")
 Note = Callable[[EventKind, str, str], None]  # kind, node, text
 
 
+class Probes(Protocol):
+    """What the surveyor asks of the cluster. Every call may block."""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Those that are up, as Ray describes them."""
+        ...
+
+    def look(self, nodes: Sequence[Mapping[str, Any]]) -> Survey:
+        """Their facts without measurements."""
+        ...
+
+    def measure(self, nodes: Sequence[Mapping[str, Any]], found: Sequence[NodeFacts]) -> Survey:
+        """`found` with speeds."""
+        ...
+
+
 class Surveyor:
     """Facts by node. `note` is told of nodes that come and go, and of every lie."""
 
-    def __init__(self, file: Path, catalogue: Catalogue, note: Note) -> None:
+    def __init__(self, probes: Probes, file: Path, catalogue: Catalogue, note: Note) -> None:
+        self._probes = probes
         self._file = file
         self._catalogue = catalogue
         self._note = note
@@ -51,7 +68,7 @@ class Surveyor:
         """Look for new nodes every two seconds; while the head is away, wait for it."""
         while True:
             try:
-                await self._round()
+                await self.round()
             except ray.exceptions.RayError as error:
                 log.warning("the nodes cannot be looked at: %s", error)
             await asyncio.sleep(PERIOD_S)
@@ -69,8 +86,9 @@ class Surveyor:
         """`declared` with what was measured."""
         return with_findings(declared, tuple(self._facts.values()))
 
-    async def _round(self) -> None:
-        nodes = {node_name(n): n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]}
+    async def round(self) -> None:
+        """One look at which nodes are up; probes of new ones go on in the background."""
+        nodes = {node_name(node): node for node in await asyncio.to_thread(self._probes.nodes)}
         self._come_and_gone(nodes)
         if self._probing is not None:
             if not self._probing.done():  # minutes, where engines hold the GPUs
@@ -96,7 +114,7 @@ class Surveyor:
     async def _probe(self, new: Mapping[str, Mapping[str, Any]]) -> None:
         if not new:
             return
-        survey = await asyncio.to_thread(look, list(new.values()))
+        survey = await asyncio.to_thread(self._probes.look, list(new.values()))
         for name, why in survey.unheard.items():
             self._failures[name] = self._failures.get(name, 0) + 1
             self._note("node-unprobed", name, f"its probe failed: {why}")
@@ -104,7 +122,7 @@ class Surveyor:
         # Hosts without GPUs have nothing whose speed a plan would depend on.
         with_gpus = [facts for facts in survey.found if facts.gpus]
         if with_gpus:
-            speeds = await asyncio.to_thread(measure, list(new.values()), with_gpus)
+            speeds = await asyncio.to_thread(self._probes.measure, list(new.values()), with_gpus)
             self._facts |= {facts.node: facts for facts in speeds.found}
 
     def _is_open(self, name: str) -> bool:
@@ -122,9 +140,9 @@ class Surveyor:
         return None
 
     def _come_and_gone(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-        for name in nodes.keys() - self._alive.keys():
+        for name in sorted(nodes.keys() - self._alive.keys()):
             self._note("node-joined", name, f"node {name} joined")
-        for name in self._alive.keys() - nodes.keys():
+        for name in sorted(self._alive.keys() - nodes.keys()):
             self._note("node-lost", name, f"node {name} is gone")
             self._facts.pop(name, None)
             self._failures.pop(name, None)

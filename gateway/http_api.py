@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from gateway.routes import (
     methods_of,
     stored_methods,
 )
+from gateway.scrape import Scrape
 from gateway.sse import error_event
 from gateway.tenants import Tenant
 
@@ -80,11 +82,11 @@ class HttpApi:
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._responses = StoredResponses(forwarder.admission)
+        self._scraping = asyncio.Lock()
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/openapi.json": lambda: (JSON_TYPE, document()),
-            "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
             "/console": console.page,
             "/console/data": lambda: (JSON_TYPE, console.data()),
         }
@@ -158,6 +160,9 @@ class HttpApi:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
         tenant = self._forwarder.access.admit_to(path, head.headers)
         document = self._documents.get(path)
+        if path == "/metrics":
+            self._scrape(told_id, to)
+            return
         if path == "/v1/models":
             content_type, body = _json({"object": "list", "data": self._model_cards(tenant)})
         elif document is not None:
@@ -167,6 +172,15 @@ class HttpApi:
             require_use(tenant, model)
             content_type, body = _json(model_card(admission, model))
         to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
+
+    def _scrape(self, told_id: str, to: HttpConnection) -> None:
+        def respond(told: bytes | GatewayError) -> None:
+            if isinstance(told, GatewayError):
+                _respond_error(to, told, told_id)
+            else:
+                to.respond(200, _TEXT_TYPE + b"x-request-id: %b\r\n" % told_id.encode(), told)
+
+        to.follow(Scrape(self._forwarder.meter, self._scraping, respond))
 
     def _model_cards(self, tenant: Tenant) -> list[ModelCard]:
         if self._forwarder.admission.table is None:

@@ -223,8 +223,10 @@ class Meter:
         return self._registry.restricted_registry(names).collect()
 
     def exposition(self) -> bytes:
-        """The metrics in Prometheus' text format, of all workers when there are several."""
-        self.flush()
+        """The metrics in Prometheus' text format as of the last `flush`, of all workers.
+
+        May run in a thread: it takes as long as there are series.
+        """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             summed = CollectorRegistry()
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]

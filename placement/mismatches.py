@@ -59,4 +59,6 @@ def _missing(pool: Pool, nodes: Sequence[NodeFacts]) -> Iterator[Mismatch]:
             declared=f"in pool {pool.name}",
             found="not in the cluster",
             cure="start it (`ray start`, or `ray up`), or take it out of the inventory",
+            # A pool that only gives a number may be one whose hosts start when replicas need them.
+            severity="warning" if pool.node_names is None else "error",
         )

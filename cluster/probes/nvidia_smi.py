@@ -49,15 +49,17 @@ class _Refused(OSError):
 
 def _ask(*arguments: str) -> str:
     command: Sequence[str] = ("nvidia-smi", *arguments)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: in a driver that hangs it cannot end
         raise _Refused(
             f"`{' '.join(command)}` hangs: a GPU or the driver does; look in `dmesg`"
         ) from None
-    if result.returncode != 0:
-        said = (result.stdout + result.stderr).strip()[-300:]
-        raise _Refused(f"`{' '.join(command)}` ended with {result.returncode}: {said}")
-    return result.stdout
+    if process.returncode != 0:
+        said = output.strip()[-300:]
+        raise _Refused(f"`{' '.join(command)}` ended with {process.returncode}: {said}")
+    return output

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 from placement.node_facts import GpuFacts, Measured, NodeFacts, PairFacts
 
@@ -99,27 +99,34 @@ def _run(
         start_new_session=True,  # it starts ranks: all of them end together
     )
     said: list[str] = []
+    printed: list[str] = []
 
-    def listen() -> None:
-        assert process.stderr is not None  # noqa: S101 - a pipe
-        for line in process.stderr:
-            said.append(line.strip())
-            progress(line.strip())
+    def listen(stream: IO[str], into: list[str], tell: Callable[[str], None]) -> None:
+        for line in stream:
+            into.append(line.strip())
+            tell(line.strip())
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    timer = threading.Timer(timeout_s, _kill, [process.pid])
-    timer.start()
+    assert process.stdout is not None  # noqa: S101 - pipes
+    assert process.stderr is not None  # noqa: S101
+    listeners = [
+        threading.Thread(target=listen, args=(process.stdout, printed, _drop), daemon=True),
+        threading.Thread(target=listen, args=(process.stderr, said, progress), daemon=True),
+    ]
+    for listener in listeners:
+        listener.start()
+    status: int | None
     try:
-        assert process.stdout is not None  # noqa: S101 - a pipe
-        output = process.stdout.read()
-        status: int | None = process.wait()
-    finally:
-        expired = not timer.is_alive()
-        timer.cancel()
-        _kill(process.pid)
-    listener.join(5)
-    return None if expired else status, output, " ".join(said)[-_LAST_WORDS:]
+        status = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        status = None
+    _kill(process.pid)
+    for listener in listeners:
+        listener.join(5)  # no longer: where a driver hangs, nothing can end the process
+    return status, "\n".join(printed), " ".join(said)[-_LAST_WORDS:]
+
+
+def _drop(text: str) -> None:
+    del text
 
 
 def _kill(group: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.probes import host
-from cluster.probes.speeds import merged
+from cluster.probes.node import silent
+from cluster.probes.speeds import merged, with_speeds
 from placement.node_facts import PairFacts
 from tests.placement.nodes import a_4090, a_gpu, a_node
 
@@ -85,6 +86,15 @@ def test_busy_gpus_are_told_and_keep_what_is_known():
     assert facts.measured is not None
     assert "in use" in facts.measured.problem
     assert facts.gpus[0].torch_memory_bytes == 200
+
+
+def test_a_measurement_that_does_not_end_is_ended_and_told():
+    facts = with_speeds(a_node(), silent, timeout_s=0.01)
+
+    assert facts.measured is not None
+    assert "not done within" in facts.measured.problem
+    assert facts.problems == (f"speeds: {facts.measured.problem}",)
+    assert facts.gpus == a_node().gpus
 
 
 def test_only_interfaces_with_a_device_count_and_infiniband_ports_that_are_active(tmp_path):

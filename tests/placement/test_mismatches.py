@@ -168,6 +168,13 @@ def test_several_lies_of_one_host_are_all_told():
     ]  # fmt: skip
 
 
+def test_a_pool_without_names_may_start_its_nodes_later():
+    [counted] = lies(h100_pool(nodes=2, node_names=None), a_node())
+    [named] = lies(h100_pool(nodes=2, node_names=("h1", "h9")), a_node())
+
+    assert (counted.severity, named.severity) == ("warning", "error")
+
+
 def test_x8_slows_a_plan_down_and_x4_spoils_it():
     [eight_lanes] = lies(h100_pool(), a_node(gpus=eight(pcie_width=8)))
     [four_lanes] = lies(h100_pool(), a_node(gpus=eight(pcie_width=4)))
