@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock test-multihost
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway drill-cluster bench-planner format proto docs accuracy calibrate lock test-multihost
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ bench-fairness: install  ## one tenant at 50 times the load: what another one wa
 
 drill-gateway: install  ## engines die, freeze and talk nonsense under streams: does a client notice?
 	$(BIN)/python -m loadtests.drill_gateway
+
+drill-cluster: install  ## engines, replicas, gateway, controller and a node die: what it costs
+	$(BIN)/python -m loadtests.drill_cluster
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh

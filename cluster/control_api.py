@@ -25,7 +25,15 @@ from cluster.key_messages import (
     UsageQuery,
     UsageTotals,
 )
-from cluster.messages import DeleteRequest, EventList, FleetStatus, NodeList, ScaleRequest
+from cluster.messages import (
+    DeleteRequest,
+    Drained,
+    DrainRequest,
+    EventList,
+    FleetStatus,
+    NodeList,
+    ScaleRequest,
+)
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import PlacementError, UnknownName
 from placement.inventory import Inventory
@@ -50,6 +58,10 @@ class Control(Protocol):
 
     async def scale(self, model: str, replicas: int) -> None:
         """Set a replica count."""
+        ...
+
+    async def drain(self, request: DrainRequest) -> Drained:
+        """Empty a replica or a node."""
         ...
 
     async def delete(self, model: str) -> None:
@@ -123,6 +135,7 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
             web.post(
                 "/v1/delete", _on_body(DeleteRequest, lambda body: control.delete(body.model))
             ),
+            web.post("/v1/drain", _on_body(DrainRequest, control.drain)),
             web.post("/v1/stop", _no_body(control.stop)),
             web.get("/v1/inventory", _no_body(control.inventory)),
             web.get("/v1/plan", _no_body(control.plan)),
@@ -252,6 +265,11 @@ class ControlClient:
     def delete(self, model: str) -> None:
         """Take a model out of the fleet."""
         self._call("POST", "/v1/delete", DeleteRequest(model=model))
+
+    def drain(self, target: str, timeout_s: float) -> Drained:
+        """Empty a replica or a node; returns when that has begun."""
+        request = DrainRequest(target=target, timeout_s=timeout_s)
+        return self._read(Drained, self._call("POST", "/v1/drain", request))
 
     def stop(self) -> None:
         """Let running requests finish, then stop gateways and engines."""

@@ -26,8 +26,18 @@ from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gateway_host import gateway_actors
+from cluster.generations import key_of
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import EventKind, EventList, FleetStatus, NodeList, ReplicaReport
+from cluster.lifecycle import Lifecycle
+from cluster.messages import (
+    Drained,
+    DrainRequest,
+    EventKind,
+    EventList,
+    FleetStatus,
+    NodeList,
+    ReplicaReport,
+)
 from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
@@ -45,6 +55,7 @@ from placement.plan import Plan, Variant
 from placement.spec import dump_yaml, parse_yaml
 
 SCALE_PERIOD_S = 0.5
+LOOK_PERIOD_S = 0.5  # a census costs Serve and the controller some milliseconds each
 SETTLE_S = 3.0  # after a restart every replica has sent a heartbeat by then
 PLAN_FILE = "plan.yaml"
 EVENTS_FILE = "events.jsonl"
@@ -74,10 +85,16 @@ class Controller:
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
         )
+        self._lifecycle = Lifecycle(
+            self._registry,
+            self._autoscaler,
+            self._deployer,
+            variants=self._variants,
+            events=self._events,
+        )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
-        self._loop: asyncio.Task[None] | None = None
-        self._survey: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self._starting = asyncio.Lock()
 
     async def start(self) -> str:
@@ -86,15 +103,16 @@ class Controller:
         A restarted controller takes the plan from disk and the replicas from their heartbeats.
         """
         async with self._starting:
-            if self._loop is None:
+            if not self._loops:
                 _log_to(self._run_dir / "logs" / "controller.log")
                 await asyncio.to_thread(serve_apps.start)
                 await self._recover()
                 await serve_control_api(self, *self._address, self._token)
-                self._loop = asyncio.create_task(self._run_forever())
-                self._loop.add_done_callback(end_process_on_failure)
-                self._survey = asyncio.create_task(self._surveyor.run_forever())
-                self._survey.add_done_callback(end_process_on_failure)
+                loops = (self._run_forever, self._look_forever, self._surveyor.run_forever)
+                for forever in loops:
+                    loop = asyncio.create_task(forever())
+                    loop.add_done_callback(end_process_on_failure)
+                    self._loops.append(loop)
         host, port = self._address
         return f"http://{host}:{port}"
 
@@ -105,24 +123,33 @@ class Controller:
             return
         text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
         plan = parse_yaml(text, Plan, source=str(plan_file))
-        self._autoscaler.restore(await self._deployer.targets())
+        served = await self._deployer.deployed()
+        counts = {
+            v.variant: served[key].target for v in plan.variants if (key := key_of(v)) in served
+        }
+        self._autoscaler.restore(counts)
         self._settled_s = time.monotonic() + SETTLE_S
         self._adopt(plan, {variant.model for variant in plan.variants})
         await self._reconcile()
         log.info("recovered the fleet %s", plan.fleet)
 
-    async def report(self, text: str) -> None:
-        """A replica's heartbeat (`ReplicaReport` as JSON)."""
+    async def report(self, text: str) -> float | None:
+        """A replica's heartbeat (`ReplicaReport` as JSON).
+
+        The answer tells it within how many seconds to finish and go; None: it serves on.
+        """
         await self.start()
         report = ReplicaReport.model_validate_json(text)
         if self._registry.report(report, time.monotonic()):
             self._events.replica(time.time(), report)
+            self._lifecycle.heard(report)
             if report.state == "failed":
                 self._failures[report.variant] = report.log_tail or report.stage
             elif report.state == "ready":
                 self._failures.pop(report.variant, None)
                 self._compare(report)
             self._publish()
+        return self._lifecycle.order_for(report.replica)
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
         """Take a gateway's load and usage in; answer when it lacks a table or keys."""
@@ -155,7 +182,7 @@ class Controller:
 
     async def _reconcile(self) -> None:
         assert self._plan is not None  # noqa: S101 - adopted just before
-        counts = {v.variant: self._autoscaler.target(v) for v in self._plan.variants}
+        counts = self._lifecycle.counts(self._plan.variants)
         served = {variant.model for variant in self._plan.variants}
         for model in await self._deployer.reconcile(self._plan, counts):
             kind: EventKind = "deployed" if model in served else "deleted"
@@ -180,6 +207,12 @@ class Controller:
             more = min(left, variant.bounds.max - variant.bounds.min)
             await self._scale(variant, variant.bounds.min + more, "asked for")
             left -= more
+
+    async def drain(self, request: DrainRequest) -> Drained:
+        """Empty a replica or a node."""
+        drained = await self._lifecycle.drain(request)
+        self._publish()
+        return drained
 
     async def delete(self, model: str) -> None:
         """Take a model out of the fleet.
@@ -234,13 +267,14 @@ class Controller:
                     variant,
                     self._registry.of(variant.variant),
                     ready=self._registry.ready(variant),
-                    wanted=self._autoscaler.target(variant),
+                    wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
                     load=self._autoscaler.load(variant.model),
                     events=self._events,
                     failure=self._failures.get(variant.variant, ""),
+                    lifecycle=self._lifecycle,
                     now_s=now_s,
                 )
-                for variant in self._variants()
+                for variant in (*self._variants(), *self._replaced())
             ),
             gateways=self._autoscaler.gateways(time.monotonic()),
             gateway_failure=self._gateway_failure,
@@ -281,10 +315,16 @@ class Controller:
             for variant in self._variants():
                 await self._follow_load(variant)
 
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            if await self._lifecycle.look(act=self._plan is not None and not self._settling()):
+                self._publish()
+
     def _expire(self) -> None:
         for lost in self._registry.expire(time.monotonic()):
             if lost.state not in ("failed", "draining"):
-                self._events.lost(time.time(), lost)
+                self._events.lost(time.time(), lost, "no heartbeat, taken out")
             self._publish()
 
     async def _follow_load(self, variant: Variant) -> None:
@@ -300,8 +340,8 @@ class Controller:
             log.warning("scaling %s to %d failed: %s", variant.variant, decision.target, error)
 
     async def _scale(self, variant: Variant, replicas: int, reason: str) -> None:
-        await self._deployer.scale(variant, replicas)
-        self._autoscaler.set(variant, replicas)
+        await self._lifecycle.scale(variant, replicas)
+        self._publish()
         text = f"{variant.variant}: {replicas} replicas ({reason})"
         self._note(variant.model, text, kind="scaled", reason=reason)
 
@@ -312,6 +352,7 @@ class Controller:
         """Take `plan` for what is wanted; models that are `running` keep their replica counts."""
         self._plan = plan
         self._failures.clear()
+        self._lifecycle.forgive()
         for variant in plan.variants:
             self._autoscaler.adopt(variant, running=variant.model in running)
         self._publish()
@@ -320,7 +361,8 @@ class Controller:
         """Put the table before all waiting gateways, if anything in it differs."""
         # Milliseconds since the epoch keep growing over a restart of the controller.
         version = max(self._desk.table.version + 1, int(time.time() * 1000))
-        self._desk.publish(self._registry.table(self._variants(), version))
+        outgoing = self._lifecycle.outgoing()
+        self._desk.publish(self._registry.table(self._variants(), version, outgoing=outgoing))
 
     def _note(self, model: str, text: str, *, kind: EventKind = "note", reason: str = "") -> None:
         self._events.note(time.time(), kind, text, model=model, reason=reason)
@@ -330,6 +372,11 @@ class Controller:
 
     def _variants(self) -> tuple[Variant, ...]:
         return self._plan.variants if self._plan else ()
+
+    def _replaced(self) -> list[Variant]:
+        """Variants that still serve although the plan no longer names them."""
+        named = {variant.variant for variant in self._variants()}
+        return [each for each in self._lifecycle.outgoing() if each.variant not in named]
 
     def _variants_of(self, model: str) -> list[Variant]:
         found = [variant for variant in self._variants() if variant.model == model]

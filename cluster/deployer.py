@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from cluster import serve_apps
+from cluster.generations import Deployed, GenerationKey, key_of
 from cluster.replica import Site
 from placement.plan import Plan, Variant
 
@@ -13,7 +14,8 @@ from placement.plan import Plan, Variant
 class Deployer:
     """Compares the plan with what Serve was told, which Serve itself remembers.
 
-    Safe to repeat: Serve restarts a replica only when the version of its shape changes.
+    Safe to repeat. A variant whose shape changed gets a generation of its own; the one before it
+    serves on until a roll-out ends it (`cluster.rollout`).
     """
 
     def __init__(self, site: Site) -> None:
@@ -21,44 +23,53 @@ class Deployer:
         self._lock = asyncio.Lock()
 
     async def reconcile(self, plan: Plan, counts: Mapping[str, int]) -> list[str]:
-        """Deploy what is new or changed, delete what is gone; the models that were touched.
+        """Deploy what is new or changed, delete models that are gone; the models that were touched.
 
         Deleted models drain on their own time. Returns once Serve has taken everything over.
         """
         async with self._lock:
-            wanted = _by_model(plan.variants)
-            deployed = await asyncio.to_thread(serve_apps.deployed)
+            deployed = await self.deployed()
+            models = {variant.model for variant in plan.variants}
             touched = []
-            for model in deployed.keys() - wanted.keys():
-                await asyncio.to_thread(serve_apps.delete, model, wait=False)
-                touched.append(model)
-            for model, variants in wanted.items():
-                told = {name: each.variant for name, each in deployed.get(model, {}).items()}
-                if told != {v.variant: v.model_dump(mode="json") for v in variants}:
-                    await asyncio.to_thread(serve_apps.deploy, variants, counts, self._site)
-                    touched.append(model)
-            return touched
+            for key, each in deployed.items():
+                if each.model and each.model not in models:
+                    await asyncio.to_thread(serve_apps.delete, key, wait=False)
+                    touched.append(each.model)
+            for variant in plan.variants:
+                count = counts[variant.variant]
+                if await self._settle(variant, count, deployed.get(key_of(variant))):
+                    touched.append(variant.model)
+            return list(dict.fromkeys(touched))
 
-    async def targets(self) -> dict[str, int]:
-        """Replica counts that Serve aims at, by variant."""
+    async def _settle(self, variant: Variant, count: int, told: Deployed | None) -> bool:
+        """Whether there was anything to do."""
+        if told and not told.gave_up and told.config == variant.model_dump(mode="json"):
+            if told.target != count:
+                await asyncio.to_thread(serve_apps.scale, key_of(variant), count)
+            return told.target != count
+        if told and told.gave_up:  # asked for once more: Serve itself would not try again
+            await asyncio.to_thread(serve_apps.delete, key_of(variant), wait=True)
+        await asyncio.to_thread(serve_apps.deploy, variant, count, self._site)
+        return True
+
+    async def deployed(self) -> dict[GenerationKey, Deployed]:
+        """What Serve runs and is not about to forget."""
         deployed = await asyncio.to_thread(serve_apps.deployed)
-        return {
-            name: each.target for variants in deployed.values() for name, each in variants.items()
-        }
+        return {key: each for key, each in deployed.items() if not each.deleting}
 
-    async def scale(self, variant: Variant, replicas: int) -> None:
-        """Set the replica count of a variant that is deployed."""
+    async def scale(self, key: GenerationKey, replicas: int) -> None:
+        """Set the replica count of a generation that is deployed."""
         async with self._lock:
-            await asyncio.to_thread(serve_apps.scale, variant, replicas)
+            await asyncio.to_thread(serve_apps.scale, key, replicas)
+
+    async def delete(self, key: GenerationKey) -> None:
+        """Let a generation's replicas finish what runs, and forget it. Does not wait for them."""
+        async with self._lock:
+            await asyncio.to_thread(serve_apps.delete, key, wait=False)
 
     async def stop(self) -> None:
         """Delete everything of bora's and wait until its replicas are gone."""
         async with self._lock:
-            models = await asyncio.to_thread(serve_apps.deployed)
-            deletions = (asyncio.to_thread(serve_apps.delete, model, wait=True) for model in models)
+            keys = await self.deployed()
+            deletions = (asyncio.to_thread(serve_apps.delete, key, wait=True) for key in keys)
             await asyncio.gather(*deletions)
-
-
-def _by_model(variants: tuple[Variant, ...]) -> dict[str, tuple[Variant, ...]]:
-    models = dict.fromkeys(variant.model for variant in variants)
-    return {model: tuple(v for v in variants if v.model == model) for model in models}

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import aiohttp
+import psutil
 
 from cluster.engines.adapter import Engine, EngineFacts, EngineLoad
 from cluster.errors import EngineFailed
@@ -19,6 +20,7 @@ from placement.plan import Variant
 
 LOG_TAIL_LINES = 30
 POLL_S = 0.2
+HEALTH_TIMEOUT_S = 2.0
 
 
 class EngineProcess:
@@ -107,6 +109,14 @@ class EngineProcess:
         if self._process:
             stop_guarded(self._process)
 
+    def kill(self) -> None:
+        """End an engine that answers nothing, which SIGTERM would hardly move; then as `stop`."""
+        if self._process:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for engine in psutil.Process(self._process.pid).children():
+                    engine.kill()
+            self.stop()
+
     def log_tail(self) -> str:
         """The last lines of the engine's output."""
         return tail(self.log, LOG_TAIL_LINES)
@@ -130,7 +140,7 @@ class EngineProcess:
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            timeout = aiohttp.ClientTimeout(5)
+            timeout = aiohttp.ClientTimeout(HEALTH_TIMEOUT_S)
             async with session.get(f"{self.url}/health", timeout=timeout) as response:
                 return response.status == 200
         return False

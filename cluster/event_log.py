@@ -88,13 +88,13 @@ class EventLog:
             reason=reason,
         )
 
-    def lost(self, at_s: float, report: ReplicaReport) -> None:
-        """A replica fell silent."""
+    def lost(self, at_s: float, report: ReplicaReport, why: str) -> None:
+        """A replica fell silent or is gone without a word."""
         self._died(report)
         self.note(
             at_s,
             "replica-lost",
-            f"replica {report.replica}: no heartbeat, taken out",
+            f"replica {report.replica}: {why}",
             model=report.model,
             replica=report.replica,
             node=report.node,

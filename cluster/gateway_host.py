@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import ray
@@ -14,7 +15,8 @@ from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
 from cluster.processes import start_guarded, stop_guarded, tail
 
 DRAIN_TIMEOUT_S = 35.0
-RESTART_DELAY_S = 1.0
+RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)  # for one that ends again and again
+SETTLED_S = 30.0  # one that has served for so long is started again at once
 
 
 def gateway_name(index: int) -> str:
@@ -54,7 +56,9 @@ class GatewayHost:
             await self._task
 
     async def _run_forever(self) -> None:
+        ends = 0
         while not self._stop.is_set():
+            started_s = time.monotonic()
             process = start_guarded(self._command, log=self._log_file, grace_s=DRAIN_TIMEOUT_S)
             ended = asyncio.create_task(asyncio.to_thread(process.wait))
             stopped = asyncio.create_task(self._stop.wait())
@@ -64,7 +68,8 @@ class GatewayHost:
                 return
             stopped.cancel()
             await self._tell_controller()
-            await asyncio.sleep(RESTART_DELAY_S)
+            ends = 0 if time.monotonic() - started_s > SETTLED_S else ends + 1
+            await asyncio.sleep(RESTART_DELAYS_S[min(ends, len(RESTART_DELAYS_S) - 1)])
 
     async def _tell_controller(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):

@@ -13,6 +13,7 @@ EventKind = Literal[
     "note", "replica-started", "replica-ready", "replica-unhealthy", "replica-draining",
     "replica-stopped", "replica-died", "replica-lost", "scaled", "deployed", "deleted", "drained",
     "calibration", "gateway", "node-joined", "node-lost", "node-unprobed", "mismatch",
+    "rollout", "no-place",
 ]  # fmt: skip
 
 
@@ -27,7 +28,9 @@ class ReplicaReport(Spec):
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
     node: str = ""
+    node_id: str = ""  # Ray's
     gpus: tuple[int, ...] = ()  # indices on that node
+    num_devices: int = 0  # GPUs, or slots on a node without
     pid: int = 0  # of the engine
     url: str = ""
     api_key: str = ""
@@ -48,6 +51,7 @@ class ReplicaStatus(Spec):
     stage: str
     age_s: float
     node: str
+    node_id: str = ""
     gpus: tuple[int, ...] = ()
     pid: int
     url: str
@@ -82,6 +86,9 @@ class VariantStatus(Spec):
     gpu: str = ""
     gpus_per_replica: int = 1
     failure: str = ""  # why it does not start, with the end of the engine's log
+    waiting: str = ""  # which resource is missing where, for replicas that Ray has no place for
+    misplaced: tuple[str, ...] = ()  # what is not as planned about places and memory
+    rollout: str = ""  # how far the replacement of an older shape is
 
 
 class Event(Spec):
@@ -127,6 +134,20 @@ class ScaleRequest(Spec):
 
     model: str
     replicas: int
+
+
+class DrainRequest(Spec):
+    """POST /v1/drain."""
+
+    target: str  # a replica's id, or a node's name, host or Ray id
+    timeout_s: float = 600.0
+
+
+class Drained(Spec):
+    """What `bora drain` waits for: these replicas are told to finish and go."""
+
+    node_id: str = ""  # that is drained as a whole; empty: only the replica
+    replicas: tuple[str, ...]
 
 
 class DeleteRequest(Spec):

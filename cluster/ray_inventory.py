@@ -40,6 +40,11 @@ def ray_inventory(nodes: Sequence[Mapping[str, Any]]) -> Inventory:
     return Inventory(pools=tuple(_pool(name, pools[name]) for name in sorted(pools)))
 
 
+def node_name(node: Mapping[str, Any]) -> str:
+    """What plans and status call a node of `ray.nodes()`: two Ray nodes may share a host."""
+    return f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}"
+
+
 def _pool(name: str, nodes: Sequence[Mapping[str, Any]]) -> Pool:
     forms = {(node["Labels"].get(GPU_LABEL), _devices(node)) for node in nodes}
     if len(forms) > 1:
@@ -61,11 +66,6 @@ def _pool(name: str, nodes: Sequence[Mapping[str, Any]]) -> Pool:
         labels=_common_labels(nodes),
         node_names=tuple(sorted(node_name(node) for node in nodes)),
     )
-
-
-def node_name(node: Mapping[str, Any]) -> str:
-    """What plans call a node: two Ray nodes may share a host."""
-    return f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}"
 
 
 def _common_labels(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:

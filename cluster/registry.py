@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from cluster.generations import GenerationKey, key_of
 from cluster.messages import ReplicaReport
-from cluster.shape_version import shape_version
 from gateway.endpoints import Endpoint, EndpointTable, ServedModel
 from placement.plan import Variant
 
@@ -17,27 +17,62 @@ class Registry:
         self._timeout_s = timeout_s
         self._reports: dict[str, ReplicaReport] = {}
         self._heard_s: dict[str, float] = {}
+        self._first_s: dict[str, float] = {}
+        self._retired: set[str] = set()
 
     def report(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a heartbeat in; True when the replica or its state is new."""
         before = self._reports.get(report.replica)
+        if report.replica in self._retired and report.state in ("ready", "unhealthy"):
+            report = report.model_copy(update={"state": "draining"})  # it will hear of it
         self._reports[report.replica] = report
         self._heard_s[report.replica] = now_s
+        self._first_s.setdefault(report.replica, now_s)
         if report.state == "stopped":
-            del self._reports[report.replica], self._heard_s[report.replica]
+            self._forget(report.replica)
         return before is None or before.state != report.state
+
+    def retire(self, replica: str) -> None:
+        """Send no more requests there, although it still says that it is ready."""
+        self._retired.add(replica)
+        report = self._reports[replica]
+        self._reports[replica] = report.model_copy(update={"state": "draining"})
+
+    def lost(self, known: Collection[str], begun_s: float) -> list[ReplicaReport]:
+        """Forget and return who is not `known` to Serve, when that was asked at `begun_s` or later.
+
+        Whoever reported before that had been started by then, so that Serve would know it.
+        """
+        gone = [key for key in self._reports if key not in known and self._first_s[key] < begun_s]
+        return [self._forget(key) for key in gone]
+
+    def _forget(self, replica: str) -> ReplicaReport:
+        del self._heard_s[replica], self._first_s[replica]
+        self._retired.discard(replica)
+        return self._reports.pop(replica)
 
     def expire(self, now_s: float) -> list[ReplicaReport]:
         """Forget the silent ones and return them."""
         silent = [key for key, heard in self._heard_s.items() if now_s - heard > self._timeout_s]
-        for key in silent:
-            del self._heard_s[key]
-        return [self._reports.pop(key) for key in silent]
+        return [self._forget(key) for key in silent]
 
     def pardon(self, seconds: float) -> None:
         """Nobody was silent in these seconds: we were not listening."""
         for key in self._heard_s:
             self._heard_s[key] += seconds
+
+    @property
+    def reports(self) -> Collection[ReplicaReport]:
+        """The last of every replica."""
+        return self._reports.values()
+
+    def get(self, replica: str) -> ReplicaReport | None:
+        """Its last report."""
+        return self._reports.get(replica)
+
+    def of_generation(self, key: GenerationKey) -> list[ReplicaReport]:
+        """Reports of one generation's replicas, oldest first."""
+        return [report for report in self.of(key.variant) if report.version == key.version]
 
     def of(self, variant: str) -> list[ReplicaReport]:
         """Reports of a variant's replicas, oldest first."""
@@ -46,14 +81,16 @@ class Registry:
 
     def ready(self, variant: Variant) -> int:
         """Number of replicas that serve in the shape that `variant` has now."""
-        version = shape_version(variant)
-        return sum(
-            report.state == "ready" and report.version == version
-            for report in self.of(variant.variant)
-        )
+        return sum(report.state == "ready" for report in self.of_generation(key_of(variant)))
 
-    def table(self, variants: Iterable[Variant], version: int) -> EndpointTable:
-        """What gateways route to: every variant's ready replicas, by model."""
+    def table(
+        self, variants: Iterable[Variant], version: int, *, outgoing: Iterable[Variant] = ()
+    ) -> EndpointTable:
+        """What gateways route to: ready and draining replicas of all variants, by model.
+
+        `outgoing` are shapes that are being replaced, and serve on meanwhile. Draining replicas
+        get no new requests, except those that only they can answer.
+        """
         variants = tuple(variants)
         models: dict[str, ServedModel] = {}
         for variant in variants:
@@ -71,11 +108,15 @@ class Registry:
                     fallback=variant.fallback,
                 ),
             )
+        shapes = {key_of(variant): variant for variant in outgoing if variant.model in models}
+        names = {variant.variant: variant for variant in (*variants, *shapes.values())}
+        names |= {variant.variant: variant for variant in variants}
+        shapes |= {key_of(variant): variant for variant in variants}
         endpoints = tuple(
-            _endpoint(variant, report)
-            for variant in variants
-            for report in self.of(variant.variant)
-            if report.state == "ready"
+            _endpoint(shapes.get(GenerationKey(name, report.version), variant), report)
+            for name, variant in names.items()
+            for report in self.of(name)
+            if report.state in ("ready", "draining")
         )
         return EndpointTable(version=version, models=tuple(models.values()), endpoints=endpoints)
 
@@ -92,5 +133,6 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         max_model_len=variant.shape.max_model_len,
         engine=variant.shape.engine,
         api_key=report.api_key or None,
+        state="draining" if report.state == "draining" else "ready",
         tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

@@ -25,13 +25,14 @@ from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
 from cluster.messages import ReplicaReport, ReplicaState
-from cluster.names import CONTROLLER, NAMESPACE, log_folder
+from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
 DRAIN_TIMEOUT_S = 600.0  # a stream may be long; `bora down` has ended all of them before
-UNHEALTHY_CHECKS = 5  # in a row, then the engine is taken for dead
+SUSPECT_CHECKS = 2  # failed in a row, each of up to 2.5 s: then the endpoint leaves the table
+DEAD_CHECKS = 6  # in a row: then the engine is ended and started anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,32 @@ class Site:
     engine_host: str | None = None  # None: the node's address
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where Ray put this replica."""
+
+    node_id: str
+    gpus: tuple[int, ...]
+    num_devices: int
+
+
+def _place() -> _Place:
+    context = ray.get_runtime_context()
+    held = context.get_assigned_resources()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    return _Place(
+        node_id=context.get_node_id(),
+        gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
+        num_devices=round(held.get("GPU", 0.0) or held.get(SLOT, 0.0)),
+    )
+
+
 class Replica:
-    """One copy of the variant that `reconfigure` is given.
+    """One copy of the variant that `reconfigure` is given."""
 
-    `siblings` (handles that stay unused) ties the variants of a model into one Serve application.
-    """
-
-    def __init__(self, site: Site, siblings: tuple[Any, ...] = ()) -> None:
-        del siblings
+    def __init__(self, site: Site) -> None:
         self._site = site
+        self._place = _place()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
@@ -59,6 +77,8 @@ class Replica:
         self._failure = ""
         self._engine: EngineProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._draining: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Start the engine; Serve awaits this before the replica counts as running.
@@ -103,10 +123,24 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls this when it stops the replica: finish what runs, then end the engine."""
-        if self._engine and self._state == "ready":
+        await self._drained(DRAIN_TIMEOUT_S)
+
+    async def _retire(self, timeout_s: float) -> None:
+        """The controller chose this replica to go: Serve itself takes no such wish."""
+        await self._drained(timeout_s)
+        os._exit(0)
+
+    async def _drained(self, timeout_s: float) -> None:
+        """Finish what runs, end the engine and say so; begun only once."""
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain(timeout_s))
+        await self._draining
+
+    async def _drain(self, timeout_s: float) -> None:
+        if self._engine and self._state in ("ready", "unhealthy"):
             self._state = "draining"
             await self._report()
-            await self._engine.drained(DRAIN_TIMEOUT_S)
+            await self._engine.drained(timeout_s)
         for task in self._tasks:
             task.cancel()
         if self._engine:
@@ -126,9 +160,9 @@ class Replica:
         while self._state in ("ready", "unhealthy"):
             healthy = await self._engine.observe()
             failures = 0 if healthy else failures + 1
-            if self._engine.ended or failures >= UNHEALTHY_CHECKS:
+            if self._engine.ended or failures >= DEAD_CHECKS:
                 self._die()
-            await self._note_health(healthy=healthy)
+            await self._note_health(healthy=failures < SUSPECT_CHECKS)
             await asyncio.sleep(0.5)
 
     def _watch_ended(self, task: asyncio.Task[None]) -> None:
@@ -149,14 +183,16 @@ class Replica:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
         if self._engine:
-            self._engine.stop()
+            self._engine.kill()
         os._exit(1)
 
     async def _report(self) -> None:
         """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
         with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
             reference = _controller().report.remote(self._snapshot().model_dump_json())
-            await asyncio.wait_for(reference, 5)
+            retire_within_s = await asyncio.wait_for(reference, 5)
+            if retire_within_s is not None and self._retiring is None:
+                self._retiring = asyncio.create_task(self._retire(retire_within_s))
 
     def _snapshot(self) -> ReplicaReport:
         engine, variant = self._engine, self._variant
@@ -171,7 +207,9 @@ class Replica:
             stage=engine.stage,
             started_s=self._started_s,
             node=socket.gethostname(),
-            gpus=_gpus(),
+            node_id=self._place.node_id,
+            gpus=self._place.gpus,
+            num_devices=self._place.num_devices,
             pid=engine.pid,
             url=engine.url,
             api_key=engine.api_key,
@@ -183,11 +221,6 @@ class Replica:
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
         )
-
-
-def _gpus() -> tuple[int, ...]:
-    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    return tuple(int(gpu) for gpu in ids if str(gpu).isdigit())
 
 
 def _controller() -> Any:

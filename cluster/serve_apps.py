@@ -1,4 +1,7 @@
-"""Everything bora asks of Ray Serve: one application per model, one deployment per variant.
+"""Everything bora asks of Ray Serve: one application per generation, a variant in one shape.
+
+A changed shape is another application beside the old one, so that who decides when the old one goes
+is bora, which knows the capacity that was promised, and not Serve, which knows only replica counts.
 
 Three things have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
 that deploying a fleet again restarts only variants whose shape changed; setting a replica count, and
@@ -7,8 +10,7 @@ reading the one that was set, without the dashboard's REST server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -16,20 +18,14 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
+from cluster.generations import Deployed, GenerationKey, ServedReplica, key_of
 from cluster.names import POOL_LABEL, SLOT
 from cluster.replica import DRAIN_TIMEOUT_S, Replica, Site
-from cluster.shape_version import shape_version
 from placement.plan import Variant
 
+STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stops
+
 _PREFIX = "bora:"  # of our applications' names
-
-
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """A variant as Serve was last told it (JSON), and the replica count that it aims at."""
-
-    variant: Mapping[str, Any]
-    target: int
 
 
 def start() -> None:
@@ -37,50 +33,60 @@ def start() -> None:
     serve.start(proxy_location="Disabled")
 
 
-def deploy(variants: Sequence[Variant], replicas: Mapping[str, int], site: Site) -> None:
-    """Create or update the application of one model; returns once Serve has taken it over.
+def deploy(variant: Variant, replicas: int, site: Site) -> None:
+    """Create or update a generation; returns once Serve has taken it over.
 
-    `variants` all belong to that model; `replicas` gives each its replica count. Serve deploys
-    nothing with 0 replicas, only scales to it: such a variant may start one for a moment.
+    Serve deploys nothing with 0 replicas, only scales to it: such a generation may start one for a
+    moment.
     """
-    bound: Any = None
-    for variant in reversed(variants):
-        siblings = () if bound is None else (bound,)
-        deployment = _deployment(variant, replicas[variant.variant])
-        bound = deployment.bind(site, siblings)
+    key = key_of(variant)
     target = serve.RunTarget(
-        target=bound,
-        name=_application(variants[0].model),
+        target=_deployment(variant, replicas).bind(site),
+        name=_application(key),
         route_prefix=None,
         external_scaler_enabled=True,
     )
     serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
-    for variant in variants:
-        if replicas[variant.variant] == 0:
-            scale(variant, 0)
+    if replicas == 0:
+        scale(key, 0)
 
 
-def deployed() -> dict[str, dict[str, Deployed]]:
-    """What Serve runs for bora: by model and variant. Applications of others are not ours."""
+def deployed() -> dict[GenerationKey, Deployed]:
+    """What Serve runs for bora. Applications of others are not ours."""
     applications = _get_global_client().get_serve_details()["applications"]
     return {
-        name.removeprefix(_PREFIX): {
-            variant: Deployed(
-                variant=details["deployment_config"].get("user_config") or {},
-                target=details["target_num_replicas"],
-            )
-            for variant, details in application["deployments"].items()
-        }
+        _key(name): _deployed(application)
         for name, application in applications.items()
-        if name.startswith(_PREFIX) and application["status"] != "DELETING"
+        if name.startswith(_PREFIX)
     }
 
 
-def scale(variant: Variant, replicas: int) -> None:
-    """Set the replica count of a variant that is deployed."""
-    deployment = DeploymentID(name=variant.variant, app_name=_application(variant.model))
+def _deployed(application: Mapping[str, Any]) -> Deployed:
+    for details in application["deployments"].values():  # there is one
+        return Deployed(
+            config=details["deployment_config"].get("user_config") or {},
+            target=details["target_num_replicas"],
+            replicas=tuple(
+                ServedReplica(
+                    replica=each["replica_id"],
+                    state=each["state"],
+                    node_id=each.get("node_id") or "",
+                    started_s=each["start_time_s"],
+                )
+                for each in details["replicas"]
+            ),
+            deleting=application["status"] == "DELETING",
+            gave_up=details["status"] == "DEPLOY_FAILED",
+        )
+    # Serve was told of it a moment ago, or has forgotten all but its name.
+    return Deployed(config={}, target=0, deleting=application["status"] == "DELETING")
+
+
+def scale(key: GenerationKey, replicas: int) -> None:
+    """Set the replica count of a generation that is deployed."""
+    deployment = DeploymentID(name=key.variant, app_name=_application(key))
     ray.get(
         _get_global_client()._controller.update_deployment_replicas.remote(  # noqa: SLF001
             deployment, replicas
@@ -88,9 +94,9 @@ def scale(variant: Variant, replicas: int) -> None:
     )
 
 
-def delete(model: str, *, wait: bool) -> None:
-    """Stop a model's replicas, each after its running requests, and forget it."""
-    serve.delete(_application(model), _blocking=wait)
+def delete(key: GenerationKey, *, wait: bool) -> None:
+    """Stop a generation's replicas, each after its running requests, and forget it."""
+    serve.delete(_application(key), _blocking=wait)
 
 
 def bundle(variant: Variant) -> dict[str, float]:
@@ -99,8 +105,13 @@ def bundle(variant: Variant) -> dict[str, float]:
     return {resource: float(_devices(variant))}
 
 
-def _application(model: str) -> str:
-    return _PREFIX + model
+def _application(key: GenerationKey) -> str:
+    return f"{_PREFIX}{key.variant}:{key.version}"
+
+
+def _key(application: str) -> GenerationKey:
+    variant, _, version = application.removeprefix(_PREFIX).rpartition(":")
+    return GenerationKey(variant, version)
 
 
 def _devices(variant: Variant) -> int:
@@ -128,7 +139,7 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         health_check_period_s=1,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S + 15,
+        graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         max_constructor_retry_count=3,
     )
-    return deployment.options(version=shape_version(variant), _internal=True)
+    return deployment.options(version=key_of(variant).version, _internal=True)

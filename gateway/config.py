@@ -67,7 +67,9 @@ class Limits(Spec):
         default=1.0, description="How often each engine's /health is asked; 0: never."
     )
     health_timeout_s: PositiveFloat = Field(
-        default=2.0, description="/health is answered within this time, or the check has failed."
+        default=1.5,
+        description="/health is answered within this time, or the check has failed: the endpoint"
+        " is the last choice until it answers.",
     )
     health_failures: PositiveInt = Field(
         default=4,

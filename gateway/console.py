@@ -22,7 +22,7 @@ from gateway.admission import Admission
 from gateway.metering import Meter
 
 _PAGE = Path(__file__).with_name("console.html")
-_REMEMBERED_S = 1.0  # so that many open pages cost no more than two
+_REMEMBERED_S = 0.25  # so that many open pages cost no more than one that asks all the time
 
 
 @dataclass(slots=True)

@@ -106,6 +106,31 @@ _PLANNED_FLAGS = {
 }
 
 
+class Canary(Spec):
+    """The next version of a model, beside the present one. What is not given is as in the model."""
+
+    weight: float = Field(gt=0.0, lt=1.0, description="Share of the requests that it gets.")
+    replicas: PositiveInt = Field(default=1, description="Its replicas; they do not scale.")
+    model: str | None = Field(default=None, description="Another checkpoint.")
+    precision: tuple[Precision, ...] | None = Field(
+        default=None, description="Other checkpoints of the model."
+    )
+    max_model_len: PositiveInt | None = Field(default=None, description="Tokens.")
+    max_num_seqs: PositiveInt | None = Field(default=None, description="Requests at once.")
+    engine_args: tuple[str, ...] | None = Field(
+        default=None, description="Flags for the engine, instead of the model's."
+    )
+
+    @model_validator(mode="after")
+    def _something_differs(self) -> Self:
+        if not self.model_dump(exclude={"weight", "replicas"}, exclude_none=True):
+            raise ValueError(
+                "a canary differs from its model in `model`, `precision`, `max_model_len`, "
+                "`max_num_seqs` or `engine_args`; give what is new"
+            )
+        return self
+
+
 class FleetModel(Spec):
     """One model that the fleet serves."""
 
@@ -165,6 +190,9 @@ class FleetModel(Spec):
     )
     routing: RoutingPolicy = Field(
         default=RoutingPolicy(), description="How requests are spread over the replicas."
+    )
+    canary: Canary | None = Field(
+        default=None, description="A next version that gets a share of the requests."
     )
     fallback: tuple[str, ...] = Field(
         default=(),

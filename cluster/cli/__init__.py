@@ -10,6 +10,7 @@ from cluster.cli import (
     catalogue,
     cluster,
     doctor,
+    drain,
     events,
     fit,
     fleet,
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for module in (
-    *(up, catalogue, planning, fit, fleet, logs, events, probe, doctor),
+    *(up, catalogue, planning, fit, fleet, drain, logs, events, probe, doctor),
     *(gateway, keys, cluster),
 ):
     module.register(app)

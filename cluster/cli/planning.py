@@ -21,6 +21,7 @@ from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
 from cluster.models import catalogue_for
+from placement.canary import apart, merged, with_canaries
 from placement.catalogue import Catalogue
 from placement.changes import migration
 from placement.errors import ConfigError, UnknownName
@@ -68,9 +69,9 @@ def plan(
     answer = solve_on(fleet, offered, running)
     reasons = None
     if explain_:
-        spec = load_yaml(fleet, FleetSpec)
+        spec = with_canaries(load_yaml(fleet, FleetSpec))
         catalogue = catalogue_for(spec, calibrated_catalogue())
-        reasons = explain(spec, offered, catalogue, answer)
+        reasons = explain(spec, offered, catalogue, apart(answer))
     moved = None if running is None else migration(running, answer)
     if out is not None:
         _write(out, dump_yaml(answer), "--out")
@@ -131,7 +132,8 @@ def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Pl
     """
     spec = load_yaml(fleet, FleetSpec)
     try:
-        catalogue = catalogue_for(spec, calibrated_catalogue())
+        planned = with_canaries(spec)
+        catalogue = catalogue_for(planned, calibrated_catalogue())
     except UnknownName as error:
         asked = [model.model for model in spec.models]
         if error.name not in asked:
@@ -142,7 +144,8 @@ def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Pl
     if problems:
         raise ConfigError("\n".join(problems))
     started_s = time.perf_counter()
-    plan = make_plan(spec, offered, catalogue, running=running)
+    before = None if running is None else apart(running)
+    plan = merged(make_plan(planned, offered, catalogue, running=before), spec)
     return plan.model_copy(update={"solve_s": time.perf_counter() - started_s})
 
 

@@ -86,6 +86,7 @@ def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableTy
         table.add_row(*_variant_row(variant, now_s))
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
+        failures += [Text(line, style="yellow") for line in _remarks(variant)]
         if variant.failure and variant.ready < variant.wanted:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
             text = f"{variant.model}: an engine ended (`bora logs {variant.model}`):\n{end}"
@@ -136,6 +137,14 @@ def _variant_row(variant: VariantStatus, now_s: float) -> tuple[RenderableType, 
     )
 
 
+def _remarks(variant: VariantStatus) -> list[str]:
+    """What is under way or not as planned."""
+    remarks = [f"not as planned: {text}" for text in variant.misplaced]
+    remarks += [variant.waiting] if variant.waiting else []
+    remarks += [f"roll-out: {variant.rollout}"] if variant.rollout else []
+    return [f"{variant.model}: {text}" for text in remarks]
+
+
 def _plan_row(variant: Variant) -> tuple[str, ...]:
     shape = variant.shape
     nodes = sorted({node.node for replica in variant.placement for node in replica})
@@ -172,6 +181,8 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
 
 
 def _state(variant: VariantStatus) -> Text:
+    if variant.ready > variant.wanted == 0:
+        return Text("being replaced", style="yellow")
     if variant.ready >= variant.wanted:
         return Text("serving" if variant.wanted else "scaled to zero", style="green")
     if variant.ready or variant.failure:

@@ -37,6 +37,7 @@ from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from cluster.raylets import raylets
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
+from placement.canary import merged, with_canaries
 from placement.catalogue import CONFIGS, Catalogue
 from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
@@ -110,14 +111,15 @@ def _one_model(model: str) -> FleetSpec:
 
 def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     """Start everything, wait for Ctrl-C, stop everything."""
-    catalogue = catalogue_for(spec, calibrated_catalogue())
+    planned = with_canaries(spec)
+    catalogue = catalogue_for(planned, calibrated_catalogue())
     facts = probe(measure=False)
     if facts.gpus:
         console.print("measuring this machine's GPUs", markup=False)
         facts = with_speeds(facts, lambda text: console.print(f"  {text}", markup=False))
     inventory = local_inventory(catalogue, facts)
     _require_one_kind(inventory, facts, catalogue)
-    plan = feasible(make_plan(spec, inventory, catalogue), console)
+    plan = feasible(merged(make_plan(planned, inventory, catalogue), spec), console)
     require_truth(plan, inventory, [facts], catalogue, console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     run_dir = _fresh_run_dir(started)

@@ -24,6 +24,7 @@ from gateway.routing.state import Discovery, EndpointSnapshot, EndpointState, Le
 
 _PUSHED_BACK_S = 1.0
 _REVIEW_S = 1.0
+_DOUBTED_S = 3.5  # the next failed check is told by then
 
 
 def _nobody(_state: EndpointState, _now: float) -> None:
@@ -273,6 +274,16 @@ class Router:
                 self.on_change(state, now)
         return revived
 
+    def _doubt(self, state: EndpointState, now: float) -> None:
+        """Send elsewhere for a while, if another endpoint answers its checks.
+
+        Where none does, it is rather the gateway or the load that is slow.
+        """
+        route = self._routes[state.endpoint.model]
+        if any(not other.failed_checks and other.is_trusted(now) for other in route.ready):
+            state.suspect_until = max(state.suspect_until, now + _DOUBTED_S)
+            route.is_clear = False
+
     def check_failed(self, url: str, *, now: float, enough: int) -> list[EndpointState]:
         """The engine at `url` did not answer. Returns those whose requests should be given up.
 
@@ -283,6 +294,7 @@ class Router:
         for state in self._by_url.get(url, ()):
             state.failed_checks += 1
             if state.failed_checks < enough:
+                self._doubt(state, now)
                 continue
             if not state.dead:
                 state.dead = True

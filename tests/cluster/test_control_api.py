@@ -14,7 +14,7 @@ import pytest
 from cluster.control_api import ControlClient, serve_control_api
 from cluster.errors import ClusterError, ClusterUnreachable
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import Event, EventList, FleetStatus, NodeList
+from cluster.messages import Drained, DrainRequest, Event, EventList, FleetStatus, NodeList
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
@@ -45,6 +45,10 @@ class RememberingControl:
         if model != "chat":
             raise UnknownName("model", model, ["chat"])
         self.calls.append(("scale", model, replicas))
+
+    async def drain(self, request: DrainRequest) -> Drained:
+        self.calls.append(("drain", request.target, request.timeout_s))
+        return Drained(replicas=(request.target,))
 
     async def delete(self, model: str) -> None:
         self.calls.append(("delete", model))
@@ -85,10 +89,18 @@ async def test_every_call_arrives_as_it_was_made(served):
 
     await asyncio.to_thread(client.apply, plan)
     await asyncio.to_thread(client.scale, "chat", 3)
+    drained = await asyncio.to_thread(client.drain, "r1", 60.0)
     await asyncio.to_thread(client.delete, "chat")
     await asyncio.to_thread(client.stop)
 
-    assert control.calls == [("apply", plan), ("scale", "chat", 3), ("delete", "chat"), ("stop",)]
+    assert control.calls == [
+        ("apply", plan),
+        ("scale", "chat", 3),
+        ("drain", "r1", 60.0),
+        ("delete", "chat"),
+        ("stop",),
+    ]
+    assert drained == Drained(replicas=("r1",))
     assert await asyncio.to_thread(client.plan) == plan
     assert (await asyncio.to_thread(client.status)).fleet == "test"
     assert (await asyncio.to_thread(client.inventory)).pools[0].gpu == "H100-SXM"

@@ -78,7 +78,7 @@ def test_a_replica_that_died_is_told_with_its_reason_and_its_successor_as_such(t
 
 def test_a_silent_replica_is_lost_and_replaced(tmp_path):
     log = a_log(tmp_path)
-    log.lost(1.0, a_report(replica="r1", node="h1"))
+    log.lost(1.0, a_report(replica="r1", node="h1"), "no heartbeat, taken out")
     log.replica(2.0, a_report(replica="r2", state="starting"))
 
     lost, started = log
@@ -90,6 +90,19 @@ def test_ages_read_like_ages():
     assert [age(s) for s in (-1, 5, 119, 600, 86_400, 10 * 86_400)] == [
         "0 s", "5 s", "119 s", "10 min", "24 h", "10 d",
     ]  # fmt: skip
+
+
+class HalfRolledOut:
+    """A model in the middle of a roll-out, one replica of which finds no place."""
+
+    def waiting(self, variant: str) -> str:
+        return "a replica waits for 2 GPU" if variant else ""
+
+    def misplaced(self, variant: str) -> tuple[str, ...]:
+        return ("r1 runs elsewhere",) if variant else ()
+
+    def rollout(self, model: str) -> str:
+        return "1 of 3 in the new shape" if model == "chat" else ""
 
 
 def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(tmp_path):
@@ -106,6 +119,7 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
         load=ModelLoad(requests_total=0, in_flight=1.5, queued=0),
         events=log,
         failure="",
+        lifecycle=HalfRolledOut(),
         now_s=130.0,
     )
     status = FleetStatus(
@@ -123,4 +137,7 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
     assert "43.772 / 48.000" in page
     assert "122,064 / 1,000" in page
     assert "deployed, 60 s ago" in page
+    assert "chat: a replica waits for 2 GPU" in page
+    assert "chat: not as planned: r1 runs elsewhere" in page
+    assert "chat: roll-out: 1 of 3 in the new shape" in page
     assert "1.5 in flight" in page

@@ -11,14 +11,17 @@ from placement.routing_policy import RoutingPolicy
 from tests.builders import a_report, a_shape, a_variant
 
 
-def test_only_ready_replicas_are_endpoints():
+def test_ready_and_draining_replicas_are_endpoints():
     registry = Registry()
     for number, state in enumerate(("starting", "ready", "unhealthy", "draining", "failed")):
         registry.report(a_report(replica=f"r{number}", state=state), now_s=0)
 
     table = registry.table([a_variant()], version=7)
 
-    assert [endpoint.id for endpoint in table.endpoints] == ["r1"]
+    assert [(each.id, each.state) for each in table.endpoints] == [
+        ("r1", "ready"),
+        ("r3", "draining"),
+    ]
     assert table.version == 7
 
 
@@ -128,3 +131,53 @@ def test_what_an_engine_does_not_depend_on_needs_no_new_one(change):
 @pytest.mark.parametrize("change", [{"checkpoint": "other"}, {"pool": "other"}])
 def test_what_an_engine_depends_on_needs_a_new_one(change):
     assert shape_version(a_variant(**change)) != shape_version(a_variant())
+
+
+def test_a_retired_replica_drains_whatever_it_still_says():
+    registry = Registry()
+    registry.report(a_report(), now_s=0)
+
+    registry.retire("r1")
+    assert not registry.report(a_report(), now_s=1)
+
+    [endpoint] = registry.table([a_variant()], version=1).endpoints
+    assert endpoint.state == "draining"
+    assert registry.ready(a_variant()) == 0
+
+
+def test_who_reported_before_serve_was_asked_and_is_unknown_to_it_is_lost():
+    registry = Registry()
+    registry.report(a_report(replica="dead"), now_s=0)
+    registry.report(a_report(replica="lives"), now_s=0)
+    registry.report(a_report(replica="new"), now_s=5)
+
+    lost = registry.lost({"lives"}, begun_s=4)
+
+    assert [report.replica for report in lost] == ["dead"]
+    assert {report.replica for report in registry.reports} == {"lives", "new"}
+
+
+def test_a_shape_that_is_being_replaced_serves_with_its_own_limits():
+    registry = Registry()
+    old = a_variant()
+    new = a_variant(shape=a_shape(max_model_len=8192))
+    registry.report(a_report(replica="old", version=shape_version(old)), now_s=0)
+    registry.report(a_report(replica="new", version=shape_version(new), started_s=200), now_s=0)
+
+    table = registry.table([new], version=1, outgoing=[old])
+
+    assert [(each.id, each.max_model_len) for each in table.endpoints] == [
+        ("old", 4096),
+        ("new", 8192),
+    ]
+
+
+def test_another_variant_that_is_being_replaced_serves_beside_the_new_one():
+    registry = Registry()
+    registry.report(a_report(variant="chat@a100", replica="old"), now_s=0)
+    registry.report(a_report(replica="new"), now_s=0)
+
+    table = registry.table([a_variant()], 1, outgoing=[a_variant(variant="chat@a100")])
+
+    assert {each.id for each in table.endpoints} == {"old", "new"}
+    assert len(table.models) == 1

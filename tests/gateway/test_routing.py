@@ -455,6 +455,25 @@ def test_a_dead_endpoint_gets_nothing_until_a_check_passes() -> None:
     assert "http://0" in {url_of(router.reserve("chat", now=7)) for _ in range(9)}
 
 
+def test_after_one_failed_check_requests_go_elsewhere_for_a_while() -> None:
+    router = a_router(*some_endpoints(2))
+    router.check_failed("http://0", now=0, enough=4)
+
+    assert {url_of(router.reserve("chat", now=1)) for _ in range(5)} == {"http://1"}
+    assert router.num_ready("chat") == 2  # it is not dead
+    assert "http://0" in {url_of(router.reserve("chat", now=5)) for _ in range(9)}
+
+
+def test_when_every_check_fails_the_load_still_goes_everywhere() -> None:
+    router = a_router(*some_endpoints(2))
+    for now in range(3):
+        for url in ("http://0", "http://1"):
+            router.check_failed(url, now=now, enough=9)
+
+    used = {url_of(router.reserve("chat", now=3.6)) for _ in range(9)}
+    assert used == {"http://0", "http://1"}
+
+
 def test_where_nobody_replaces_the_dead_they_are_asked_all_the_same() -> None:
     alone, managed = a_router(*some_endpoints(2)), a_router(*some_endpoints(2), managed=True)
     for router in (alone, managed):

@@ -1,0 +1,90 @@
+"""Census: what Ray and Serve say of our replicas and nodes, looked at once in a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.core.generated import autoscaler_pb2
+from ray.util.placement_group import placement_group_table
+
+from cluster import serve_apps
+from cluster.errors import ClusterError
+from cluster.generations import Deployed, GenerationKey
+from cluster.names import POOL_LABEL
+from cluster.placement_check import NodeFacts
+from cluster.ray_inventory import node_name
+
+_NO_PLACE = ("PENDING", "RESCHEDULING")
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """`begun_s` (monotonic): it knows every replica that had reported by then and still lives."""
+
+    begun_s: float
+    generations: Mapping[GenerationKey, Deployed]
+    placeless: frozenset[str]  # replicas whose placement group waits for resources
+    nodes: Mapping[str, NodeFacts]  # by Ray's node id, those that live
+
+
+def take() -> Census:
+    """Ask Serve and Ray's GCS. Blocks for some milliseconds; seconds while one of them restarts.
+
+    Raises:
+        ray.exceptions.RayError: Serve's controller does not answer.
+    """
+    begun_s = time.monotonic()
+    groups: dict[str, Any] = placement_group_table()
+    return Census(
+        begun_s=begun_s,
+        generations=serve_apps.deployed(),
+        placeless=frozenset(
+            # Serve names a group after its actor: SERVE_REPLICA::application#deployment#id
+            str(group["name"]).rpartition("#")[2]
+            for group in groups.values()
+            if group["state"] in _NO_PLACE
+        ),
+        nodes=_nodes(ray.nodes(), ray._private.state.available_resources_per_node()),  # noqa: SLF001
+    )
+
+
+def _nodes(
+    nodes: Sequence[Mapping[str, Any]], free: Mapping[str, Mapping[str, float]]
+) -> dict[str, NodeFacts]:
+    return {
+        node["NodeID"]: NodeFacts(
+            node_id=node["NodeID"],
+            name=node_name(node),
+            pool=node["Labels"].get(POOL_LABEL, ""),
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+        )
+        for node in nodes
+        if node["Alive"]
+    }
+
+
+def drain_node(node_id: str, reason: str, timeout_s: float) -> None:
+    """Let Ray place nothing there any more. Serve then starts successors of its replicas elsewhere.
+
+    After `timeout_s` Serve stops what is left there, each replica after its running requests. The
+    node leaves the cluster once nothing runs on it.
+
+    Raises:
+        ClusterError: Ray refuses.
+    """
+    # Serve begins to stop a node's replicas so long before the deadline as they may take to stop.
+    deadline_s = time.time() + timeout_s + serve_apps.STOP_TIMEOUT_S
+    client = ray._private.worker.global_worker.gcs_client  # noqa: SLF001
+    accepted, said = client.drain_node(
+        node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        reason,
+        int(deadline_s * 1000),
+    )
+    if not accepted:
+        raise ClusterError(f"Ray does not drain the node {node_id[:8]}: {said}")

@@ -1,0 +1,55 @@
+"""Generations: a variant in one shape, as Ray Serve runs it. Values only, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cluster.shape_version import shape_version
+from placement.plan import Variant
+
+# Serve's names for replicas that it counts as running or as about to be found running again.
+RUNNING = ("RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")
+
+
+class GenerationKey(NamedTuple):
+    """Two shapes of a variant run side by side while one replaces the other."""
+
+    variant: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServedReplica:
+    """A replica as Serve sees it. `state` is Serve's: STARTING, RUNNING, STOPPING, ..."""
+
+    replica: str
+    state: str
+    node_id: str = ""
+    started_s: float = 0.0  # epoch seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A generation as Serve was last told it (JSON), and the replica count that it aims at."""
+
+    config: Mapping[str, Any]
+    target: int
+    replicas: tuple[ServedReplica, ...] = ()
+    deleting: bool = False  # its replicas finish what runs, then it is forgotten
+    gave_up: bool = False  # its replicas failed so often that Serve starts no more
+
+    @property
+    def model(self) -> str:
+        """The fleet's name for it; empty where Serve has not taken it over yet."""
+        return str(self.config.get("model", ""))
+
+    def count(self, *states: str) -> int:
+        """Replicas in one of Serve's states."""
+        return sum(replica.state in states for replica in self.replicas)
+
+
+def key_of(variant: Variant) -> GenerationKey:
+    """Of the shape that `variant` has now."""
+    return GenerationKey(variant.variant, shape_version(variant))

@@ -1,0 +1,100 @@
+"""Planned against actual places, and why a replica has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.placement_check import NodeFacts, differences, explain_waiting
+from placement.plan import NodeGpus, Variant
+from tests.builders import a_report, a_variant
+
+
+def a_node(name: str = "a", **changes: Any) -> NodeFacts:
+    fields: dict[str, Any] = {
+        "node_id": f"id-{name}",
+        "name": name,
+        "pool": "h100",
+        "total": {"GPU": 8.0},
+        "free": {"GPU": 0.0},
+    }
+    return NodeFacts(**{**fields, **changes})
+
+
+def a_placed_variant(**changes: Any) -> Variant:
+    placement = ((NodeGpus(node="a", gpus=(0, 1)),), (NodeGpus(node="b", gpus=(0, 1)),))
+    fields = {"pool": "h100", "gpus_per_replica": 2, "placement": placement}
+    return a_variant(**{**fields, **changes})
+
+
+NODES = {node.node_id: node for node in (a_node("a"), a_node("b"), a_node("c"))}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([], "no node of that pool is alive"),
+        ([a_node(pool="other")], "no node of that pool is alive"),
+        ([a_node(draining=True)], "all of its nodes are draining"),
+        ([a_node(total={"GPU": 1.0})], "no node has more than 1"),
+        ([a_node("b"), a_node("a", free={"GPU": 1.0})], "a has 1 of 8 free, b has 0 of 8 free"),
+    ],
+)
+def test_a_replica_without_a_place_says_what_is_missing_where(nodes: list[NodeFacts], said: str):
+    text = explain_waiting(a_placed_variant(), {"GPU": 2.0}, nodes)
+
+    assert "2 GPU on one node of pool h100" in text
+    assert said in text
+
+
+def test_places_as_planned_are_no_news():
+    reports = [
+        a_report(replica="r1", node_id="id-a", gpus=(0, 1), num_devices=2),
+        a_report(replica="r2", node_id="id-b", gpus=(0, 1), num_devices=2),
+    ]
+
+    assert differences(a_placed_variant(), reports, NODES, reports) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_devices": 1}, "holds 1 GPUs, planned were 2"),
+        ({"weights_bytes": 94 * 10**9}, "weights take 87.54 GiB a GPU, planned were 43.77"),
+        ({"node_id": "id-c", "node": "c"}, "planned on a (1), b (1), runs on c (1) instead"),
+    ],
+)
+def test_what_is_not_as_planned_is_said(change: dict[str, Any], said: str):
+    fields = {"replica": "r1", "node_id": "id-a", "gpus": (0, 1), "num_devices": 2}
+
+    [text] = differences(a_placed_variant(), [a_report(**{**fields, **change})], NODES)
+
+    assert said in text
+
+
+def test_a_replica_in_another_pool_is_named():
+    nodes = {"id-a": a_node("a", pool="a100")}
+
+    [text] = differences(a_placed_variant(), [a_report(node_id="id-a", num_devices=2)], nodes)
+
+    assert "pool a100, planned was pool h100" in text
+
+
+def test_two_replicas_on_one_gpu_are_named_once():
+    one = a_report(replica="r1", node="a", node_id="id-a", gpus=(0, 1), num_devices=2)
+    two = a_report(replica="r2", node="a", node_id="id-a", gpus=(1, 2), num_devices=2)
+    variant = a_placed_variant(placement=())
+
+    found = differences(variant, [one, two], NODES, [one, two])
+
+    assert found == ["r1 and r2 both hold GPU 1 of a"]
+
+
+def test_more_replicas_than_were_planned_may_be_anywhere():
+    reports = [
+        a_report(replica=f"r{number}", node_id=node, num_devices=2)
+        for number, node in enumerate(("id-a", "id-b", "id-c"))
+    ]
+
+    assert differences(a_placed_variant(), reports, NODES) == []

@@ -1,0 +1,101 @@
+"""Several Ray nodes on this machine: nodes are drained, and who finds no place says why."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
+from loadtests.drill_processes import free_ports
+from loadtests.processes import CannotRun
+from loadtests.steady_streams import SteadyStreams
+
+pytestmark = pytest.mark.ray
+
+FLEET = """
+fleet: nodes
+models:
+  - name: chat
+    model: mistral-small-3.2-24b-2506
+    engine: sim
+    simulate_gpu: H100-SXM
+    max_model_len: 8192
+    max_num_seqs: 32
+    replicas: {{min: 2, max: 6}}
+    scaling: {{scale_down_delay_s: 600}}
+    engine_args: [--sim-speed=2]
+gateway: {{http_port: {http}, grpc_port: {grpc}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[DrillCluster, str]]:
+    """Two workers of three slots, two replicas; and the gateway's URL."""
+    http, grpc = free_ports(2)
+    with (
+        tempfile.TemporaryDirectory(prefix="bora-nodes-") as folder,
+        drill_cluster(Path(folder), workers=("a", "b"), slots=3) as cluster,
+    ):
+        fleet = Path(folder) / "fleet.yaml"
+        fleet.write_text(FLEET.format(http=http, grpc=grpc))
+        cluster.bora("deploy", str(fleet), "--address", cluster.address)
+        yield cluster, f"http://127.0.0.1:{http}"
+
+
+async def the_variant(cluster: DrillCluster) -> dict[str, Any]:
+    text = await asyncio.to_thread(cluster.bora, "status", "--json")
+    [variant] = json.loads(text)["variants"]
+    return dict(variant)
+
+
+async def test_a_drained_node_is_empty_and_nothing_was_lost_or_missing(
+    cluster: tuple[DrillCluster, str],
+):
+    nodes, url = cluster
+    before = (await the_variant(nodes))["replicas"]
+    drained = before[0]["node_id"]
+    async with SteadyStreams(url, "chat") as load:
+        await asyncio.to_thread(nodes.bora, "drain", drained, "--timeout-s", "120")
+        await asyncio.sleep(2)
+
+    after = await the_variant(nodes)
+    assert after["ready"] == 2
+    assert drained not in {replica["node_id"] for replica in after["replicas"]}
+    assert load.failures() == []
+    assert load.least_ready() >= 2
+
+
+async def test_a_replica_without_a_place_says_what_is_missing_where(
+    cluster: tuple[DrillCluster, str],
+):
+    """After the drain one node with three slots is left."""
+    nodes, _ = cluster
+    await asyncio.to_thread(nodes.bora, "scale", "chat", "5")
+
+    deadline = time.monotonic() + 20
+    while "waits for 1 bora_slot" not in (variant := await the_variant(nodes))["waiting"]:
+        assert time.monotonic() < deadline, variant
+        await asyncio.sleep(0.3)
+    assert "0 of 3 free" in variant["waiting"]
+
+    await asyncio.to_thread(nodes.bora, "scale", "chat", "2")
+    deadline = time.monotonic() + 20
+    while (await the_variant(nodes))["waiting"]:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.3)
+
+
+async def test_a_name_that_several_nodes_share_is_not_guessed(cluster: tuple[DrillCluster, str]):
+    """All nodes here are on one host, of whose controller the drain would take the place too."""
+    nodes, _ = cluster
+    host = (await the_variant(nodes))["replicas"][0]["node"]
+
+    with pytest.raises(CannotRun, match="could be any of"):
+        await asyncio.to_thread(nodes.bora, "drain", host)
