@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system bench-gateway bench-grpc bench-streams bench-fairness drill-gateway format proto docs accuracy lock
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway bench-planner format proto docs accuracy calibrate lock test-multihost
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,7 @@ check: install  ## format, lint, types, imports, generated files: no test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check test-fast test-engine test-ray test-system  ## everything that CI runs
+test: check test-fast test-engine test-ray test-system test-drill  ## everything that CI runs
 
 test-fast: install  ## seconds: no engine, no Ray
 	$(BIN)/python -m pytest
@@ -37,8 +37,14 @@ test-engine: install  ## minutes: real vLLM processes
 test-ray: install  ## minutes: Ray with simulated engines
 	$(BIN)/python -m pytest -m ray
 
+test-drill: install  ## a minute: engines that fail under streams, which no client may notice
+	$(BIN)/python -m loadtests.drill_gateway --quick
+
 test-system: install  ## minutes: all of bora, as a user starts it
 	$(BIN)/python -m pytest -m system
+
+test-multihost: install  ## minutes: ray up on hosts with networks of their own (root; needs sshd, rsync)
+	$(BIN)/python -m pytest -m multihost
 
 format: install  ## write the code the way `check` wants it
 	$(BIN)/ruff format .
@@ -53,8 +59,16 @@ docs: install  ## configs/README.md from the descriptions in the code
 accuracy: install  ## predicted against measured memory and speed, beside other estimators
 	$(BIN)/python -m tests.accuracy
 
+calibrate: install  ## placement/fitted.py from measured latency, by least squares
+	$(BIN)/python -m tests.accuracy.calibrate
+
 bench-gateway: install  ## CPU per request and per streamed chunk, beside other gateways
 	$(BIN)/python -m loadtests.bench_gateway
+
+bench-planner: install  ## the planner: time, gap and memory over size; cost beside plans made by hand
+	$(BIN)/python -m loadtests.bench_planner
+	$(BIN)/python -m loadtests.bench_placement
+	$(BIN)/python -m loadtests.bench_helix
 
 bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
 	$(BIN)/python -m loadtests.bench_grpc

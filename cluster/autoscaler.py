@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gateway.endpoints import ModelLoad
 from placement import scaling
@@ -60,14 +60,20 @@ class Autoscaler:
         self._targets[variant.variant] = replicas
         self._states.pop(variant.variant, None)
 
-    def decide(self, variant: Variant, ready: int, now_s: float) -> scaling.Decision | None:
-        """The new target if it differs from the current one."""
+    def decide(
+        self, variant: Variant, ready: int, now_s: float, siblings: Sequence[Variant] = ()
+    ) -> scaling.Decision | None:
+        """The new target if it differs from the current one.
+
+        `siblings` are all variants of the model: each takes its share of the load, by its slots.
+        """
         if not self.gateways(now_s):
             return None  # nobody tells about the load: leave everything as it is
         load = self.load(variant.model)
+        share = self._share(variant, siblings or (variant,))
         decision, self._states[variant.variant] = scaling.decide(
             self._states.get(variant.variant, scaling.ScalingState()),
-            scaling.Load(in_flight=load.in_flight, queued=load.queued),
+            scaling.Load(in_flight=load.in_flight * share, queued=load.queued * share),
             variant.scaling,
             variant.bounds,
             slots_per_replica=variant.shape.max_num_seqs,
@@ -76,3 +82,10 @@ class Autoscaler:
             now_s=now_s,
         )
         return None if decision.target == self.target(variant) else decision
+
+    def _share(self, variant: Variant, siblings: Sequence[Variant]) -> float:
+        """Of the model's load; a variant without replicas counts as one, so that it may come back."""
+        slots = {
+            each.variant: max(1, self.target(each)) * each.shape.max_num_seqs for each in siblings
+        }
+        return slots[variant.variant] / sum(slots.values())

@@ -11,14 +11,16 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
-from cluster.gateway_host import GatewayHost
+from cluster.gateway_host import GatewayHost, gateway_actors, gateway_name
 from cluster.host_state import HostState
-from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
+from cluster.names import CONTROLLER, NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes, Survey, host_states, look, measure
+from placement.errors import ConfigError
 from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
@@ -140,11 +142,17 @@ def start(
     gateway: GatewaySpec,
     engine_host: str | None,
 ) -> None:
-    """Start the controller (listening on `control`) and a gateway on this node."""
+    """Start the controller (listening on `control`) and a gateway on this node, others elsewhere.
+
+    Raises:
+        ConfigError: more gateways are wanted than there are nodes.
+    """
     host, port = control
+    nodes = _nodes_for_gateways(gateway.replicas)
     controller = _actor(
         ControllerActor,
         CONTROLLER,
+        nodes[0],
         *(str(run_dir), token, host, port, engine_host),
         max_concurrency=1000,
     )
@@ -152,13 +160,16 @@ def start(
     arguments += ["--http-port", str(gateway.http_port), "--grpc-port", str(gateway.grpc_port)]
     arguments += ["--auth", gateway.auth]
     log_file = str(run_dir / "logs" / "gateway.log")
-    host_actor = _actor(GatewayActor, GATEWAY, arguments, token, log_file)
-    ray.get([controller.start.remote(), host_actor.start.remote()])
+    gateways = [
+        _actor(GatewayActor, gateway_name(index), node, arguments, token, log_file)
+        for index, node in enumerate(nodes)
+    ]
+    ray.get([controller.start.remote(), *(each.start.remote() for each in gateways)])
 
 
 def stop() -> None:
     """End gateway, controller and Serve on a cluster that goes on without bora."""
-    for name in (GATEWAY, CONTROLLER):
+    for name in (*gateway_actors(), CONTROLLER):
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             actor = ray.get_actor(name, namespace=NAMESPACE)
             ray.get(actor.stop.remote())
@@ -167,6 +178,20 @@ def stop() -> None:
         serve.shutdown()
 
 
-def _actor(kind: type, name: str, *arguments: Any, **options: Any) -> Any:
-    remote = ray.remote(kind).options(name=name, **_ACTOR, **options)
+def _nodes_for_gateways(count: int) -> list[str]:
+    """Ids of nodes: this one, whose address the command line knows, then others by address."""
+    own = ray.get_runtime_context().get_node_id()
+    alive = sorted((node["NodeManagerAddress"], node["NodeID"]) for node in ray.nodes()
+                   if node["Alive"])  # fmt: skip
+    nodes = [own, *(node for _, node in alive if node != own)]
+    if count > len(nodes):
+        raise ConfigError(
+            f"gateway.replicas: {count} gateways need a host each, the Ray cluster has {len(nodes)}"
+        )
+    return nodes[:count]
+
+
+def _actor(kind: type, name: str, node: str, *arguments: Any, **options: Any) -> Any:
+    pinned = NodeAffinitySchedulingStrategy(node, soft=False)
+    remote = ray.remote(kind).options(name=name, scheduling_strategy=pinned, **_ACTOR, **options)
     return remote.remote(*arguments)

@@ -17,6 +17,7 @@ def locate(variant: Variant) -> Path | str:
         return variant.checkpoint
     kind, _, name = variant.checkpoint.partition(":")
     if kind == "nano" and name:
-        return nano.ensure(name)
+        model, _, file = name.partition("/")
+        return nano.ensure_gguf(model, file.removesuffix(".gguf")) if file else nano.ensure(name)
     path = Path(variant.checkpoint)
     return path.resolve() if path.exists() else variant.checkpoint

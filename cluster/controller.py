@@ -25,9 +25,10 @@ from cluster.deployer import Deployer
 from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
+from cluster.gateway_host import gateway_actors
 from cluster.key_keeper import KeyKeeper
 from cluster.messages import EventKind, EventList, FleetStatus, NodeList, ReplicaReport
-from cluster.names import GATEWAY, NAMESPACE
+from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
@@ -161,19 +162,24 @@ class Controller:
             self._note(model, kind, kind=kind)
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Set the replica count of a model's first variant, until the load says otherwise.
+        """Set a model's replica count, until the load says otherwise; its first variant first.
 
         Raises:
             UnknownName: the fleet has no such model.
         """
-        variant = self._variants_of(model)[0]
-        bounds = variant.bounds
-        if not bounds.min <= replicas <= bounds.max:
+        variants = self._variants_of(model)
+        least = sum(variant.bounds.min for variant in variants)
+        most = sum(variant.bounds.max for variant in variants)
+        if not least <= replicas <= most:
             raise ConfigError(
-                f"{model}: {replicas} replicas are outside of {bounds.min}..{bounds.max}, which "
+                f"{model}: {replicas} replicas are outside of {least}..{most}, which "
                 f"the fleet allows; change `replicas` there and deploy it"
             )
-        await self._scale(variant, replicas, "asked for")
+        left = replicas - least
+        for variant in variants:
+            more = min(left, variant.bounds.max - variant.bounds.min)
+            await self._scale(variant, variant.bounds.min + more, "asked for")
+            left -= more
 
     async def delete(self, model: str) -> None:
         """Take a model out of the fleet.
@@ -188,8 +194,11 @@ class Controller:
 
     async def stop(self) -> None:
         """Let requests finish, then stop gateways and engines; Ray itself goes on."""
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            await ray.get_actor(GATEWAY, namespace=NAMESPACE).stop.remote()
+        stopping = []
+        for name in await asyncio.to_thread(gateway_actors):
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                stopping.append(ray.get_actor(name, namespace=NAMESPACE).stop.remote())
+        await asyncio.gather(*stopping, return_exceptions=True)
         self._plan = None
         (self._run_dir / PLAN_FILE).unlink(missing_ok=True)
         await self._deployer.stop()
@@ -280,7 +289,8 @@ class Controller:
 
     async def _follow_load(self, variant: Variant) -> None:
         ready = self._registry.ready(variant)
-        decision = self._autoscaler.decide(variant, ready, time.monotonic())
+        siblings = self._variants_of(variant.model)
+        decision = self._autoscaler.decide(variant, ready, time.monotonic(), siblings)
         if decision is None:
             return
         try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import subprocess
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 
@@ -93,7 +94,11 @@ class EngineProcess:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
             async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
                 while idle < 2:
-                    load = await self._metrics(session)
+                    try:
+                        load = await self._metrics(session)
+                    except TimeoutError:  # llama.cpp tells between steps only
+                        idle = 0
+                        continue
                     idle = idle + 1 if load.running + load.waiting == 0 else 0
                     await asyncio.sleep(0.5)
 
@@ -136,7 +141,7 @@ class EngineProcess:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, *other_forms):
             async with session.get(
                 f"{self.url}/v1/models",
-                headers={"authorization": f"Bearer {self.api_key}"},
+                headers=self._key,
                 timeout=aiohttp.ClientTimeout(5),
             ) as response:
                 if response.status != HTTPStatus.OK:
@@ -146,6 +151,18 @@ class EngineProcess:
         return False
 
     async def _metrics(self, session: aiohttp.ClientSession) -> EngineLoad:
-        timeout = aiohttp.ClientTimeout(5)
-        async with session.get(f"{self.url}/metrics", timeout=timeout) as response:
-            return self._engine.load(await response.text())
+        pages = []
+        for path in self._engine.load_paths:
+            async with session.get(
+                f"{self.url}{path}", headers=self._key, timeout=aiohttp.ClientTimeout(5)
+            ) as response:
+                response.raise_for_status()
+                pages.append(await response.text())
+        load, room = self._engine.load(*pages), self.facts.kv_cache_tokens
+        if load.kv_cache_tokens is None or not room:
+            return load
+        return replace(load, kv_cache_usage=min(1.0, load.kv_cache_tokens / room))
+
+    @property
+    def _key(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.api_key}"}

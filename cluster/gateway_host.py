@@ -10,11 +10,23 @@ from pathlib import Path
 import ray
 
 from cluster.files import write_private
-from cluster.names import CONTROLLER, NAMESPACE
+from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
 from cluster.processes import start_guarded, stop_guarded, tail
 
 DRAIN_TIMEOUT_S = 35.0
 RESTART_DELAY_S = 1.0
+
+
+def gateway_name(index: int) -> str:
+    """Of the actor that keeps a gateway; the first is the one beside the controller."""
+    return GATEWAY if index == 0 else f"{GATEWAY}-{index}"
+
+
+def gateway_actors() -> list[str]:
+    """Names of those that there are."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return sorted(name for name in names if name.startswith(GATEWAY))
 
 
 class GatewayHost:

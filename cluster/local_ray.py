@@ -103,5 +103,14 @@ def use(ray_env: Mapping[str, str]) -> None:
     os.environ.update(ray_env)
 
 
+def use_own_token() -> None:
+    """Let `ray.init` in this process show the account's token.
+
+    Without it a cluster that wants one says no only after minutes.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and Path("~/.ray/auth_token").expanduser().exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
 def _pairs(labels: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in labels.items())

@@ -23,8 +23,9 @@ def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
         try:
             catalogue.model(wanted.model)
         except UnknownName:
-            model = find_subject(wanted.model, catalogue, partial=False).model
-            catalogue = catalogue.with_model(model.model_copy(update={"name": wanted.model}))
+            subject = find_subject(wanted.model, catalogue, partial=False)
+            model = subject.model.model_copy(update={"name": wanted.model})
+            catalogue = catalogue.with_model(model, subject.gguf)
     return catalogue
 
 

@@ -57,14 +57,15 @@ class Registry:
         variants = tuple(variants)
         models: dict[str, ServedModel] = {}
         for variant in variants:
+            same = [each for each in variants if each.model == variant.model]
             models.setdefault(
                 variant.model,
                 ServedModel(
                     name=variant.model,
                     aliases=variant.aliases,
-                    max_model_len=variant.shape.max_model_len,
+                    max_model_len=min(each.shape.max_model_len for each in same),
                     capabilities=variant.capabilities,
-                    scalable=variant.bounds.min == 0,
+                    scalable=all(each.bounds.min == 0 for each in same),
                     managed=True,
                     routing=variant.routing,
                     fallback=variant.fallback,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gateway.call import Call
 from gateway.errors import QuotaSpent, RateLimited
 from gateway.ledger import Ledger, period_end_s, period_of
-from gateway.prediction import RunningMean, generates, max_tokens, prompt_tokens
+from gateway.prediction import RunningMean, generates, prompt_tokens
 from gateway.record import Record
 from gateway.shared_cells import NUM_CELLS, SharedCells
 from gateway.tenants import Tenant
@@ -45,14 +45,17 @@ class Account:
 
     __slots__ = (
         *("_cells", "_lock", "_period", "_requests", "_tenant", "_tokens", "_unflushed"),
-        *("_flushing", "_spent"),
+        *("_flushing", "_is_shared", "_page_ends", "_spent", "has_limits"),
     )
 
     def __init__(
         self, tenant: Tenant, cells: Cells, lock: AbstractContextManager[object] = _UNLOCKED
     ) -> None:
         self._cells, self._lock = cells, lock
+        self._is_shared = lock is not _UNLOCKED
         self._period = ""
+        self._page_ends = 0.0  # seconds since the epoch; no period ends before
+        self.has_limits = True
         self._spent = self._unflushed = self._flushing = 0
         self._tenant = tenant
         self._requests: TokenBucket | None = None
@@ -65,6 +68,8 @@ class Account:
         self._requests = TokenBucket(rpm, self._cells, _REQUESTS) if rpm else None
         self._tokens = TokenBucket(tpm, self._cells, _TOKENS) if tpm else None
         self._tenant = tenant
+        self._page_ends = 0.0
+        self.has_limits = tenant.has_limits
 
     @property
     def in_flight(self) -> int:
@@ -83,24 +88,50 @@ class Account:
             RateLimited: a limit per minute, or of requests at a time, is reached.
             QuotaSpent: the budget of this day or month is.
         """
-        with self._lock:
-            self._refuse_what_exceeds(tokens, now, wall)
+        if self._is_shared:
+            with self._lock:
+                self._take(tokens, now, wall)
+        else:
+            self._take(tokens, now, wall)
+
+    def _take(self, tokens: int, now: float, wall: float) -> None:
+        tenant, cells = self._tenant, self._cells
+        if tenant.budget_tokens is not None:
+            self._turn_page(wall)
+            if self._spent + self._unflushed + cells[_RESERVED] >= tenant.budget_tokens:
+                raise QuotaSpent(
+                    f"{tenant.name} has used its {tenant.budget_tokens} tokens of this"
+                    f" {tenant.budget_period}",
+                    retry_after_s=self._quota_wait_s(wall),
+                )
+        most = tenant.max_in_flight
+        if most is not None and cells[_IN_FLIGHT] >= most:
+            raise self._limited(f"{most} requests at a time", _FIRST_WAIT_S, now, tokens)
+        if self._requests and not self._requests.take(1, now):
+            raise self._bucket_empty(self._requests, "requests", 1, now, tokens)
+        if self._tokens and not self._tokens.take(tokens, now):
             if self._requests:
-                self._requests.correct(1, now)
-            if self._tokens:
-                self._tokens.correct(tokens, now)
-            self._cells[_IN_FLIGHT] += 1
-            self._cells[_RESERVED] += tokens
+                self._requests.correct(-1, now)
+            raise self._bucket_empty(self._tokens, "tokens", tokens, now, tokens)
+        cells[_IN_FLIGHT] += 1
+        cells[_RESERVED] += tokens
 
     def leave(self, reserved: int, used: int, now: float, wall: float) -> None:
         """Settle what `enter` took: the request used `used` tokens."""
-        with self._lock:
-            if self._tokens:
-                self._tokens.correct(used - reserved, now)
-            self._cells[_IN_FLIGHT] -= 1
-            self._cells[_RESERVED] -= reserved
+        if self._is_shared:
+            with self._lock:
+                self._settle(reserved, used, now)
+        else:
+            self._settle(reserved, used, now)
         self._turn_page(wall)
         self._unflushed += used
+
+    def _settle(self, reserved: int, used: int, now: float) -> None:
+        cells = self._cells
+        if self._tokens and used != reserved:
+            self._tokens.correct(used - reserved, now)
+        cells[_IN_FLIGHT] -= 1
+        cells[_RESERVED] -= reserved
 
     def flushing(self) -> None:
         """What was used until now is being written to the store."""
@@ -114,33 +145,19 @@ class Account:
             self._spent, self._period = spent, period
 
     def _turn_page(self, wall: float) -> None:
+        if wall < self._page_ends:
+            return
+        self._page_ends = period_end_s(wall, "day")
         period = period_of(wall, self._tenant.budget_period)
         if period != self._period:
             self._period = period
             self._spent = self._unflushed = self._flushing = 0
 
-    def _refuse_what_exceeds(self, tokens: int, now: float, wall: float) -> None:
-        tenant, cells = self._tenant, self._cells
-        if tenant.budget_tokens is not None:
-            self._turn_page(wall)
-            if self._spent + self._unflushed + cells[_RESERVED] >= tenant.budget_tokens:
-                raise QuotaSpent(
-                    f"{tenant.name} has used its {tenant.budget_tokens} tokens of this"
-                    f" {tenant.budget_period}",
-                    retry_after_s=self._quota_wait_s(wall),
-                )
-        if tenant.max_in_flight is not None and cells[_IN_FLIGHT] >= tenant.max_in_flight:
-            raise self._limited(
-                f"{tenant.max_in_flight} requests at a time", _FIRST_WAIT_S, now, tokens
-            )
-        for bucket, amount, what in (
-            (self._requests, 1, "requests"),
-            (self._tokens, tokens, "tokens"),
-        ):
-            wait_s = bucket.wait_s(amount, now) if bucket else 0.0
-            if bucket and wait_s > 0:
-                limit = f"{bucket.capacity:g} {what} per minute"
-                raise self._limited(limit, wait_s, now, tokens)
+    def _bucket_empty(
+        self, bucket: TokenBucket, what: str, amount: float, now: float, tokens: int
+    ) -> RateLimited:
+        limit = f"{bucket.capacity:g} {what} per minute"
+        return self._limited(limit, bucket.wait_s(amount, now), now, tokens)
 
     def _quota_wait_s(self, wall: float) -> float:
         """Until the period ends; what is only reserved may come back sooner."""
@@ -201,24 +218,27 @@ class Accounts:
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = self._new_account(tenant)
-        visit = Visit(account, tenant, model, call)
-        if tenant.has_limits:
-            visit.reserved = self.predicted(call, model)
-            if context is not None:
-                visit.reserved = min(visit.reserved, context)
-        account.enter(visit.reserved, self._clock(), self._wall_clock())
-        return visit
+        reserved = 0
+        if account.has_limits:
+            reserved = self.predicted(call, model)
+            if context is not None and context < reserved:
+                reserved = context
+        account.enter(reserved, self._clock(), self._wall_clock())
+        return Visit(account, tenant, model, call, reserved)
 
     def leave(self, visit: Visit, record: Record) -> None:
         """The request is over: count what it used. A second call does nothing."""
         if visit.left:
             return
         visit.left = True
-        usage, estimated = self._used(visit.call, record)
+        usage, estimated = record.usage, False
+        if usage is None:
+            usage = self._guessed(visit.call, record)
+            estimated = bool(usage.completion_tokens)
+        elif generates(visit.call.path):
+            self._mean(record.model).add(usage.completion_tokens)
         used = usage.prompt_tokens + usage.completion_tokens
         visit.account.leave(visit.reserved, used, self._clock(), self._wall_clock())
-        if record.usage and generates(visit.call.path):
-            self._mean(record.model).add(usage.completion_tokens)
         if record.status < 400 or used:
             self.ledger.add(visit.tenant.name, record.model, usage, estimated=estimated)
 
@@ -226,9 +246,8 @@ class Accounts:
         """Tokens in and out that a request will take."""
         tokens = prompt_tokens(call.body)
         if generates(call.path):
-            mean = self._mean(model).value
-            most = max_tokens(call.body)
-            tokens += int(mean) if most is None else most
+            most = call.max_tokens
+            tokens += int(self._mean(model).value) if most is None else most
         return tokens
 
     def flushing(self) -> None:
@@ -245,13 +264,11 @@ class Accounts:
         for name in self._accounts.keys() - spent.keys():
             self._accounts[name].flushed(0, "")
 
-    def _used(self, call: Call, record: Record) -> tuple[Usage, bool]:
-        """What the engine says it used; else what went in and the chunks that came out."""
-        if record.usage is not None:
-            return record.usage, False
+    def _guessed(self, call: Call, record: Record) -> Usage:
+        """What was used, where the engine did not say: what went in and the chunks that came out."""
         if not record.answer_chunks or not generates(call.path):
-            return Usage(0, 0), False
-        return Usage(prompt_tokens(call.body), record.answer_chunks), True
+            return Usage(0, 0)
+        return Usage(prompt_tokens(call.body), record.answer_chunks)
 
     def _mean(self, model: str) -> RunningMean:
         mean = self._means.get(model)

@@ -76,13 +76,18 @@ class Admission:
         self, model: str, tried: Collection[str] = (), call: Call | None = None
     ) -> Lease | None:
         """A lease if there is one at once. Overtakes nobody, except to try again after a failure."""
-        lane = self._lanes[model]
+        lane, now = self._lanes[model], self._clock()
         # Those who have failed somewhere may wait for what newcomers do not need: a new endpoint.
         if not tried:
-            tenant = call.tenant if call else ANONYMOUS
-            if lane.queue or not lane.may_take(tenant, self._clock(), lambda: self._free(model)):
+            if lane.queue:
                 return None
-        lease = self._lend(model, lane, tried, call)
+            tenant = call.tenant if call else ANONYMOUS
+            shares = lane.shares
+            if not shares.is_within(tenant, now) and not shares.leaves_reserves(
+                tenant, self._free(model)
+            ):
+                return None
+        lease = self._lend(model, lane, tried, call, now)
         if lease and not tried:
             lane.load.requests_total += 1
         return lease
@@ -135,7 +140,8 @@ class Admission:
             lane = self._lanes[model]
             lane.load.ended(now)
             lane.shares.ended(lease.tenant, now)
-            self._pump(model)
+            if lane.length:
+                self._pump(model)
 
     def failed(self, lease: Lease, reason: GatewayError | int) -> None:
         """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.
@@ -156,6 +162,11 @@ class Admission:
         if model in self._lanes:
             self._pump(model)
 
+    def may_retry(self, model: str) -> bool:
+        """Whether the model's retry budget allows one more; it is spent then."""
+        lane = self._lanes[model]
+        return lane.retries.take(lane.load.requests_total, self._clock())
+
     def queued(self, model: str) -> int:
         """Requests that wait for `model` now."""
         lane = self._lanes.get(model)
@@ -163,7 +174,8 @@ class Admission:
 
     def no_replica(self, model: str) -> Unavailable:
         """The error of a request that found no endpoint of `model` to go to."""
-        starting = self.resolve(model).scalable
+        served = self.router.resolve(model)
+        starting = served is not None and served.scalable
         state = "is still starting" if starting else "has no running replica"
         return Unavailable(f"the model {model!r} {state}", retry_after_s=10 if starting else 5)
 
@@ -180,21 +192,15 @@ class Admission:
             for name, lane in lanes.items()
         }
 
-    def _reserve(self, model: str, tried: Collection[str], call: Call | None) -> Lease | None:
-        now = self._clock()
-        lease = self.router.reserve(model, now=now, tried=tried, call=call)
-        if lease:
-            self._lanes[model].load.began(now)
-        return lease
-
     def _lend(
-        self, model: str, lane: Lane, tried: Collection[str], call: Call | None
+        self, model: str, lane: Lane, tried: Collection[str], call: Call | None, now: float
     ) -> Lease | None:
-        """As `_reserve`, with the lease in the tenant's name."""
-        lease = self._reserve(model, tried, call)
-        if lease:
-            lease.tenant = call.tenant if call else ANONYMOUS
-            lane.shares.began(lease.tenant, self._clock())
+        """A place for `call`, in its tenant's name, if there is one."""
+        lease = self.router.reserve(model, now=now, tried=tried, call=call)
+        if lease is not None:
+            lane.load.began(now)
+            lease.tenant = tenant = call.tenant if call else ANONYMOUS
+            lane.shares.began(tenant, now)
         return lease
 
     def _free(self, model: str) -> int:
@@ -224,7 +230,7 @@ class Admission:
         """Hand free places to those that failed elsewhere, then to whoever has the best claim."""
         lane = self._lanes[model]
         for waiter in list(lane.aside):
-            lease = self._lend(model, lane, waiter.tried, waiter.call)
+            lease = self._lend(model, lane, waiter.tried, waiter.call, self._clock())
             if lease:
                 del lane.aside[waiter]
                 waiter.granted.set_result(lease)
@@ -235,7 +241,7 @@ class Admission:
             granted = lane.grant_next(
                 self._clock(),
                 lambda: self._free(model),
-                lambda waiter: self._lend(model, lane, waiter.tried, waiter.call),
+                lambda waiter: self._lend(model, lane, waiter.tried, waiter.call, self._clock()),
             )
             if not granted:
                 self._look_again(model, lane)

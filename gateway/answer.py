@@ -16,6 +16,7 @@ class Answer:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     content_type: bytes = b""
     is_json: bool = False
+    lines: bytes | None = None  # those headers that go to a client, once they were looked for
 
     @property
     def is_event_stream(self) -> bool:

@@ -25,6 +25,7 @@ _PRINTABLE = re.compile(r"[\x20-\x7e]{1,8192}")
 LONGEST_TIMEOUT_S = 86400.0
 TIMEOUT = "x-request-timeout-s"
 PRIORITY = "x-bora-priority"
+_MAX_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 def _ids() -> Iterator[str]:
@@ -43,9 +44,46 @@ class _Routed(msgspec.Struct):
 
     model: str
     stream: Any = False
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
 
 
 _routed = msgspec.json.Decoder(_Routed)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request's headers say. Clients repeat theirs, so it is worth keeping."""
+
+    forwarded: dict[str, str]  # never changed
+    lines: bytes  # the same, as HTTP has it
+    timeout_s: float | None
+    priority: int | None  # no more than this
+
+
+def terms_of(headers: Mapping[str, str]) -> Terms:
+    """What `headers` say, which are looked up by their lower-case names.
+
+    Raises:
+        BadRequest: a time limit or a priority that makes no sense.
+    """
+    forwarded = {}
+    for name in _FORWARDED:
+        value = headers.get(name)
+        if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
+            forwarded[name] = value
+    return Terms(
+        forwarded,
+        header_lines(forwarded),
+        _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None,
+        _priority(headers[PRIORITY]) if PRIORITY in headers else None,
+    )
+
+
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    """As HTTP has them. They hold no line breaks: `terms_of` and tracing see to that."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode()
 
 
 @dataclass(slots=True)
@@ -57,23 +95,20 @@ class Call:
     model: str
     body: bytes
     request_id: str
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)  # that the engine gets
+    lines: bytes = b""  # the same, as HTTP has it
     timeout_s: float | None = None
     is_stream: bool = False
+    max_tokens: int | None = None  # that the engine may answer with, if the body tells
     method: str = "POST"
     endpoint_key: str | None = None  # the one endpoint that can answer; None: any of the model's
     tenant: Tenant = ANONYMOUS
-    priority: int = ANONYMOUS.priority
+    priority: int = HIGHEST_PRIORITY
 
-    def belongs_to(self, tenant: Tenant, headers: Mapping[str, str]) -> None:
-        """`tenant` asks, with its priority or, if `x-bora-priority` says so, a lower one.
-
-        Raises:
-            BadRequest: the header makes no sense.
-        """
-        self.tenant, self.priority = tenant, tenant.priority
-        if PRIORITY in headers:
-            self.priority = min(tenant.priority, _priority(headers[PRIORITY]))
+    def belongs_to(self, tenant: Tenant) -> None:
+        """`tenant` asks, with its priority or, if `x-bora-priority` says so, a lower one."""
+        self.tenant = tenant
+        self.priority = min(tenant.priority, self.priority)
 
     def body_at(self, endpoint: Endpoint) -> bytes:
         """The body for the engine at `endpoint`."""
@@ -105,25 +140,33 @@ def make_call(
     `model` is told where the body does not name it.
 
     Raises:
-        BadRequest: no JSON object, no `model` in it, or a time limit that makes no sense.
+        BadRequest: no JSON object, no `model` in it, or a header that makes no sense.
     """
-    forwarded = {}
-    for name in _FORWARDED:
-        value = headers.get(name)
-        if value and (value == "*/*" or _PRINTABLE.fullmatch(value)):
-            forwarded[name] = value
-    timeout_s = _timeout_s(headers[TIMEOUT]) if TIMEOUT in headers else None
-    is_stream = False
+    return new_call(api, path, body, terms_of(headers), request_id, model=model)
+
+
+def new_call(
+    api: str, path: str, body: bytes, terms: Terms, request_id: str, *, model: str | None = None
+) -> Call:
+    """As `make_call`, when the headers have been looked at."""
+    is_stream, max_tokens = False, None
     if model is None:
-        model, is_stream = _routed_of(body)
-    return Call(api, path, model, body, request_id, forwarded, timeout_s, is_stream)
+        model, is_stream, max_tokens = _routed_of(body)
+    call = Call(
+        *(api, path, model, body, request_id),
+        *(terms.forwarded, terms.lines, terms.timeout_s, is_stream, max_tokens),
+    )
+    if terms.priority is not None:
+        call.priority = terms.priority
+    return call
 
 
-def _routed_of(body: bytes) -> tuple[str, bool]:
-    """What a body's top-level `model` and `stream` say; the last ones, if there are several.
+def _routed_of(body: bytes) -> tuple[str, bool, int | None]:
+    """What a body says of its model, whether to stream, and the most tokens of an answer.
 
-    msgspec reads them without building the rest. What msgspec refuses (a lone surrogate, NaN, or
-    a mistake) is for `json` to judge, which also says what is wrong.
+    Of a name that stands twice the last counts. msgspec reads them without building the rest. What
+    msgspec refuses (a lone surrogate, NaN, or a mistake) is for `json` to judge, which also says
+    what is wrong.
 
     Raises:
         BadRequest: no JSON object, or no `model` in it.
@@ -132,12 +175,14 @@ def _routed_of(body: bytes) -> tuple[str, bool]:
     try:
         routed = _routed.decode(body)
         model, stream = routed.model, routed.stream
+        most = routed.max_completion_tokens or routed.max_tokens or routed.max_output_tokens
     except (msgspec.MsgspecError, RecursionError, ValueError):
         value = parse_object(body)
         model, stream = value.get("model"), value.get("stream")
+        most = next((value[name] for name in _MAX_TOKENS if value.get(name)), None)
     if not isinstance(model, str) or not model:
         raise BadRequest("`model` is required and must be a non-empty string", param="model")
-    return model, stream is True
+    return model, stream is True, most if isinstance(most, int) and most > 0 else None
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -34,6 +34,14 @@ class Limits(Spec):
         default=256 * 1024 * 1024, description="Bodies of requests that wait, per model."
     )
     max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    retry_share: NonNegativeFloat = Field(
+        default=0.2,
+        le=1.0,
+        description="Retries after an engine's 429 or 5xx, per request to the model, besides",
+    )
+    retries_per_s: NonNegativeFloat = Field(
+        default=10.0, description="so many retries a second of one worker."
+    )
     max_migrations: NonNegativeInt = Field(
         default=10, description="How often one stream may go on at another endpoint."
     )
@@ -67,6 +75,10 @@ class Limits(Spec):
         " streams are given up.",
     )
     connect_timeout_s: PositiveFloat = 5.0
+    max_answer_bytes: PositiveInt = Field(
+        default=1024 * 1024 * 1024,
+        description="An engine's JSON answer, which is held until it is whole. Streams have no limit.",
+    )
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
     max_head_bytes: PositiveInt = Field(
         default=64 * 1024, description="Request line and headers of one request."

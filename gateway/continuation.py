@@ -7,7 +7,7 @@ put into the form of the stream. Else by text: chat goes on with its last messag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gateway.lenient_json import json_bytes, quoted, read_json
@@ -26,7 +26,8 @@ _SAMPLING = (
 )
 # What depends on the output so far in a way that a prompt does not carry.
 _STATEFUL = (
-    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("grammar", "json_schema", "n_probs", "mirostat", "structural_tag", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("logprobs", "top_logprobs", "echo", "suffix", "prompt_logprobs", "use_beam_search"),
     *("presence_penalty", "frequency_penalty", "thinking_token_budget"),
 )
@@ -53,7 +54,10 @@ def continuation(
         CannotContinue: it would not be faithful.
     """
     if by_ids and goes_by_ids(request, told):
-        return _by_ids(request, told)
+        if told.num_tokens:
+            return _by_ids(request, told)
+        # Nothing is said yet: asked anew, its engine's parser of reasoning has its part.
+        return path, {**request, "return_token_ids": True}
     if told.reasoned:
         raise CannotContinue("it has reasoned, and the tokens of that are not known")
     return _by_text(path, request, told)
@@ -86,8 +90,14 @@ def check(request: Mapping[str, Any], told: Transcript) -> None:
     for name in _STATEFUL:
         if request.get(name):
             raise CannotContinue(f"`{name}` depends on what its engine knew")
-    if (request.get("n") or 1) != 1 or (request.get("best_of") or 1) != 1:
+    prompt = request.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    if several or (request.get("n") or 1) != 1 or (request.get("best_of") or 1) != 1:
         raise CannotContinue("it has several choices")
+    for name in (*_MAX_TOKENS, "min_tokens"):
+        limit = request.get(name)
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise CannotContinue(f"`{name}` is no whole number, so that what is left is not known")
     format_ = request.get("response_format")
     if isinstance(format_, dict) and format_.get("type", "text") != "text":
         raise CannotContinue("its engine kept the state of the answer's grammar")
@@ -119,8 +129,11 @@ def _by_text(path: str, request: Mapping[str, Any], told: Transcript) -> tuple[s
             body["max_tokens"] = limit - told.num_tokens
         return path, body
     messages = list(request.get("messages") or ())
-    if request.get("continue_final_message") and isinstance(messages[-1].get("content"), str):
-        messages[-1] = {**messages[-1], "content": messages[-1]["content"] + told.text}
+    if request.get("continue_final_message"):
+        last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+        if not isinstance(last.get("content"), str):
+            raise CannotContinue("its final message is no single text")
+        messages[-1] = {**last, "content": last["content"] + told.text}
     elif told.text:
         messages.append({"role": "assistant", "content": told.text})
         body.update(continue_final_message=True, add_generation_prompt=False)
@@ -209,22 +222,24 @@ class Splice:
     def _chunk(self, chunk: dict[str, Any]) -> bytes:
         told = self._told
         choices = []
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
+        for choice, delta in _choices(chunk):
             reason = choice.get("finish_reason")
             if reason == "abort":
                 told.fault = "it gave the request up"
                 return b""
             text = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids") or []
+            if not isinstance(text, str) or not isinstance(ids, list):
+                told.fault = "it sent a choice that is none"
+                return b""
             is_again, num_out = self.again.num_tokens > 0, len(text)
             text = self._without_again(text, len(ids))
             if ids or num_out or not (delta.get("role") or reason):
                 told.add(",".join(map(str, ids)).encode(), quoted(text), num_out)
             told.finished = told.finished or reason is not None
-            if delta.get("tool_calls"):
-                told.blocked = "it is in the middle of tool calls"
-                choices.append({**choice, "delta": _without_role(delta)})
+            if told.note_parts(delta, text):
+                more = {"token_ids": None} if told.hides_ids and "token_ids" in choice else {}
+                choices.append({**choice, "delta": _without_role(delta), **more})
             elif is_again and not text and not reason:
                 continue
             elif text or ids or reason:
@@ -281,6 +296,15 @@ class Splice:
         if usage is not None:
             chunk["usage"] = usage
         return b"data: " + json_bytes(chunk) + b"\n\n"
+
+
+def _choices(chunk: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each choice that is one, and its delta."""
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        delta = choice.get("delta") or {} if isinstance(choice, dict) else None
+        if isinstance(delta, dict):
+            yield choice, delta
 
 
 def _without_role(delta: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 from urllib.parse import urlsplit
 
+from gateway.answer_cache import AnswerCache
+from gateway.call import Call
 from gateway.endpoints import Endpoint
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineUnreachable
@@ -19,6 +20,7 @@ from gateway.errors import EngineUnreachable
 # uvicorn, which vLLM uses, closes idle connections after 5 s; be the first to.
 _IDLE_S = 4.0
 _SWEEP_S = 1.0
+_MAX_KNOWN_ENGINES = 4096
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
 
 
@@ -35,8 +37,10 @@ class EngineClient:
     Connections are as many as there are leases: `max_in_flight` bounds both.
     """
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, max_answer_bytes: int = 1 << 30) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._max_answer_bytes = max_answer_bytes
+        self._known: dict[str, AnswerCache] = {}
         self._idle: dict[str, list[EngineConnection]] = {}
         self._tls: ssl.SSLContext | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -73,6 +77,8 @@ class EngineClient:
         loop, url = asyncio.get_running_loop(), endpoint.url
         origin = _origin(url)
 
+        known = self._known.setdefault(url, AnswerCache())
+
         def free(connection: EngineConnection) -> None:
             connection.idle_since = loop.time()
             self._idle.setdefault(url, []).append(connection)
@@ -80,7 +86,9 @@ class EngineClient:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 transport, connection = await loop.create_connection(
-                    lambda: EngineConnection(endpoint.key, free),
+                    lambda: EngineConnection(
+                        endpoint.key, free, known, max_answer_bytes=self._max_answer_bytes
+                    ),
                     origin.host,
                     origin.port,
                     ssl=self._tls_context() if origin.is_tls else None,
@@ -113,6 +121,8 @@ class EngineClient:
                 self._idle[url] = live
             else:
                 del self._idle[url]
+        if len(self._known) > _MAX_KNOWN_ENGINES:
+            self._known.clear()
         self._sweep_timer = loop.call_later(_SWEEP_S, self._sweep)
 
 
@@ -123,13 +133,11 @@ def _origin(url: str) -> _Origin:
     return _Origin(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
 
 
-def request_head(
-    endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str], num_body_bytes: int
-) -> bytes:
-    """A request to `endpoint`. `headers` hold no line breaks: `make_call` and tracing see to that."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    start = _head(endpoint.url, endpoint.api_key, method, path)
-    return start + f"{lines}content-length: {num_body_bytes}\r\n\r\n".encode()
+def request_head(endpoint: Endpoint, call: Call, path: str, num_body_bytes: int) -> bytes:
+    """Of what is asked at `endpoint` for `call`."""
+    start = _head(endpoint.url, endpoint.api_key, call.method, path)
+    ids = (call.request_id.encode(), num_body_bytes)
+    return b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (start, call.lines, *ids)
 
 
 @lru_cache(maxsize=4096)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import httptools
 
 from gateway.answer import Answer, Listener
+from gateway.answer_cache import AnswerCache
 from gateway.errors import EngineBroke
 
+_log = logging.getLogger(__name__)
 _MAX_HEAD_BYTES = 256 * 1024
 _COPIED_BODY_BYTES = 64 * 1024
 
@@ -18,23 +21,34 @@ class EngineConnection(asyncio.Protocol):
     """Asks one thing at a time. `on_free` gets it back when an answer is complete and it may live."""
 
     __slots__ = (
-        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard"),
-        *("_informational", "_keep_alive", "_listener", "_name", "_on_free", "_parser", "_paused"),
+        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard", "_held_bytes"),
+        *("_informational", "_keep_alive", "_known", "_listener", "_max_answer_bytes", "_name"),
+        *("_on_free", "_parser", "_paused"),
         *("_transport", "_until_close", "closed", "idle_since", "reused"),
     )
 
-    def __init__(self, name: str, on_free: Callable[[EngineConnection], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        on_free: Callable[[EngineConnection], None],
+        known: AnswerCache,
+        *,
+        max_answer_bytes: int = 1 << 30,
+    ) -> None:
+        """`max_answer_bytes`: of a JSON answer, which is held until all of it is there."""
         self.closed = self.reused = False
         self.idle_since = 0.0
         self._name = name
         self._on_free = on_free
+        self._known = known
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._listener: Listener | None = None
         self._answer = Answer()
         self._head: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
-        self._head_bytes = 0
+        self._head_bytes = self._held_bytes = 0
+        self._max_answer_bytes = max_answer_bytes
         self._begun = self._done = self._heard = self._informational = False
         self._keep_alive = self._until_close = self._paused = False
 
@@ -42,7 +56,7 @@ class EngineConnection(asyncio.Protocol):
         """Send a request; `listener` hears what comes of it."""
         self._listener = listener
         self._answer = Answer()
-        self._head, self._head_bytes = [], 0
+        self._head, self._head_bytes, self._held_bytes = [], 0, 0
         self._body.clear()
         self._begun = self._done = self._heard = self._until_close = False
         if len(body) <= _COPIED_BODY_BYTES:
@@ -74,7 +88,16 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._heard = True
+        is_first = not self._heard
+        if is_first:
+            self._heard = True
+            known = self._known.find(data) if self._listener is not None else None
+            if known is not None:
+                self._answer, body = known
+                self._body.append(body)
+                self._keep_alive = True
+                self._complete()
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -82,15 +105,17 @@ class EngineConnection(asyncio.Protocol):
                 self._fail(f"no valid HTTP: {error}")
                 return
             self._keep_alive = False  # more than was asked for
-        if not self._answer.status:  # llhttp keeps what is not whole
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self._fail("its headers are too large")
-                return
+        if not self._answer.status and self._is_endless(len(data)):
+            self._fail("its headers are too large")
+            return
         if self._body and not self._answer.is_json:
             self._pass_on()
         if self._done:
+            if is_first and self._answer.is_json and self._keep_alive:
+                self._known.add(data, self._answer)
             self._complete()
+        elif self._answer.is_json:
+            self._hold(len(data))
 
     def eof_received(self) -> None:
         """The engine sends no more: an answer without a length is complete now."""
@@ -156,10 +181,23 @@ class EngineConnection(asyncio.Protocol):
         if listener is not None:
             listener.received(data)
 
+    def _is_endless(self, num_bytes: int) -> bool:
+        """More of a head has come, and llhttp keeps what is not whole."""
+        self._head_bytes += num_bytes
+        return self._head_bytes > _MAX_HEAD_BYTES
+
+    def _hold(self, num_bytes: int) -> None:
+        """More of an answer has come that is held until it is whole."""
+        self._held_bytes += num_bytes
+        if self._held_bytes > self._max_answer_bytes:
+            self._fail(f"its answer is larger than {self._max_answer_bytes} bytes")
+
     def _complete(self) -> None:
+        answer = self._answer
+        if not self._begun and not answer.is_json and self._listener is not None:
+            self._listener.began(answer)  # which may hang up
         listener, self._listener = self._listener, None
-        answer, begun = self._answer, self._begun
-        body = b"".join(self._body)
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._done = self._until_close = False
         if self.closed:
@@ -172,12 +210,14 @@ class EngineConnection(asyncio.Protocol):
             self._transport.close()
         if listener is None:
             return
-        if answer.is_json:
-            listener.answered(answer, body)
-            return
-        if not begun:
-            listener.began(answer)
-        listener.ended()
+        try:
+            if answer.is_json:
+                listener.answered(answer, body)
+            else:
+                listener.ended()
+        except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
+            _log.exception("an answer of the engine at %s could not be handed on", self._name)
+            listener.broke(EngineBroke("internal error; the gateway's log has more"))
 
     def _fail(self, reason: str) -> None:
         self.closed = True

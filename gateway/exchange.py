@@ -9,37 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from gateway.access import Access, may_use
 from gateway.accounts import Visit
-from gateway.admission import Admission
 from gateway.answer import Answer
-from gateway.call import Call, parse_object
-from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
-from gateway.engine import EngineClient, request_head
+from gateway.call import Call
 from gateway.engine_connection import EngineConnection
+from gateway.engine_request import engine_request, transcript_of
 from gateway.errors import (
     DeadlineExceeded,
     EngineBroke,
     EngineUnreachable,
     GatewayError,
     NotSupported,
-    Overloaded,
-    Unavailable,
 )
-from gateway.metering import Meter
-from gateway.migration import Migration
 from gateway.missing_path import refuse_if_missing
+from gateway.plant import Client, Plant, shutting_down
 from gateway.record import Record
+from gateway.recovery import RETRIED_STATUSES, Recovery, is_hopeless
 from gateway.relay import Relay
 from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
 from gateway.routing import Lease
 from gateway.tenants import ANONYMOUS
-from gateway.tracing import Tracing
-from gateway.transcript import Transcript
 from gateway.usage import find_usage
 
 if TYPE_CHECKING:
@@ -47,80 +40,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLIENT_LEFT = 499
-# Answers that another replica may well not give.
-_RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
-_NO_ENGINE = (Unavailable, Overloaded, EngineBroke)
 _EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\n"
-_ASK_FOR_IDS = b',"return_token_ids":true}'
-_LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0  # between attempts to go on with a stream
 _HEARTBEAT = b": the request waits\n\n"
-
-
-class Client(Protocol):
-    """Who asked. Gets either a `whole` answer, or `start`, `write` ... and `finish`.
-
-    `fail` may come at any time, and ends it.
-    """
-
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        """Takes a part of a body, not empty."""
-
-    def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """All of an answer. `headers` are lines that each end in CRLF."""
-
-    def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:
-        """The head of an answer whose body comes with `write`, up to `finish`."""
-
-    def finish(self) -> None:
-        """The body is complete."""
-
-    def fail(self, error: GatewayError) -> None:
-        """There is no answer, or no more of it."""
-
-
-@dataclass(slots=True)
-class Plant:
-    """What all exchanges share. `running` are those under way."""
-
-    admission: Admission
-    engines: EngineClient
-    meter: Meter
-    tracing: Tracing
-    access: Access
-    loop: asyncio.AbstractEventLoop
-    draining: bool = False
-    running: set[Exchange] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Exchange:
     """Carries `call` to an engine and its answer to `client`. Hears of both, see `Listener`."""
 
     __slots__ = (
-        *(
-            "_answer",
-            "_call",
-            "_client",
-            "_client_is_slow",
-            "_connection",
-            "_heartbeat",
-            "_lease",
-            "_lost",
-        ),
-        *(
-            "_migration",
-            "_moved",
-            "_num_misses",
-            "_num_stalls",
-            "_over",
-            "_plant",
-            "_relay",
-            "_span",
-            "_started",
-        ),
-        *("_stranded_at", "_task", "_timer", "_tried", "_visit", "received", "record"),
+        *("_answer", "_call", "_client", "_client_is_slow", "_connection", "_heartbeat", "_lease"),
+        *("_over", "_plant", "_recovery", "_relay", "_span", "_started", "_task", "_timer"),
+        *("_visit", "received", "record"),
     )
 
     def __init__(self, plant: Plant, call: Call, client: Client) -> None:
@@ -132,18 +62,12 @@ class Exchange:
         self._plant = plant
         self._call = call
         self._client = client
-        self._tried: set[str] = set()
         self._lease: Lease | None = None
-        self._lost = ""  # the endpoint that failed last
         self._connection: EngineConnection | None = None
         self._answer = Answer()
         self._relay: Relay | None = None
-        self._migration: Migration | None = None
+        self._recovery: Recovery | None = None  # nothing has gone wrong
         self._started = False  # the client has a status
-        self._moved = False  # once after an engine's 5xx
-        self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
-        self._num_stalls = 0  # engines that were left because they fell silent
-        self._num_misses = 0  # engines that did not go on with it since
         self._over = self._client_is_slow = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -176,19 +100,10 @@ class Exchange:
         if lease is not None:
             self._occupy(lease)
             self._ask()
-        elif self._is_hopeless():
+        elif is_hopeless(plant, self.record.model):
             self._fail(plant.admission.no_replica(self.record.model))
         else:
-            self._run(self._take_place())
-
-    def _is_hopeless(self) -> bool:
-        """Nobody serves the model, waiting does not start it, and another may stand in for it."""
-        admission, model = self._plant.admission, self.record.model
-        return (
-            bool(admission.router.fallbacks(model))
-            and not admission.router.can_serve(model)
-            and not admission.resolve(model).scalable
-        )
+            self._run(self._take_place)
 
     def end(self, reason: GatewayError) -> None:
         """Stop it now, with `reason` as the client's error."""
@@ -220,23 +135,23 @@ class Exchange:
 
         The engine may only be busy: so each time it must be silent for twice as long.
         """
-        relay, lease, router = self._relay, self._lease, self._plant.admission.router
+        relay, lease, admission = self._relay, self._lease, self._plant.admission
         if relay is None or lease is None or self._connection is None or self._client_is_slow:
             return
-        patience_s = self._plant.admission.limits.stall_timeout_s * 2**self._num_stalls
-        if not relay.wrote or now - relay.last_at <= patience_s:
+        since, patience_s = relay.last_at, admission.limits.stall_timeout_s
+        if self._recovery is not None:
+            since, patience_s = self._recovery.patience(since)
+        if not relay.wrote or now - since <= patience_s:
             return
-        if router.can_serve(self.record.model, {lease.endpoint.key}):
-            self._num_stalls += 1
+        if admission.router.can_serve(self.record.model, {lease.endpoint.key}):
+            self._recover().stalled()
             self.give_up(f"it was silent for {patience_s:g} s")
 
     def give_up(self, reason: str) -> None:
         """Leave the engine that this is at, and go on elsewhere."""
         if self._lease is None or self._over:
             return
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._stop_task()
         self._hang_up()
         key = self._lease.endpoint.key
         self.broke(EngineBroke(f"the engine at {key} was left: {reason}"))
@@ -255,10 +170,10 @@ class Exchange:
         except NotSupported as error:
             self._fail(error)
             return
-        if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
-            return
         if self._started:
-            self._fail(_refused(answer, body))
+            self._was_refused(answer, body)
+            return
+        if answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         record, rename = self.record, self._renamer()
         record.status, record.usage = answer.status, find_usage(body)
@@ -270,22 +185,24 @@ class Exchange:
 
     def began(self, answer: Answer) -> None:
         """The first bytes of a stream come next."""
-        if answer.status in _RETRIED_STATUSES and self._moved_after_status(answer.status):
+        lease = self._lease
+        if lease is None:
             return
-        if self._started and not (answer.status == 200 and answer.is_event_stream):
-            self._hang_up()
-            self._fail(_refused(answer, b""))
+        if self._started:
+            if answer.status != 200 or not answer.is_event_stream:
+                self._hang_up()
+                self._was_refused(answer, b"")
+                return
+        elif answer.status in RETRIED_STATUSES and self._moved_after_status(answer.status):
             return
         self._answer = answer
-        self.received = self._write_first
-        if self._stranded_at:
-            self._stranded_at, self._num_misses = 0.0, 0
-            self.record.migrations += 1
-            self._plant.meter.migrated(self.record.model)
-        if answer.is_event_stream:
-            if self._relay is None:
-                self._relay = self._new_relay()
-            self.received = self._relay.feed
+        relay = self._relay
+        if relay is None or not relay.wrote:  # what an engine before said to nobody counts no more
+            relay = self._new_relay(lease) if answer.is_event_stream else None
+            self._relay = relay
+        elif self._recovery is not None:
+            self._recovery.goes_on(relay)
+        self.received = self._write_first if relay is None else relay.feed
 
     def ended(self) -> None:
         """The stream is complete."""
@@ -295,8 +212,9 @@ class Exchange:
             relay.end()
             if self._over or self._lease is not lease:
                 return  # its last words told of a fault
-            if not relay.wrote:
-                self.broke(EngineBroke(f"the engine at {self.record.endpoint} said nothing"))
+            if not relay.is_whole:
+                said = "before its answer was whole" if relay.wrote else "and said nothing"
+                self.broke(EngineBroke(f"the engine at {self.record.endpoint} ended {said}"))
                 return
         elif not self._started:
             self._start_client()
@@ -305,27 +223,33 @@ class Exchange:
     def stale(self) -> None:
         """The pooled connection was closed already: that is no failure."""
         self._connection = None
-        self._run(self._connect())
+        self._run(self._connect)
 
     def broke(self, error: GatewayError) -> None:
         """The engine broke off, or cannot be reached."""
         self._connection = None
-        if self._over:
-            return
-        if self._lease is not None:
-            self._plant.admission.failed(self._lease, error)
-            self._tried.add(self._lease.endpoint.key)
-            self._lost = self._lease.endpoint.key
-        self._leave_place()
-        try:
-            if self._relay is not None and self._relay.wrote:
-                self._migrate(error)
-            else:
-                self._move_on(error)
-        except GatewayError as final:
-            self._fail(final)
+        if not self._over:
+            self._go_elsewhere(error, error)
 
     # How it goes on
+
+    def _was_refused(self, answer: Answer, body: bytes) -> None:
+        """An answer has begun, and an engine says something that cannot be a part of it."""
+        status, told = answer.status, body[:300].decode(errors="replace")
+        error = EngineBroke(f"the engine answered {status}: {told}")
+        if status in RETRIED_STATUSES:
+            self._go_elsewhere(error, status)
+        else:
+            self._fail(error)
+
+    def _go_elsewhere(self, error: GatewayError, fault: GatewayError | int) -> None:
+        if self._lease is not None:
+            self._recover().lost(self._lease, fault)
+        self._leave_place()
+        try:
+            self._recover_from(error)
+        except GatewayError as final:
+            self._fail(final)
 
     async def _take_place(self, pause_s: float = 0.0) -> None:
         admission, model = self._plant.admission, self.record.model
@@ -356,7 +280,7 @@ class Exchange:
         record.attempts += 1
         connection = self._plant.engines.take(endpoint)
         if connection is None:
-            self._run(self._connect())
+            self._run(self._connect)
         else:
             self._send(connection)
 
@@ -377,51 +301,27 @@ class Exchange:
         if lease is None or self._over:
             connection.abort()
             return
-        endpoint = lease.endpoint
-        name = endpoint.served_model_name or endpoint.model
-        if self._migration is not None:
-            try:
-                path, body = self._migration.request(name, by_ids=tells_token_ids(lease))
-            except CannotContinue as reason:
-                connection.abort()
-                self._fail(EngineBroke(f"its engine broke off, and it cannot go on: {reason}"))
-                return
-        else:
-            path, body = call.path, call.body_at(endpoint)
-            if self._hides_ids(lease):
-                body = body.rstrip()[:-1] + _ASK_FOR_IDS
-        headers = {**call.headers, "x-request-id": call.request_id}
+        migration = None
+        if self._recovery is not None:
+            migration, self._recovery.asked_at = self._recovery.migration, time.monotonic()
+        try:
+            head, body = engine_request(call, lease, migration)
+        except GatewayError as error:
+            connection.abort()
+            self._fail(error)
+            return
         self._connection = connection
         if self._client_is_slow:
             connection.pause()
-        connection.ask(request_head(endpoint, call.method, path, headers, len(body)), body, self)
+        connection.ask(head, body, self)
 
-    def _new_relay(self) -> Relay:
-        call, lease = self._call, self._lease
-        transcript = None
-        if can_be_continued(call.path):
-            hides_ids = lease is not None and self._hides_ids(lease)
-            held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
-            transcript = Transcript(
-                is_chat=call.path == CHAT_PATH, hides_ids=hides_ids, num_held=held
-            )
+    def _new_relay(self, lease: Lease) -> Relay:
         return Relay(
             self.record,
             self._write_first,
-            transcript=transcript,
+            transcript=transcript_of(self._call, lease),
             rename=self._renamer(),
             on_fault=self._told_of_fault,
-        )
-
-    def _hides_ids(self, lease: Lease) -> bool:
-        """Whether the engine is asked for token ids that the client does not want to see."""
-        call = self._call
-        return (
-            call.is_stream
-            and tells_token_ids(lease)
-            and can_be_continued(call.path)
-            and len(call.body) <= _LONGEST_WITH_IDS_BYTES
-            and not call.wants_ids
         )
 
     def _write_first(self, data: bytes) -> None:
@@ -465,112 +365,82 @@ class Exchange:
             self._heartbeat.cancel()
             self._heartbeat = None
 
-    def _move_on(self, error: GatewayError) -> None:
-        """To an endpoint that has not failed yet, waiting for one if somebody replaces the lost.
+    @property
+    def _tried(self) -> Collection[str]:
+        return self._recovery.tried if self._recovery is not None else ()
+
+    def _recover(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = Recovery(self._plant, self._call, self.record)
+        return self._recovery
+
+    def _recover_from(self, error: GatewayError) -> None:
+        """Go on elsewhere.
 
         Raises:
-            GatewayError: `error` again, if there is none and will be none, or after enough attempts.
+            GatewayError: there is nowhere to go, or it would not be faithful.
         """
-        admission, model = self._plant.admission, self.record.model
-        pinned = self._call.endpoint_key is not None
-        if pinned or self.record.attempts >= admission.limits.max_attempts:
-            raise error
-        managed = admission.resolve(model).managed
-        if not managed and not admission.router.can_serve(model, self._tried):
-            raise error
-        self._plant.meter.retried(model, error.code or "")
-        self._run(self._take_place())
+        relay, recovery = self._relay, self._recover()
+        if relay is None or not relay.wrote:
+            recovery.retry(error)
+            self._run(self._take_place)
+            return
+        pause_s = recovery.go_on(relay, error)
+        if pause_s is None:
+            self._complete()
+        else:
+            self._run(partial(self._take_place, pause_s))
 
     def _moved_after_status(self, status: int) -> bool:
         """Whether the call has now, for the first time, a place at another endpoint that was free."""
-        admission, model = self._plant.admission, self.record.model
         if self._lease is None:
             return False
-        admission.failed(self._lease, status)
-        if self._moved or self._started:
+        self._plant.admission.failed(self._lease, status)
+        if self._started:
             return False
-        if self.record.attempts >= admission.limits.max_attempts:
-            return False
-        tried = self._tried | {self._lease.endpoint.key}
-        other = admission.try_acquire(model, tried, self._call)
-        if other is None:
-            return False
-        self._plant.meter.retried(model, str(status))
-        self._moved, self._tried = True, tried
-        self._hang_up()
-        self._leave_place()
-        self._occupy(other)
-        self._ask()
-        return True
-
-    def _migrate(self, error: GatewayError) -> None:
-        """Go on elsewhere after what the client has so far.
-
-        Raises:
-            GatewayError: it cannot be continued faithfully, or there is nowhere to go.
-        """
-        record, relay, admission = self.record, self._relay, self._plant.admission
-        limits, now = admission.limits, time.monotonic()
-        if relay is None or record.migrations >= limits.max_migrations:
-            raise error
-        if not self._stranded_at:
-            self._stranded_at = now
-            try:
-                if self._migration is None:
-                    self._migration = Migration(self._call, relay)
-                if self._migration.prepare():
-                    self._complete()
-                    return
-            except CannotContinue as reason:
-                raise EngineBroke(f"{error.message}; it cannot go on elsewhere: {reason}") from None
-        else:
-            self._num_misses += 1
-        # Whoever failed before may be well again: only the last one is passed over.
-        self._tried = {self._lost}
-        elsewhere = admission.router.can_serve(record.model, self._tried)
-        if not elsewhere and not admission.resolve(record.model).managed:
-            raise error
-        if now > self._stranded_at + limits.replacement_timeout_s:
-            raise error
-        pause_s = min(_FIRST_PAUSE_S * 2**self._num_misses, _LONGEST_PAUSE_S)
-        self._run(self._take_place(pause_s if self._num_misses else 0.0))
+        other = self._recover().place_after(status, self._lease)
+        if other is not None:
+            self._move(other)
+        return other is not None
 
     def _fell_back(self, error: GatewayError) -> bool:
         """Whether another model, of those that may stand in for this one, takes the call instead."""
-        plant, record = self._plant, self.record
-        if self._started or plant.draining or not isinstance(error, _NO_ENGINE):
+        if self._started:
             return False
-        for name in plant.admission.router.fallbacks(self._call.model):
-            lease = None
-            if name != record.model and may_use(self._call.tenant, plant.admission.resolve(name)):
-                lease = plant.admission.try_acquire(name, (), self._call)
-            if lease is not None:
-                self._hang_up()
-                self._leave_place()
-                plant.meter.retried(record.model, "fallback")
-                record.model = record.fallback = name
-                self._tried = set()
-                self._occupy(lease)
-                self._ask()
-                return True
-        return False
+        lease = self._recover().stand_in(error)
+        if lease is None:
+            return False
+        self._move(lease, to_model=lease.endpoint.model)
+        return True
+
+    def _move(self, lease: Lease, to_model: str = "") -> None:
+        """Leave the engine for the place `lease`."""
+        self._stop_task()
+        self._hang_up()
+        self._leave_place()
+        if to_model:
+            self.record.model = self.record.fallback = to_model
+        self._occupy(lease)
+        self._ask()
 
     # How it ends
 
     def _out_of_time(self) -> None:
         admission, model = self._plant.admission, self.record.model
+        error: GatewayError = DeadlineExceeded(f"not finished within {self._call.timeout_s:g} s")
         if self._lease is None and not admission.router.can_serve(model, self._tried):
-            self.end(admission.no_replica(model))
-        else:
-            self.end(DeadlineExceeded(f"not finished within {self._call.timeout_s:g} s"))
+            error = admission.no_replica(model)
+        self._conclude(error)
 
     def _complete(self) -> None:
         self._leave()
         self._client.finish()
 
     def _fail(self, error: GatewayError) -> None:
-        if self._fell_back(error):
-            return
+        if not self._fell_back(error):
+            self._conclude(error)
+
+    def _conclude(self, error: GatewayError) -> None:
         self.record.status, self.record.error = error.status, error.message
         self.record.refusal = error.code or ""
         self._leave()
@@ -581,20 +451,21 @@ class Exchange:
         if self._timer is not None:
             self._timer.cancel()
         self._stop_heartbeat()
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._stop_task()
         self._hang_up()
         self._leave_place()
         if self._relay is not None:
             self._relay.count()
         plant.access.leave(self._visit, self.record)
-        plant.running.discard(self)
-        if plant.draining and not plant.running:
-            plant.idle.set()
+        plant.left(self)
         plant.meter.finished(self.record)
         if self._span is not None:
             plant.tracing.finish(self._span, self.record)
+
+    def _stop_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -613,13 +484,13 @@ class Exchange:
         endpoint = self._lease.endpoint
         return renamer(endpoint.served_model_name or endpoint.model, self._call.model)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._task = self._plant.loop.create_task(self._guarded(work))
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The edge of a task: what goes wrong in it becomes the client's error."""
         try:
-            await work
+            await work()
         except GatewayError as error:
             self._task = None
             self.end(error)
@@ -627,20 +498,3 @@ class Exchange:
             _log.exception("request %s failed", self._call.request_id)
             self._task = None
             self.end(GatewayError("internal error; the gateway's log has more"))
-
-
-def tells_token_ids(lease: Lease) -> bool:
-    """Whether the engine there tells token ids when asked, and takes them as a prompt."""
-    return lease.state.engine in {"vllm", "sim"}
-
-
-def shutting_down() -> Unavailable:
-    """What clients hear from a gateway that is about to end."""
-    return Unavailable("the gateway is shutting down", retry_after_s=1)
-
-
-def _refused(answer: Answer, body: bytes) -> EngineBroke:
-    """For a client whose answer has begun: what its engine, or the next one, says instead."""
-    return EngineBroke(
-        f"the engine answered {answer.status}: {body[:300].decode(errors='replace')}"
-    )

@@ -16,8 +16,9 @@ from gateway.admission import Admission
 from gateway.call import Call
 from gateway.engine import EngineClient
 from gateway.errors import GatewayError
-from gateway.exchange import Client, Exchange, Plant, shutting_down
+from gateway.exchange import Exchange
 from gateway.metering import Meter
+from gateway.plant import Client, Plant, shutting_down
 from gateway.pull import Pull
 from gateway.record import Record
 from gateway.tracing import Tracing
@@ -65,16 +66,18 @@ class Forwarder:
                 exchange.give_up("it does not answer its health checks")
 
     def watch(self) -> None:
-        """From now on look for engines that fall silent, until `close`."""
+        """From now on look for engines that fall silent, and tell the metrics, until `close`."""
         now = time.monotonic()
         for exchange in list(self._plant.running):
             exchange.check(now)
+        self.meter.flush()
         self._watch = self._plant.loop.call_later(_WATCH_S, self.watch)
 
     def close(self) -> None:
         """Look no more."""
         if self._watch is not None:
             self._watch.cancel()
+        self.meter.flush()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more calls; let those that run finish, but end them after `timeout_s`."""

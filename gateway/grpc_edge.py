@@ -116,7 +116,7 @@ def new_call(
     try:
         tenant = forwarder.access.identify(headers)
         call = make_call(api, path, json_bytes(payload()), headers, told_id)
-        call.belongs_to(tenant, headers)
+        call.belongs_to(tenant)
     except GatewayError as error:
         forwarder.rejected(Record(api=api, path=path, request_id=told_id), error)
         raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from gateway.access import require_use, visible
 from gateway.bodies import ModelCard
-from gateway.call import Call, make_call, request_id
+from gateway.call import Call, new_call, request_id, terms_of
 from gateway.catalog import model_card, model_cards
 from gateway.console import Console
 from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
@@ -27,6 +28,7 @@ from gateway.routes import (
     methods_of,
     stored_methods,
 )
+from gateway.scrape import Scrape
 from gateway.sse import error_event
 from gateway.tenants import Tenant
 
@@ -48,7 +50,7 @@ class HttpClient:
         self._is_event_stream = False
 
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """See `gateway.exchange.Client`, as for what follows."""
+        """See `gateway.plant.Client`, as for what follows."""
         self._to.respond(status, headers, body)
 
     def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102
@@ -80,11 +82,11 @@ class HttpApi:
         self._forwarder = forwarder
         self._is_ready = is_ready
         self._responses = StoredResponses(forwarder.admission)
+        self._scraping = asyncio.Lock()
         self._documents: dict[str, Callable[[], tuple[bytes, bytes]]] = {
             "/health": lambda: _json({"status": "ok"}),
             "/ready": self._ready,
             "/openapi.json": lambda: (JSON_TYPE, document()),
-            "/metrics": lambda: (_TEXT_TYPE, forwarder.meter.exposition()),
             "/console": console.page,
             "/console/data": lambda: (JSON_TYPE, console.data()),
         }
@@ -104,6 +106,7 @@ class HttpApi:
             _respond_error(to, error, told_id, methods_of(head.path))
         except Exception:  # noqa: BLE001 - a bug must not leave the client without an answer
             _log.exception("request %s failed", told_id)
+            to.forsake()
             if to.started:
                 to.abort()
             else:
@@ -121,8 +124,8 @@ class HttpApi:
         headers = request.head.headers
         try:
             tenant = self._forwarder.access.identify(headers)
-            call = self._call(request, told_id)
-            call.belongs_to(tenant, headers)
+            call = self._call(request, told_id, tenant)
+            call.belongs_to(tenant)
         except GatewayError as error:
             record = Record(api="http", path=request.head.path, request_id=told_id)
             self._forwarder.rejected(record, error)
@@ -137,11 +140,14 @@ class HttpApi:
         to.follow(exchange)
         exchange.begin()
 
-    def _call(self, request: Request, told_id: str) -> Call:
+    def _call(self, request: Request, told_id: str, tenant: Tenant) -> Call:
         head = request.head
         if head.path in _FORWARDED_PATHS and head.path != RESPONSES_PATH:
-            return make_call("http", head.path, request.body, head.headers, told_id)
-        return self._responses.make_call(request, told_id)
+            terms = head.terms
+            if terms is None:
+                terms = head.terms = terms_of(head.headers)
+            return new_call("http", head.path, request.body, terms, told_id)
+        return self._responses.make_call(request, told_id, tenant)
 
     def _show(self, head: Head, told_id: str, to: HttpConnection) -> None:
         """One of our own documents."""
@@ -154,6 +160,9 @@ class HttpApi:
             raise WrongMethod(f"{path[:200]} takes {', '.join(allowed)}")
         tenant = self._forwarder.access.admit_to(path, head.headers)
         document = self._documents.get(path)
+        if path == "/metrics":
+            self._scrape(told_id, to)
+            return
         if path == "/v1/models":
             content_type, body = _json({"object": "list", "data": self._model_cards(tenant)})
         elif document is not None:
@@ -163,6 +172,15 @@ class HttpApi:
             require_use(tenant, model)
             content_type, body = _json(model_card(admission, model))
         to.respond(200, content_type + b"x-request-id: %b\r\n" % told_id.encode(), body)
+
+    def _scrape(self, told_id: str, to: HttpConnection) -> None:
+        def respond(told: bytes | GatewayError) -> None:
+            if isinstance(told, GatewayError):
+                _respond_error(to, told, told_id)
+            else:
+                to.respond(200, _TEXT_TYPE + b"x-request-id: %b\r\n" % told_id.encode(), told)
+
+        to.follow(Scrape(self._forwarder.meter, self._scraping, respond))
 
     def _model_cards(self, tenant: Tenant) -> list[ModelCard]:
         if self._forwarder.admission.table is None:

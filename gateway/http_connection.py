@@ -70,7 +70,16 @@ class HttpConnection(asyncio.Protocol):
     __slots__ = (
         *("_answering", "_body_since", "_chunked", "_deadline", "_keep_alive", "_lingering"),
         *("_owes_continue", "_parser", "_progress_at", "_reading_paused", "_request", "_shared"),
-        *("_source", "_stalled", "_transport", "_turns", "_unsent_bytes", "_write", "started"),
+        *(
+            "_source",
+            "_stalled",
+            "_taking",
+            "_transport",
+            "_turns",
+            "_unsent_bytes",
+            "_write",
+            "started",
+        ),
     )
 
     def __init__(self, shared: Shared) -> None:
@@ -81,7 +90,7 @@ class HttpConnection(asyncio.Protocol):
         self._parser: RequestParser | None = None
         self._turns: deque[Request | BadRequest] = deque()
         self._request: Request | None = None
-        self._answering = False
+        self._answering = self._taking = False
         self._source: Source | None = None
         self._keep_alive = self._chunked = True
         self._stalled = self._reading_paused = self._owes_continue = self._lingering = False
@@ -135,6 +144,12 @@ class HttpConnection(asyncio.Protocol):
         if self._stalled:
             source.pause()
 
+    def forsake(self) -> None:
+        """What would answer is not waited for any more."""
+        source, self._source = self._source, None
+        if source is not None:
+            source.client_left()
+
     def close_after(self) -> None:
         """The answer to come is the last one on this connection."""
         self._keep_alive = False
@@ -175,9 +190,7 @@ class HttpConnection(asyncio.Protocol):
             self._parser = None
         self._turns.clear()
         self._write = _nowhere
-        source, self._source = self._source, None
-        if source is not None:
-            source.client_left()
+        self.forsake()
 
     def pause_writing(self) -> None:
         """The client does not keep up."""
@@ -199,9 +212,7 @@ class HttpConnection(asyncio.Protocol):
 
     def end(self) -> None:
         """Stop what is being answered, and close."""
-        source, self._source = self._source, None
-        if source is not None:
-            source.client_left()
+        self.forsake()
         self._transport.abort()
 
     def check(self, now: float) -> None:
@@ -283,10 +294,17 @@ class HttpConnection(asyncio.Protocol):
             return
         if not self._keep_alive:
             self._close()
-        elif self._turns:
-            self._take(self._turns.popleft())
-        else:
+        elif not self._turns:
             self._wait_for_more()
+        elif not self._taking:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Answer what waits, one after the other: thousands may have come in one read."""
+        self._taking = True
+        while self._turns and not self._answering and not self._transport.is_closing():
+            self._take(self._turns.popleft())
+        self._taking = False
 
     def _wait_for_more(self) -> None:
         shared, parser = self._shared, self._parser

@@ -26,7 +26,7 @@ from gateway.errors import (
     NotExpected,
     TargetTooLong,
 )
-from gateway.head_cache import Head, HeadCache
+from gateway.head_cache import Head, HeadCache, KnownHead
 
 # A second one of these makes a message ambiguous; of the others the first counts.
 _SINGLE = frozenset(("host", "content-length", "transfer-encoding", "expect"))
@@ -93,6 +93,7 @@ class RequestParser:
         self._heads = heads
         self._head_data = b""  # of the request that began with this read
         self._head: Head | None = None
+        self._known: KnownHead | None = None  # the connection's last head, if it was known
         self._error: GatewayError | None = None
         self._upgrading = False
 
@@ -196,17 +197,24 @@ class RequestParser:
 
     def _took_known(self, data: bytes) -> bool:
         """Whether `data` was one whole request with a head that is known."""
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or self.finished or end > self._limits.max_head_bytes:
-            self._head_data = b""
+        if self.finished:
             return False
-        head_data = data[:end]
-        known = self._heads.find(head_data)
-        if known is None:
-            self._head_data = head_data
-            return False
-        head, length = known
+        read = self._known.read(data) if self._known is not None else None
+        if read is None:
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4 or end > self._limits.max_head_bytes:
+                self._head_data = b""
+                return False
+            head_data = data[:end]
+            known = self._heads.find(head_data)
+            read = known.read(data) if known is not None else None
+            if read is None:
+                self._head_data = head_data
+                return False
+            self._known = known
+        head, end, length = read
         if len(data) != end + length or length > self._limits.max_body_bytes:
+            self._head_data = b""
             return False
         self.finished = not head.keep_alive
         self._on_request(Request(head, data[end:]))

@@ -50,6 +50,11 @@ class HttpServer:
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
 
+    def close_after_answers(self) -> None:
+        """Let every connection end with the answer that it waits for."""
+        for connection in self._shared.connections:
+            connection.close_after()
+
     async def close(self, grace_s: float) -> None:
         """Take no more clients; end what still runs after `grace_s`."""
         if self._sweep_timer:

@@ -11,7 +11,8 @@ from gateway.call import Call
 from gateway.config import Limits
 from gateway.fair_queue import FairQueue
 from gateway.load import LoadMeter
-from gateway.prediction import USUAL_COMPLETION_TOKENS, max_tokens, prompt_tokens
+from gateway.prediction import USUAL_COMPLETION_TOKENS, prompt_tokens
+from gateway.retry_budget import RetryBudget
 from gateway.routing import Lease
 from gateway.shares import Shares
 from gateway.tenants import ANONYMOUS, Tenant
@@ -38,6 +39,11 @@ class Waiter:
         return self.call is not None and self.call.endpoint_key is not None
 
     @property
+    def num_bytes(self) -> int:
+        """Of its body."""
+        return len(self.call.body) if self.call is not None else 0
+
+    @property
     def priority(self) -> int:
         """Higher goes first."""
         return self.call.priority if self.call else ANONYMOUS.priority
@@ -46,14 +52,24 @@ class Waiter:
 class Lane:
     """`aside` wait those that may need what others do not: after a failure elsewhere, or pinned."""
 
-    __slots__ = ("_max_aside", "aside", "load", "look_again", "queue", "shares")
+    __slots__ = (
+        "_max_aside",
+        "_max_aside_bytes",
+        "aside",
+        "load",
+        "look_again",
+        "queue",
+        "retries",
+        "shares",
+    )
 
     def __init__(self, limits: Limits, now: float) -> None:
         self.load = LoadMeter(now)
         self.shares = Shares()
         self.queue = FairQueue[Waiter](limits.max_queued, limits.max_queued_bytes)
         self.aside: OrderedDict[Waiter, None] = OrderedDict()
-        self._max_aside = limits.max_queued
+        self.retries = RetryBudget(limits.retry_share, limits.retries_per_s, now)
+        self._max_aside, self._max_aside_bytes = limits.max_queued, limits.max_queued_bytes
         self.look_again: asyncio.TimerHandle | None = None
 
     @property
@@ -68,14 +84,15 @@ class Lane:
             self.aside.move_to_end(waiter, last=False)
             return []
         if waiter.is_pinned:
-            if len(self.aside) >= self._max_aside:
+            num_bytes = sum(each.num_bytes for each in (*self.aside, waiter))
+            if len(self.aside) >= self._max_aside or num_bytes > self._max_aside_bytes:
                 return [waiter]
             self.aside[waiter] = None
             return []
         cost, size = 1.0, 0
         if waiter.call is not None:
             body = waiter.call.body
-            most = max_tokens(body)
+            most = waiter.call.max_tokens
             cost = prompt_tokens(body) + (USUAL_COMPLETION_TOKENS if most is None else most)
             size = len(body)
         return self.queue.push(

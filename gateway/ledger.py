@@ -51,11 +51,15 @@ class Ledger:
 
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
+        self._day_number, self._day = -1.0, ""
         self._sums: dict[tuple[str, str, str], list[int]] = {}
 
     def add(self, tenant: str, model: str, usage: Usage, *, estimated: bool) -> None:
         """A request is over."""
-        key = (tenant, model, day_of(self._wall_clock()))
+        number = self._wall_clock() // _DAY_S
+        if number != self._day_number:
+            self._day_number, self._day = number, _day_text(int(number))
+        key = (tenant, model, self._day)
         sums = self._sums.get(key)
         if sums is None:
             sums = self._sums[key] = [0, 0, 0, 0]

@@ -19,8 +19,11 @@ def read_json(data: bytes) -> Any:
     """
     try:
         return _decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError):
-        return json.loads(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        try:
+            return json.loads(data)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

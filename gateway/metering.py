@@ -12,35 +12,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.access_log import AccessLog
 from gateway.endpoints import Endpoint
-from gateway.record import GAP_BUCKETS_S, Gaps, Record
+from gateway.record import GAP_BUCKETS_S, Record
 from gateway.routing import EndpointState
-from gateway.tenant_metrics import TenantMetrics
-
-_LATENCY_BUCKETS_S = (
-    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
-    *(2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
-)
-
-
-class _Series:
-    """The metrics of one model, variant and API, looked up once."""
-
-    __slots__ = ("completion_tokens", "duration", "gaps", "prompt_tokens", "statuses", "ttft")
-
-    def __init__(
-        self,
-        duration: Histogram,
-        ttft: Histogram,
-        gaps: Histogram,
-        prompt_tokens: Counter,
-        completion_tokens: Counter,
-    ) -> None:
-        self.duration = duration
-        self.ttft = ttft
-        self.gaps = gaps
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
-        self.statuses: dict[int, Counter] = {}
+from gateway.tally import LATENCY_BUCKETS_S, Tally
+from gateway.tenant_metrics import TenantMetrics, add_counts
 
 
 class Meter:
@@ -48,8 +23,8 @@ class Meter:
 
     def __init__(self, access_log: AccessLog | None = None) -> None:
         self._access_log = access_log
-        self._series: dict[tuple[str, str, str], _Series] = {}
-        self._at_engines: dict[tuple[str, str], Gauge] = {}
+        self._tallies: dict[tuple[str, str, str, str], Tally] = {}
+        self._at_engines: dict[tuple[str, str], int] = {}
         self._registry = registry = CollectorRegistry()
         request = ("model", "variant", "api")
         self._requests = Counter(
@@ -62,14 +37,14 @@ class Meter:
             "bora_gateway_time_to_first_token_seconds",
             "From the request to the first byte of a stream.",
             request,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self._duration = Histogram(
             "bora_gateway_request_duration_seconds",
             "From the request to the end of the answer.",
             request,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self._gaps = Histogram(
@@ -160,36 +135,32 @@ class Meter:
 
     def finished(self, record: Record) -> None:
         """Count a request that is over and write its access log line."""
-        series = self._series.get((record.model, record.variant, record.api))
-        if series is None:
-            series = self._new_series(record.model, record.variant, record.api)
-        requests = series.statuses.get(record.status)
-        if requests is None:
-            labels = (record.model, record.variant, record.api, str(record.status))
-            requests = series.statuses[record.status] = self._requests.labels(*labels)
-        requests.inc()
         record.duration_s = record.age_s
-        series.duration.observe(record.duration_s)
-        if record.ttft_s is not None:
-            series.ttft.observe(record.ttft_s)
-        if record.gaps is not None:
-            _add_counts(series.gaps, record.gaps)
-        if record.usage is not None:
-            series.prompt_tokens.inc(record.usage.prompt_tokens)
-            series.completion_tokens.inc(record.usage.completion_tokens)
-        self._of_tenants.finished(record)
+        key = (record.model, record.variant, record.api, record.tenant)
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally()
+        tally.add(record)
+        if record.refusal:
+            self._of_tenants.refused(record)
         if self._access_log is not None:
             self._access_log.add(record)
 
-    def _new_series(self, model: str, variant: str, api: str) -> _Series:
-        series = self._series[model, variant, api] = _Series(
-            self._duration.labels(model, variant, api),
-            self._ttft.labels(model, variant, api),
-            self._gaps.labels(model, variant),
-            self._prompt_tokens.labels(model, variant),
-            self._completion_tokens.labels(model, variant),
-        )
-        return series
+    def flush(self) -> None:
+        """Tell the metrics of what has finished. Scraping does so, and the gateway every second."""
+        tallies, self._tallies = self._tallies, {}
+        for (model, variant, api, tenant), tally in tallies.items():
+            for status, count in tally.statuses.items():
+                self._requests.labels(model, variant, api, str(status)).inc(count)
+            add_counts(self._duration.labels(model, variant, api), tally.duration)
+            add_counts(self._ttft.labels(model, variant, api), tally.ttft)
+            add_counts(self._gaps.labels(model, variant), tally.gaps)
+            self._prompt_tokens.labels(model, variant).inc(tally.prompt_tokens)
+            self._completion_tokens.labels(model, variant).inc(tally.completion_tokens)
+            if model:
+                self._of_tenants.add(tenant, model, tally)
+        for (model, variant), count in self._at_engines.items():
+            self._in_flight.labels(model, variant).set(count)
 
     def retried(self, model: str, reason: str) -> None:
         """A request goes to another endpoint, because of an error's `code` or a status."""
@@ -201,10 +172,8 @@ class Meter:
 
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""
-        gauge = self._at_engines.get((model, variant))
-        if gauge is None:
-            gauge = self._at_engines[model, variant] = self._in_flight.labels(model, variant)
-        gauge.inc(change)
+        key = model, variant
+        self._at_engines[key] = self._at_engines.get(key, 0) + change
 
     @contextmanager
     def queued(self, model: str) -> Iterator[None]:
@@ -246,6 +215,7 @@ class Meter:
 
         Without the making and reading of text this costs a fifth of `exposition`.
         """
+        self.flush()
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             summed = CollectorRegistry()
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
@@ -253,17 +223,12 @@ class Meter:
         return self._registry.restricted_registry(names).collect()
 
     def exposition(self) -> bytes:
-        """The metrics in Prometheus' text format, of all workers when there are several."""
+        """The metrics in Prometheus' text format as of the last `flush`, of all workers.
+
+        May run in a thread: it takes as long as there are series.
+        """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             summed = CollectorRegistry()
             MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
             return generate_latest(summed)
         return generate_latest(self._registry)
-
-
-def _add_counts(histogram: Histogram, gaps: Gaps) -> None:
-    """Add what was counted already. prometheus-client has no public way to (its buckets are counters)."""
-    for bucket, count in zip(histogram._buckets, gaps.counts, strict=True):  # noqa: SLF001
-        if count:
-            bucket.inc(count)
-    histogram._sum.inc(gaps.sum_s)  # noqa: SLF001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gateway.call import Call, parse_object
 from gateway.continuation import CannotContinue, Splice, check, continuation, goes_by_ids
+from gateway.errors import BadRequest
 from gateway.lenient_json import json_bytes
 from gateway.relay import Relay
 from gateway.transcript import Again
@@ -19,7 +20,10 @@ class Migration:
         self._path = call.path
         self._relay = relay
         self._told = relay.transcript
-        self._asked = parse_object(call.body)
+        try:
+            self._asked = parse_object(call.body)
+        except BadRequest as error:
+            raise CannotContinue(error.message) from None
         self._splice = Splice(self._told, self._asked, self._path)
         self._again = Again()
 
@@ -37,7 +41,9 @@ class Migration:
             check(self._asked, self._told)
             if not splice.is_exhausted:
                 return False
-        self._relay.write(splice.ending())
+        ending = splice.ending()
+        if ending:  # in HTTP's chunks, nothing would be the end
+            self._relay.write(ending)
         return True
 
     def request(self, served_model_name: str, *, by_ids: bool) -> tuple[str, bytes]:
@@ -48,5 +54,8 @@ class Migration:
         """
         repeats = by_ids and goes_by_ids(self._asked, self._told)
         self._splice.again = self._again if repeats else Again()
-        path, body = continuation(self._path, self._asked, self._told, by_ids=by_ids)
+        try:
+            path, body = continuation(self._path, self._asked, self._told, by_ids=by_ids)
+        except (ValueError, TypeError) as error:
+            raise CannotContinue(f"its request or its tokens are unusual: {error}") from None
         return path, json_bytes({**body, "model": served_model_name})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_IMAGE = 1000
 _BASE64 = b";base64,"
-_MAX_TOKENS = re.compile(rb'"max_(?:completion_|output_|)tokens"\s*:\s*(\d{1,9})')
-_KEY = b'"max_'
 USUAL_COMPLETION_TOKENS = 256.0
 _MEMORY = 0.95  # of the running mean, per answer
 _GENERATING = ("/completions", "/responses", "/messages")
@@ -26,20 +24,7 @@ def prompt_tokens(body: bytes) -> int:
     return max(1, text_bytes // _BYTES_PER_TOKEN) + len(rest) * _TOKENS_PER_IMAGE
 
 
-def max_tokens(body: bytes) -> int | None:
-    """The most that the client lets the engine write, if it says so.
-
-    Quotes inside of JSON strings are escaped, so that text is never taken for it.
-    """
-    at = body.rfind(_KEY)
-    while at >= 0:
-        found = _MAX_TOKENS.match(body, at)
-        if found is not None:
-            return int(found[1])
-        at = body.rfind(_KEY, 0, at)
-    return None
-
-
+@lru_cache(maxsize=256)
 def generates(path: str) -> bool:
     """Whether requests to `path` are answered with new tokens."""
     return path.endswith(_GENERATING)

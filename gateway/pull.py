@@ -7,7 +7,8 @@ from typing import Self
 
 from gateway.call import Call
 from gateway.errors import GatewayError
-from gateway.exchange import Exchange, Plant
+from gateway.exchange import Exchange
+from gateway.plant import Plant
 from gateway.reply import headers_of
 
 _HIGH_WATER_BYTES = 256 * 1024
@@ -68,7 +69,7 @@ class Pull:
     # What the exchange does
 
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
-        """See `gateway.exchange.Client`, as for what follows."""
+        """See `gateway.plant.Client`, as for what follows."""
         self.status, self.headers, self.body = status, headers_of(headers), body
         self._complete = True
         self._wake()

@@ -56,6 +56,12 @@ class Relay:
         if tail:
             self._pass_on(tail)
 
+    @property
+    def is_whole(self) -> bool:
+        """The client has all of an answer, as far as can be told."""
+        told = self.transcript
+        return self.wrote and (told is None or told.finished or not told.num_tokens)
+
     def count(self) -> None:
         """Where the engine told no usage, note what the events tell of it."""
         record, transcript = self._record, self.transcript

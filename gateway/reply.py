@@ -21,11 +21,12 @@ _UNSAFE_IN_HEADER = re.compile(r"[^\x21-\x7e]")
 
 def header_lines(answer: Answer, record: Record) -> bytes:
     """The headers for the client as HTTP has them, each with its line end."""
-    lines = [b"%b: %b\r\n" % header for header in answer.headers if header[0] not in _NOT_FORWARDED]
-    lines.append(lines_of_ours(record))
-    if answer.status in {429, 503} and not any(k == b"retry-after" for k, _ in answer.headers):
-        lines.append(b"retry-after: 1\r\n")
-    return b"".join(lines)
+    if answer.lines is None:
+        lines = [b"%b: %b\r\n" % one for one in answer.headers if one[0] not in _NOT_FORWARDED]
+        if answer.status in {429, 503} and not any(k == b"retry-after" for k, _ in answer.headers):
+            lines.append(b"retry-after: 1\r\n")
+        answer.lines = b"".join(lines)
+    return answer.lines + lines_of_ours(record)
 
 
 def lines_of_ours(record: Record) -> bytes:

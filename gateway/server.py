@@ -113,6 +113,8 @@ class Gateway:
             return
         draining = asyncio.create_task(self._forwarder.drain(timeout_s))
         await asyncio.sleep(0)  # it now refuses requests
+        if self._http:
+            self._http.close_after_answers()
         self._tell_health()
         await draining
 
@@ -123,7 +125,9 @@ class Gateway:
             self._stack.callback(self._access_log.flush)
         tracing = tracing_from(os.environ)
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
-        engines = EngineClient(connect_timeout_s=limits.connect_timeout_s)
+        engines = EngineClient(
+            connect_timeout_s=limits.connect_timeout_s, max_answer_bytes=limits.max_answer_bytes
+        )
         await self._stack.enter_async_context(engines)
         if self._shared:
             self._stack.callback(self._shared.close)

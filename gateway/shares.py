@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gateway.tenants import HIGHEST_PRIORITY, Tenant
 
 WINDOW_S = 30.0
+_HALF_WINDOW_S = WINDOW_S / 2
 _REFRESH_S = 1.0
 
 
@@ -33,7 +34,7 @@ class _Holder:
     def note(self, now: float) -> None:
         """Its demand may be higher than ever lately."""
         demand = self.in_flight + self.waiting
-        if now - self.turned_at > WINDOW_S / 2:
+        if now - self.turned_at > _HALF_WINDOW_S:
             old = now - self.turned_at > WINDOW_S
             self.earlier_peak = 0 if old else self.peak
             self.peak, self.turned_at = demand, now
@@ -70,15 +71,22 @@ class Shares:
 
     def began(self, tenant: Tenant, now: float) -> None:
         """A request of `tenant` got a place."""
-        holder = self._holder(tenant, now)
-        holder.in_flight += 1
-        self._changed(holder, now)
+        holder = self._holders.get(tenant.name)
+        if holder is None:
+            holder = self._holder(tenant, now)
+        holder.active_at = now
+        in_flight = holder.in_flight = holder.in_flight + 1
+        if len(self._holders) > 1:
+            self._changed(holder, now)
+        elif in_flight > holder.peak or now - holder.turned_at > _HALF_WINDOW_S:
+            holder.note(now)
 
     def ended(self, tenant: Tenant, now: float) -> None:
         """It gave the place back."""
         holder = self._holder(tenant, now)
         holder.in_flight -= 1
-        self._changed(holder, now)
+        if len(self._holders) > 1:
+            self._changed(holder, now)
 
     def is_within(self, tenant: Tenant, now: float) -> bool:
         """Whether `tenant` may have another place without a look at how many are free."""
@@ -110,8 +118,7 @@ class Shares:
 
     def _changed(self, holder: _Holder, now: float) -> None:
         holder.note(now)
-        if len(self._holders) > 1:
-            self._reserve(holder)
+        self._reserve(holder)
 
     def _reserve(self, holder: _Holder) -> None:
         needed = min(int(holder.share), max(holder.peak, holder.earlier_peak)) - holder.in_flight

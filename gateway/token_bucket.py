@@ -51,8 +51,25 @@ class TokenBucket:
         """How long until it is full."""
         return self.wait_s(self.capacity, now)
 
+    def take(self, amount: float, now: float) -> bool:
+        """Take `amount` if it is in it, or if it is full and never holds as much."""
+        cells, capacity = self._cells, self.capacity
+        since = cells[self._at]
+        level = capacity
+        if since:
+            level = cells[self._level]
+            if now > since:
+                level += (now - since) * self.per_s
+                level = min(level, capacity)
+        if level < amount and level < capacity:
+            return False
+        cells[self._level] = level - amount
+        cells[self._at] = now or 1e-9
+        return True
+
     def correct(self, amount: float, now: float) -> None:
-        """Take `amount`; give it back if it is negative."""
-        level = self.level(now) - amount
-        self._cells[self._level] = min(self.capacity, level)
-        self._cells[self._at] = now or 1e-9
+        """Take `amount`; give it back if it is negative. What fills it until `now` comes later."""
+        cells = self._cells
+        if not cells[self._at]:
+            cells[self._level], cells[self._at] = self.capacity, now or 1e-9
+        cells[self._level] -= amount

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gateway.call import Call
+from gateway.call import Call, header_lines
 from gateway.record import Record
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ class Tracing:
             context=propagator.extract(call.headers),
             kind=SpanKind.SERVER,
         )
-        propagator.inject(call.headers, context=set_span_in_context(span))
+        headers = dict(call.headers)
+        propagator.inject(headers, context=set_span_in_context(span))
+        call.headers, call.lines = headers, header_lines(headers)
         return span
 
     def finish(self, span: Span, record: Record) -> None:

@@ -97,7 +97,7 @@ class Transcript:
             return self._read_all(events)
         start = at + len(mark)
         end = events.find(b'"', start)
-        if events[end - 1] == _BACKSLASH:
+        if end == start or events[end - 1] == _BACKSLASH:  # beside no text stand other things
             return self._read_all(events)
         said = events[start:end]
         at = events.find(self._ids_mark, end)
@@ -199,7 +199,24 @@ class Transcript:
             if b'": ' in data and b'":"' not in data:
                 self._expect_spaces()
         self.usage_sent = self.usage_sent or bool(chunk.get("usage") and not chunk.get("choices"))
-        return all(self._read_choice(choice, ids) for choice in chunk.get("choices") or ())
+        choices = chunk.get("choices") or []
+        if not isinstance(choices, list):
+            self.fault = "it sent choices that are none"
+            return False
+        return all(self._read_choice(choice, ids) for choice in choices)
+
+    def note_parts(self, delta: dict[str, Any], text: str) -> bool:
+        """Whether `delta` has more than text, in the middle of which no other engine can go on."""
+        if delta.get("tool_calls"):
+            self.blocked = "it is in the middle of tool calls"
+            return True
+        if delta.get("reasoning") or delta.get("reasoning_content"):
+            self.blocked = "it is in the middle of reasoning"
+            return True
+        if text and self.blocked and "reasoning" in self.blocked:
+            self.blocked = None
+            self.reasoned = True
+        return False
 
     def _expect_spaces(self) -> None:
         """Engines write JSON either way, but always in the same."""
@@ -208,26 +225,22 @@ class Transcript:
         self._mark, self._ids_mark, self._finish_mark = spaced
 
     def _read_choice(self, choice: Any, ids: bytes) -> bool:
-        if not isinstance(choice, dict):
+        delta = choice.get("delta") or {} if isinstance(choice, dict) else None
+        if not isinstance(delta, dict):
             self.fault = "it sent a choice that is none"
             return False
-        delta = choice.get("delta") or {}
         text = choice.get("text") or delta.get("content") or ""
+        if not isinstance(text, str):
+            self.blocked, text = "it says something else than text", ""
         if choice.get("finish_reason") == _ABORT:
             self.fault = "it gave the request up"
             return False
-        if delta.get("tool_calls"):
-            self.blocked = "it is in the middle of tool calls"
-        elif delta.get("reasoning") or delta.get("reasoning_content"):
-            self.blocked = "it is in the middle of reasoning"
-        elif text and self.blocked and "reasoning" in self.blocked:
-            self.blocked = None
-            self.reasoned = True
+        self.note_parts(delta, text)
         if choice.get("index"):
             self.blocked = "it has several choices"
         self.finished = self.finished or choice.get("finish_reason") is not None
         if ids or text or not (delta.get("role") or choice.get("finish_reason")):
-            self.add(ids, quoted(str(text)))
+            self.add(ids, quoted(text))
         return True
 
 

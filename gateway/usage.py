@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _KEY = b'"usage"'
 _LONGEST_USAGE_BYTES = 4096
@@ -17,8 +16,7 @@ _USUAL = re.compile(
 _decoder = json.JSONDecoder()
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens that went into an engine and came out of it."""
 
     prompt_tokens: int

@@ -70,6 +70,10 @@ class Architecture(Spec):
     output_bias: bool = Field(default=False, description="Bias on o (gpt-oss).")
     attention_sinks: bool = Field(default=False, description="One number per head (gpt-oss).")
     qk_norm: bool = Field(default=False, description="RMS norms on the heads of q and k (Qwen3).")
+    qk_norm_over_heads: bool = Field(
+        default=False,
+        description="The norms span all heads, so that ranks exchange their sums (MiniMax-M2).",
+    )
     sliding_window: PositiveInt | None = Field(
         default=None, description="Tokens a layer looks back, but for full_attention_layers."
     )

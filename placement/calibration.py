@@ -1,16 +1,21 @@
-"""Calibration: what engines reported when they started, so that the next prediction is right.
+"""Calibration: what engines were seen to need and to do, so that the next prediction is right.
 
 An engine tells its weights and its KV cache when it starts. Where that differs from the prediction
 by more than `TOLERANCE`, an observation is kept; later plans for the same model on the same ranks
 take the measured weights, and what the KV cache fell short by as memory that something else takes.
+
+Measured times are kept as the mean and variance of ln(measured / predicted). A prediction is off by
+a factor whose logarithm has the model's own error as standard deviation, before anything is
+measured; each measurement moves it, the more the less measurements scatter (Bayes, normal).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from placement.spec import Spec
 
@@ -74,15 +79,59 @@ class Correction:
     other_bytes: int = 0  # not weights and not KV cache
 
 
+class Ratio(Spec):
+    """Measured over predicted, in logarithms: a count, their mean, and the squares about it."""
+
+    count: NonNegativeInt = 0
+    mean: float = 0.0
+    squares: NonNegativeFloat = 0.0
+
+    def with_measured(self, measured: float, predicted: float) -> Ratio:
+        """One measurement more (Welford)."""
+        value, count = math.log(measured / predicted), self.count + 1
+        mean = self.mean + (value - self.mean) / count
+        squares = self.squares + (value - self.mean) * (value - mean)
+        return Ratio(count=count, mean=mean, squares=squares)
+
+    def corrected(self, error: float) -> tuple[float, float]:
+        """Factor for the next prediction, and its relative error, from one of `error` without it."""
+        if self.count == 0 or error <= 0:
+            return 1.0, error
+        # As if one more measurement had scattered by the model's error.
+        scatter = (self.squares + error**2) / (self.count + 1)
+        weight = self.count * error**2 / (self.count * error**2 + scatter)
+        return math.exp(weight * self.mean), error * math.sqrt(1 - weight)
+
+
+class SpeedObservation(Spec):
+    """How fast engines of a setup were, against what was predicted for the load that they had."""
+
+    setup: Setup
+    model: str = Field(description="The catalogue's name.")
+    observed: str = Field(description="Date of the newest measurement, ISO 8601.")
+    ttft: Ratio = Ratio()
+    tpot: Ratio = Ratio()
+
+
 class Calibration(Spec):
-    """The calibration file: one observation a setup, the newest."""
+    """The calibration file: one observation a setup, the newest, and one of its speed."""
 
     observations: tuple[Observation, ...] = ()
+    speeds: tuple[SpeedObservation, ...] = ()
 
     def with_observation(self, observation: Observation) -> Calibration:
         """A calibration that also knows `observation`, in place of an older one of its setup."""
         others = [kept for kept in self.observations if kept.setup != observation.setup]
-        return Calibration(observations=(*others, observation)[-KEPT:])
+        return self.model_copy(update={"observations": (*others, observation)[-KEPT:]})
+
+    def with_speed(self, observation: SpeedObservation) -> Calibration:
+        """A calibration that also knows how fast a setup was, in place of an older one of it."""
+        others = [kept for kept in self.speeds if kept.setup != observation.setup]
+        return self.model_copy(update={"speeds": (*others, observation)[-KEPT:]})
+
+    def speed(self, setup: Setup) -> SpeedObservation | None:
+        """How fast `setup` was, if that was ever seen."""
+        return next((kept for kept in self.speeds if kept.setup == setup), None)
 
     def correction(self, setup: Setup) -> Correction:
         """What is known of `setup`; nothing to correct if it was never seen."""

@@ -22,6 +22,7 @@ CONTEXT_STEP = 1024  # a context that is cut down is a multiple of this
 def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candidate]:
     """Checkpoints x tensor parallel sizes 1, 2, 4 ... on one node of `pool`, legal or not.
 
+    Where GPUs have no NVLink, pipelines of 2, 4 ... such groups too: they exchange far less.
     What the fleet leaves open is filled in: 256 requests and 8,192 tokens a step on GPUs, 32 and
     2,048 on CPUs; the model's context, on CPUs at most 8,192, cut down to what the KV cache holds;
     experts spread over the ranks of a GPU replica.
@@ -30,8 +31,9 @@ def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candi
     device = target_device(wish, pool, catalogue)
     found = []
     for checkpoint in wanted_checkpoints(wish, model):
-        for ranks in _tensor_parallel_sizes(wish, checkpoint, device):
+        for ranks, stages in _parallel_sizes(wish, model, checkpoint, device):
             candidate = _filled_in(wish, model, checkpoint, device, ranks)
+            candidate = replace(candidate, pipeline_parallel_size=stages)
             candidate = replace(candidate, calibration=catalogue.calibration)
             if wish.max_model_len is None:
                 candidate = _with_context_that_fits(candidate, at_least=_longest_request(wish))
@@ -60,12 +62,24 @@ def wanted_checkpoints(wish: FleetModel, model: ModelSpec) -> list[Checkpoint]:
     return [entry for entry in model.checkpoints if entry.precision in wish.precision]
 
 
-def _tensor_parallel_sizes(wish: FleetModel, checkpoint: Checkpoint, device: Device) -> list[int]:
+def _parallel_sizes(
+    wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device
+) -> list[tuple[int, int]]:
+    """Tensor parallel ranks and pipeline stages."""
     if wish.tensor_parallel_size is not None:
-        return [wish.tensor_parallel_size]
+        return [(wish.tensor_parallel_size, 1)]
     if checkpoint.format == "gguf":
-        return [1]  # one rejection says it all
-    return [1 << power for power in range(device.gpus_per_node.bit_length())]
+        return [(1, 1)]  # one rejection says it all
+    powers = [1 << power for power in range(device.gpus_per_node.bit_length())]
+    sizes = [(ranks, 1) for ranks in powers]
+    if device.link in ("pcie", "pcie-no-p2p") and model.supports_pipeline_parallel:
+        sizes += [
+            (ranks, stages)
+            for stages in powers[1:]
+            for ranks in powers
+            if ranks * stages <= device.gpus_per_node
+        ]
+    return sizes
 
 
 def _filled_in(

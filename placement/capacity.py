@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from placement.fleet import Demand, Objective
-from placement.performance import Load, ReplicaSpeed, predict, prefill_s, requests_per_s
+from placement.performance import ReplicaSpeed, predict, prefill_s, requests_per_s
 from placement.plan import Prediction
+from placement.queueing import highest, load_at
+
+__all__ = [
+    "DEFAULT_DEMAND", "Capacity", "broken_promise", "capacity", "concurrency_for", "load_at",
+    "ttft_p95_s",
+]  # fmt: skip
 
 DEFAULT_DEMAND = Demand(requests_per_s=0.0)
 
@@ -31,8 +37,9 @@ def capacity(
 ) -> Capacity:
     """The largest concurrency, up to what engine and cache hold, that keeps the service level.
 
-    TTFT and TPOT grow with concurrency, so the largest is found by bisection; the rate is
-    concurrency over the time that a request takes.
+    TTFT and TPOT grow with concurrency, so the largest is found by bisection. The rate is that of
+    requests which come at random, at which 95% of them get what is promised and at most so many run
+    at once (`queueing.py`); without a promise it is what the fullest replica finishes.
     """
     lengths = demand or DEFAULT_DEMAND
     tokens = lengths.input_tokens.mean + lengths.output_tokens.mean
@@ -50,17 +57,15 @@ def capacity(
     broken = (
         broken_promise(speed, concurrency=low + 1, demand=lengths, slo=slo) if low < most else ""
     )
+    rate = requests_per_s(prediction, load)
+    if slo.ttft_p95_s is not None or (slo.tpot_p95_ms is not None and broken):
+        rate = min(rate, highest(speed, lengths, slo, at_most=max(low, 1)).rate_per_s)
     return Capacity(
         concurrency=low,
-        requests_per_s=requests_per_s(prediction, load) if low else 0.0,
+        requests_per_s=rate if low else 0.0,
         prediction=prediction,
         broken_promise=broken,
     )
-
-
-def load_at(demand: Demand, concurrency: int) -> Load:
-    """`concurrency` requests of the demand's mean lengths."""
-    return Load(concurrency, demand.input_tokens.mean, demand.output_tokens.mean)
 
 
 def broken_promise(speed: ReplicaSpeed, *, concurrency: int, demand: Demand, slo: Objective) -> str:
@@ -79,7 +84,9 @@ def ttft_p95_s(speed: ReplicaSpeed, prediction: Prediction, demand: Demand) -> f
     mean, p95 = demand.input_tokens.mean, demand.input_tokens.p95
     if p95 is None or p95 <= mean:
         return prediction.ttft_s
-    return prediction.ttft_s + prefill_s(speed, p95) - prefill_s(speed, mean)
+    hit = demand.prefix_hit
+    longer = prefill_s(speed, p95, prefix_hit=hit) - prefill_s(speed, mean, prefix_hit=hit)
+    return prediction.ttft_s + longer
 
 
 def concurrency_for(speed: ReplicaSpeed, *, rate_per_s: float, at_most: int, demand: Demand) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -15,6 +15,9 @@ from placement.calibration import Calibration
 from placement.errors import ConfigError, UnknownName
 from placement.mig import MARK, mig_slice
 from placement.spec import Spec, load_yaml
+
+if TYPE_CHECKING:  # it imports this module
+    from placement.gguf_weights import GgufWeights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -168,6 +171,8 @@ class Catalogue:
     models: Mapping[str, ModelSpec]
     gpus: Mapping[str, GpuType]
     calibration: Calibration = field(default=Calibration(), repr=False)
+    gguf_weights: Mapping[str, GgufWeights] = field(default_factory=dict, repr=False)
+    """By model: what the header of its only checkpoint, a `.gguf` file, says."""
 
     def model(self, name: str) -> ModelSpec:
         """The entry called or aliased `name` (case-insensitive).
@@ -194,9 +199,10 @@ class Catalogue:
                 return gpu
         raise UnknownName("GPU type", name, self.gpus)
 
-    def with_model(self, model: ModelSpec) -> Catalogue:
-        """A catalogue that also knows `model`."""
-        return replace(self, models={**self.models, model.name: model})
+    def with_model(self, model: ModelSpec, gguf: GgufWeights | None = None) -> Catalogue:
+        """A catalogue that also knows `model`, and what the header of its GGUF file says."""
+        headers = self.gguf_weights if gguf is None else {**self.gguf_weights, model.name: gguf}
+        return replace(self, models={**self.models, model.name: model}, gguf_weights=headers)
 
     def with_calibration(self, calibration: Calibration) -> Catalogue:
         """A catalogue whose memory predictions take these observations into account."""

@@ -1,13 +1,21 @@
-"""Measured efficiencies: what of data sheets is reached, and what a step costs beside it."""
+"""Measured efficiencies: what of data sheets is reached, and what a step costs beside it.
+
+`fitted.py` has what runs of vLLM on Hopper leave of kernels. Other generations of GPUs reach what
+their kernel tables say, by the same proportion.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
 
 from placement.candidate import Candidate
-from placement.notes import weight_only
+from placement.catalogue import GpuType
+from placement.fitted import FITTED, KNOWN, UNKNOWN, Constants, Errors
+from placement.notes import CUSTOM_ALL_REDUCE_RANKS, weight_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +25,16 @@ class Efficiency:
     bandwidth: float
     flops: float
     step_s: float
-    layer_s: float
-    expert_layer_s: float = 0.0  # per layer with routed experts, beside layer_s
+    kernel_s: float
+    expert_bandwidth: float = 1.0
+    kv_bandwidth: float = 1.0
+    expert_flops: float = 1.0  # of the 16-bit peak
+    attention_flops: float = 1.0  # of the 16-bit peak
     sequence_s: float = 0.0  # per request in a decode step
     request_s: float = 0.0  # from HTTP to the scheduler and back: tokens in and out
+    routing_evenness: float = 1.0
+    together: float = 0.0
+    errors: Errors = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,74 +43,160 @@ class Collective:
 
     latency_s: float = 0.0
     s_per_byte: float = 0.0
+    two_shot_bytes: float = math.inf  # from this size on, ranks exchange twice
+    two_shot_s: float = 0.0
 
     def seconds(self, message_bytes: float) -> float:
         """For a message of that size."""
-        return self.latency_s + self.s_per_byte * message_bytes
+        seconds = self.latency_s + self.s_per_byte * message_bytes
+        return seconds if message_bytes < self.two_shot_bytes else seconds + self.two_shot_s
 
 
 NO_MESSAGE = Collective()
 
-# Shares of bandwidth and FLOPs: kernel tables of A100, H100, L40S and RTX 4090 (PLANNING.md); Volta
-# and Blackwell are guesses. Hopper's bandwidth, FP8 FLOPs and 35 us a layer are fitted, with the
-# all-reduce, to 45 runs of Llama-70B FP8 on H100 and to nothing else: 4.7% mean error of TPOT there,
-# 4 to 12% for DeepSeek-R1, MiniMax-M2.5 and gpt-oss. CPU: from a 14 M Mixtral, uncalibrated.
-_GPU_COSTS = {"step_s": 0.5e-3, "layer_s": 35e-6, "request_s": 0.03}
-_EFFICIENCY: Mapping[str, Efficiency] = {
-    "Volta": Efficiency(0.70, 0.60, step_s=1e-3, layer_s=50e-6, request_s=0.03),
-    "Ampere": Efficiency(0.72, 0.65, **_GPU_COSTS),
-    "Ada": Efficiency(0.82, 0.60, **_GPU_COSTS),
-    "Hopper": Efficiency(0.85, 0.60, **_GPU_COSTS),
-    "Blackwell": Efficiency(0.75, 0.60, **_GPU_COSTS),
-    "CPU": Efficiency(0.5, 0.3, step_s=3e-3, layer_s=0.5e-3, sequence_s=0.4e-3),
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Shares of bandwidth and 16-bit FLOPs that matrices reach in kernel tables."""
+
+    bandwidth: float
+    flops: float
+    times: float = 1.0  # of fixed costs
+
+
+# AIConfigurator's tables (PLANNING.md); RTX 4090 by least squares (tests/accuracy/rtx4090.py).
+_KERNELS: Mapping[str, Mapping[str, _Kernels]] = {
+    "Volta": {"V100-32": _Kernels(0.70, 0.60, times=2.0)},  # a guess
+    "Ampere": {"A100-80-SXM": _Kernels(0.69, 0.91)},
+    "Ada": {"L40S": _Kernels(0.80, 0.65), "RTX-4090": _Kernels(0.86, 0.99)},
+    # H100 0.82 and 0.79, H200 0.76 and 0.75; in engines both do equally well.
+    "Hopper": {"H100-SXM": _Kernels(0.79, 0.77)},
 }
-_EXPERT_LAYER_S = 30e-6  # routing, sorting and gathering: 30 to 50 us in kernel tables
+# From a 14 M Mixtral, uncalibrated.
+_CPU = Efficiency(
+    bandwidth=0.5,
+    expert_bandwidth=0.5,
+    kv_bandwidth=0.5,
+    flops=0.3,
+    expert_flops=0.18,
+    attention_flops=0.3,
+    step_s=3e-3,
+    kernel_s=40e-6,
+    sequence_s=0.4e-3,
+)
+_MEASURED_PRECISIONS = frozenset({"bf16", "fp8", "mxfp4"})
 _FP8_FLOPS = 0.85  # of the share that 16 bits reach: 0.62-0.70 against 0.77-0.81 on H100
-_EXPERT_FLOPS = 0.6  # the same of small experts' matrices
 _FOUR_BIT_BANDWIDTH = 0.75  # unpacking AWQ and GPTQ: a guess; 0.57 in one old run of Llama-70B
 
-# Latency of a small message, and the share of the link's bandwidth that a large one reaches.
-_LINKS: Mapping[str, tuple[float, float]] = {
-    "nvlink": (4e-6, 0.7),
-    "pcie": (15e-6, 0.5),
-    "pcie-no-p2p": (25e-6, 0.3),
-    "host": (200e-6, 1.0),
-}
+# vLLM's custom all-reduce writes to all ranks at once below these sizes (custom_all_reduce.cuh);
+# above, ranks reduce a part each and gather. Bytes by ranks.
+_TWO_SHOT_BYTES: Mapping[int, int] = {4: 512 * 1024, 6: 256 * 1024, 8: 256 * 1024}
+# Latency of a small message, of NVLink by `fitted.py`, and the share of the link's bandwidth that a
+# large one reaches. PCIe: 20, 5 and 1 of 32 GB/s at 2, 4 and 8 L40S in one table; taken to halve
+# with each doubling, as other boxes lose less.
+_NVLINK_SHARE = 0.7
+_PCIE_LATENCY_S = 11e-6
+_PCIE_SHARE, _PCIE_FALL = 0.62, 1.0
+_NO_PEER_LATENCY_S, _NO_PEER_SHARE = 25e-6, 0.3
+_NCCL_S: Mapping[int, float] = {1: 6e-6, 2: 9.5e-6, 3: 16e-6}  # NVLink, by doublings
+_HOST_LATENCY_S = 200e-6
 _ALL_REDUCE_DOUBLING_S = 4e-6  # for each doubling of the ranks
 _HOST_BYTES_PER_S = 2e9  # gloo through shared memory
 _NETWORK_LATENCY_S = 40e-6
 _NETWORK_BYTES_PER_S = 12.5e9  # 100 Gbit/s a node where nothing is told
 
 
-def efficiency_of(candidate: Candidate) -> Efficiency:
+def efficiency_of(candidate: Candidate, constants: Constants = FITTED) -> Efficiency:
     """Of the candidate's device in its precision."""
+    if candidate.device.is_cpu:
+        return _CPU
     gpu, precision = candidate.device.gpu, candidate.checkpoint.precision
-    base = _EFFICIENCY.get(gpu.architecture, _EFFICIENCY["Hopper"])
+    hopper, kernels = _mean_of("Hopper"), _kernels_of(gpu.name, gpu.architecture)
+    bandwidth = kernels.bandwidth / hopper.bandwidth
+    flops = kernels.flops / hopper.flops
+    efficiency = Efficiency(
+        bandwidth=min(1.0, constants.weight_bandwidth * bandwidth),
+        expert_bandwidth=min(1.0, constants.expert_bandwidth * bandwidth),
+        kv_bandwidth=min(1.0, constants.kv_bandwidth * bandwidth),
+        flops=min(1.0, constants.flops * flops),
+        expert_flops=min(1.0, constants.expert_flops * flops),
+        attention_flops=min(1.0, constants.attention_flops * flops),
+        step_s=constants.step_s * kernels.times,
+        kernel_s=constants.kernel_s * kernels.times,
+        sequence_s=constants.sequence_s * kernels.times,
+        request_s=constants.request_s,
+        routing_evenness=constants.routing_evenness,
+        together=constants.together,
+        errors=KNOWN if _was_measured(candidate) else UNKNOWN,
+    )
     if precision in ("fp8", "nvfp4") and not weight_only(candidate):
-        base = replace(base, flops=base.flops * _FP8_FLOPS)
+        return replace(efficiency, flops=efficiency.flops * _FP8_FLOPS)
     if precision in ("awq", "gptq"):
-        base = replace(base, bandwidth=base.bandwidth * _FOUR_BIT_BANDWIDTH)
-    if candidate.architecture.moe is not None and not candidate.device.is_cpu:
-        flops = base.flops * _EXPERT_FLOPS
-        base = replace(base, flops=flops, expert_layer_s=_EXPERT_LAYER_S)
-    return base
+        return replace(efficiency, bandwidth=efficiency.bandwidth * _FOUR_BIT_BANDWIDTH)
+    return efficiency
 
 
-def all_reduce(candidate: Candidate) -> Collective:
+def bandwidth_beside_hopper(gpu: GpuType) -> float:
+    """The share of its bandwidth that a GPU type's kernels reach, over Hopper's share."""
+    return _kernels_of(gpu.name, gpu.architecture).bandwidth / _mean_of("Hopper").bandwidth
+
+
+@cache
+def _kernels_of(gpu: str, generation: str) -> _Kernels:
+    """Of the GPU type, or the mean of its generation, or of all generations but the oldest."""
+    if generation in _KERNELS:
+        return _KERNELS[generation].get(gpu) or _mean_of(generation)
+    means = [_mean_of(each) for each in _KERNELS if each != "Volta"]
+    return _Kernels(fmean(m.bandwidth for m in means), fmean(m.flops for m in means))
+
+
+@cache
+def _mean_of(generation: str) -> _Kernels:
+    known = list(_KERNELS[generation].values())
+    return _Kernels(
+        bandwidth=fmean(each.bandwidth for each in known),
+        flops=fmean(each.flops for each in known),
+        times=fmean(each.times for each in known),
+    )
+
+
+def _was_measured(candidate: Candidate) -> bool:
+    """Whether runs like it were predicted without being fitted to: tensor parallel on Hopper."""
+    ranks = candidate.tensor_parallel_size
+    return (
+        candidate.device.gpu.architecture == "Hopper"
+        and candidate.checkpoint.precision in _MEASURED_PRECISIONS
+        and candidate.num_ranks == ranks
+        and (ranks == 1 or (candidate.device.link == "nvlink" and candidate.num_nodes == 1))
+    )
+
+
+def all_reduce(candidate: Candidate, constants: Constants = FITTED) -> Collective:
     """Of a tensor-parallel group: a ring sends each byte 2 (n - 1) / n times."""
     ranks = candidate.tensor_parallel_size
     if ranks == 1:
         return NO_MESSAGE
-    latency, bandwidth = _link(candidate, across_nodes=ranks > candidate.device.gpus_per_node)
-    latency += _ALL_REDUCE_DOUBLING_S * math.log2(ranks)
-    return Collective(latency, 2 * (ranks - 1) / ranks / bandwidth)
+    across = ranks > candidate.device.gpus_per_node
+    latency, bandwidth = _link(candidate, ranks=ranks, across_nodes=across)
+    s_per_byte = 2 * (ranks - 1) / ranks / bandwidth
+    doublings = math.log2(ranks)
+    if candidate.device.link != "nvlink" or across:
+        return Collective(latency + _ALL_REDUCE_DOUBLING_S * (doublings - 1), s_per_byte)
+    if ranks not in CUSTOM_ALL_REDUCE_RANKS:
+        return Collective(_NCCL_S.get(math.ceil(doublings), _NCCL_S[3]), s_per_byte)
+    return Collective(
+        constants.all_reduce_s + constants.all_reduce_doubling_s * (doublings - 1),
+        s_per_byte,
+        two_shot_bytes=_TWO_SHOT_BYTES.get(ranks, math.inf),
+        two_shot_s=constants.two_shot_s,
+    )
 
 
 def send(candidate: Candidate) -> Collective:
     """From one pipeline stage to the next."""
     if candidate.pipeline_parallel_size == 1:
         return NO_MESSAGE
-    latency, bandwidth = _link(candidate, across_nodes=candidate.num_nodes > 1)
+    latency, bandwidth = _link(candidate, ranks=2, across_nodes=candidate.num_nodes > 1)
     return Collective(latency, 1 / bandwidth)
 
 
@@ -106,17 +206,22 @@ def exchange(candidate: Candidate) -> Collective:
     if copies == 1 or candidate.architecture.moe is None:
         return NO_MESSAGE
     ranks = copies * candidate.tensor_parallel_size
-    latency, bandwidth = _link(candidate, across_nodes=ranks > device.gpus_per_node)
+    across = ranks > device.gpus_per_node
+    latency, bandwidth = _link(candidate, ranks=ranks, across_nodes=across)
     return Collective(2 * latency, 2 * (copies - 1) / bandwidth)
 
 
-def _link(candidate: Candidate, *, across_nodes: bool) -> tuple[float, float]:
+def _link(candidate: Candidate, *, ranks: int, across_nodes: bool) -> tuple[float, float]:
     """Latency, and bytes per second that are reached."""
     gpu, device = candidate.device.gpu, candidate.device
     if across_nodes:
         return _NETWORK_LATENCY_S, device.inter_node_bytes_per_s or _NETWORK_BYTES_PER_S
-    latency, share = _LINKS[device.link]
-    bandwidth = {"nvlink": gpu.nvlink_bytes_per_s, "host": _HOST_BYTES_PER_S}.get(
-        device.link, gpu.pcie_bytes_per_s
-    )
-    return latency, (bandwidth if bandwidth > 0 else _HOST_BYTES_PER_S) * share
+    if device.link == "nvlink":
+        latency = _NCCL_S.get(math.ceil(math.log2(ranks)), _NCCL_S[3])
+        return latency, (gpu.nvlink_bytes_per_s or _HOST_BYTES_PER_S) * _NVLINK_SHARE
+    if device.link == "host":
+        return _HOST_LATENCY_S, _HOST_BYTES_PER_S
+    bandwidth = gpu.pcie_bytes_per_s or _HOST_BYTES_PER_S
+    if device.link == "pcie":
+        return _PCIE_LATENCY_S, bandwidth * _PCIE_SHARE * (2 / ranks) ** _PCIE_FALL
+    return _NO_PEER_LATENCY_S, bandwidth * _NO_PEER_SHARE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from placement.candidate import GIB
 from placement.catalogue import GpuType
@@ -15,6 +15,7 @@ from placement.llamacpp import (
     CONTEXT_PADDING,
     LlamaTask,
     Placement,
+    compute_buffer_bytes,
     kv_bytes_per_layer_token,
     largest_context,
     place,
@@ -28,8 +29,23 @@ _SHORTEST_OFFLOADED_CONTEXT = 4096  # common/fit.cpp n_ctx_min: then layers go b
 _ERROR_BYTES = GIB // 2
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedShape:
+    """A shape, and the placement that it was made from."""
+
+    shape: FitShape
+    task: LlamaTask
+    placement: Placement
+
+
 def llamacpp_shapes(case: Case) -> Iterator[FitShape | Rejection]:
     """One result for each number of GPUs of a node: all on GPUs if possible, else offloaded."""
+    for result in placed_shapes(case):
+        yield result if isinstance(result, Rejection) else result.shape
+
+
+def placed_shapes(case: Case) -> Iterator[PlacedShape | Rejection]:
+    """The same with where everything lies."""
     refusal = _refusal(case)
     if refusal is not None or case.weights.gguf is None:
         yield _rejected(case, *(refusal or _NO_LOADER))
@@ -78,13 +94,15 @@ def _gpu_counts(request: FitRequest, gpu: GpuType) -> tuple[int, ...]:
     return tuple(sorted({*powers, request.num_gpus}))
 
 
-def _judge(case: Case, gguf: GgufWeights, num_gpus: int) -> FitShape | Rejection:
+def _judge(case: Case, gguf: GgufWeights, num_gpus: int) -> PlacedShape | Rejection:
     request, gpu = case.request, case.gpu
     if gpu.memory_bytes is None and num_gpus:
         reason = f"the memory of {gpu.name} is unknown"
         return _rejected(case, "gpu-memory-unknown", reason, num_gpus)
     memory = gpu.memory_bytes or 0
     task, placement = _settle(_task(case, gguf), request, memory, num_gpus)
+    if request.kv_cache_gib and task.context < min(request.shortest_context, case.model.context):
+        return _rejected(case, "kv-cache-below-one-request", _small_cache(case, task), num_gpus)
     if placement is None:
         reason = (
             f"not even the head ({gguf.head / GIB:.2f} GiB) and the buffers fit on a GPU of "
@@ -95,7 +113,7 @@ def _judge(case: Case, gguf: GgufWeights, num_gpus: int) -> FitShape | Rejection
         short = placement.host_bytes - int(request.host_memory_gib * GIB)
         if short > 0:
             return _rejected(case, "pages-from-disk", _paging(case, placement, short), num_gpus)
-    return _shape(case, task, placement)
+    return PlacedShape(_shape(case, task, placement), task, placement)
 
 
 def _settle(
@@ -108,6 +126,7 @@ def _settle(
     or what the load needs. Where everything fits, slots get more than one context to share.
     """
     if num_gpus == 0:
+        task = _within_budget(task, request)
         return task, place(task, memory_bytes=0, num_gpus=0)
     most, share = task.context * task.num_slots, request.gpu_memory_utilization or 1.0
     longest = largest_context(
@@ -119,6 +138,23 @@ def _settle(
     elif request.max_model_len is None:
         task = replace(task, context=min(task.context, _padded(shortest)))
     return task, place(task, memory_bytes=memory, num_gpus=num_gpus, share=share)
+
+
+def _within_budget(task: LlamaTask, request: FitRequest) -> LlamaTask:
+    """On a CPU: as many tokens as the budget for the cache holds, at most a context for each slot."""
+    if request.kv_cache_gib is None:
+        return task
+    layers = task.architecture.num_layers
+    token = layers * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
+    held = int(request.kv_cache_gib * GIB) // token // CONTEXT_PADDING * CONTEXT_PADDING
+    return replace(task, context=min(task.context * task.num_slots, held))
+
+
+def _small_cache(case: Case, task: LlamaTask) -> str:
+    return (
+        f"the KV cache holds {task.context:,} tokens, a request may have "
+        f"{case.request.shortest_context:,}"
+    )
 
 
 def _task(case: Case, gguf: GgufWeights) -> LlamaTask:
@@ -150,7 +186,8 @@ def _shape(case: Case, task: LlamaTask, placement: Placement) -> FitShape:
     used = max(1, len(placement.gpus))
     per_layer = kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
     layers = max(placement.layers, default=task.architecture.num_layers)
-    worst = min(placement.gpus, key=lambda each: each.headroom_bytes, default=_host_memory(request))
+    host = _host_memory(request, task, placement)
+    worst = min(placement.gpus, key=lambda each: each.headroom_bytes, default=host)
     share = request.gpu_memory_utilization or _usable_share(worst)
     verdict = _verdict(task, placement)
     # Replicas that share a host would share its memory.
@@ -193,16 +230,22 @@ def _usable_share(memory: GpuMemory) -> float:
     return round(used / memory.total_bytes, 4) if memory.total_bytes else 1.0
 
 
-def _host_memory(request: FitRequest) -> GpuMemory:
-    total = int((request.host_memory_gib or 0) * GIB)
+def _host_memory(request: FitRequest, task: LlamaTask, placement: Placement) -> GpuMemory:
+    """A CPU's memory as if it were a GPU's."""
+    total, used = int((request.host_memory_gib or 0) * GIB), placement.host_bytes
+    weights = task.weights.embedding + sum(w.dense + w.experts for w in task.weights.layers)
+    weights += 0 if task.weights.head_is_embedding else task.weights.head
+    per_layer = kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
+    cache = task.cells * per_layer * task.architecture.num_layers
+    compute = compute_buffer_bytes(task)
     return GpuMemory(
         total_bytes=total,
-        weights_bytes=0,
-        activation_bytes=0,
-        non_torch_bytes=0,
+        weights_bytes=weights,
+        activation_bytes=compute,
+        non_torch_bytes=max(0, used - weights - cache - compute),
         cuda_graph_bytes=0,
-        kv_cache_bytes=0,
-        headroom_bytes=total,
+        kv_cache_bytes=cache,
+        headroom_bytes=max(0, total - used),
     )
 
 

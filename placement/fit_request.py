@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -53,11 +54,30 @@ class FitRequest(Spec):
         allow_inf_nan=False,
         description="Of a node; None: unknown, as much as is needed.",
     )
+    kv_cache_gib: PositiveFloat | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="llama.cpp on a CPU: what the cache may take; None: one context.",
+    )
     concurrency: PositiveInt | None = Field(
         default=None, description="Requests at once, over all replicas."
     )
     input_tokens: PositiveInt = 512
     output_tokens: PositiveInt = 128
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
+    )
+    acceptance_rate: NonNegativeFloat | None = Field(
+        default=None, le=1.0, description="Of a draft's tokens, each; None: nothing is drafted."
+    )
+    num_speculative_tokens: PositiveInt | None = Field(
+        default=None, le=64, description="Of a draft; None: as the model's draft wants."
+    )
+    host_bandwidth_gb_s: PositiveFloat | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Of a node's memory, for what llama.cpp leaves there; None: a server's 90.",
+    )
     exact: bool = Field(default=False, description="Only shapes that use all the GPUs.")
 
     @property

@@ -15,7 +15,7 @@ from placement.inventory import Pool
 from placement.kv_cache import longest_context
 from placement.legality import first_rejection
 from placement.memory import kv_layout, memory_use
-from placement.performance import Load
+from placement.performance import SPECULATIVE_TOKENS, Load
 from placement.plan import Rejection
 from placement.shape import make_shape
 
@@ -215,6 +215,9 @@ def _shape(candidate: Candidate, case: Case, verdict: Verdict, band: int) -> Fit
         concurrency=max(1, -(-(request.concurrency or 1) // max(1, replicas))),
         input_tokens=request.input_tokens,
         output_tokens=request.output_tokens,
+        prefix_hit=request.prefix_hit,
+        acceptance_rate=request.acceptance_rate,
+        num_speculative_tokens=request.num_speculative_tokens or _drafted(candidate.model),
     )
     shape = make_shape(candidate, load=load)
     wanted = request.max_model_len or candidate.model.context
@@ -232,6 +235,12 @@ def _shape(candidate: Candidate, case: Case, verdict: Verdict, band: int) -> Fit
         wanted_context=wanted,
         error_band_bytes=band,
     )
+
+
+def _drafted(model: ModelSpec) -> int:
+    """Tokens that the model's draft proposes at once."""
+    wanted = [draft.num_speculative_tokens for draft in model.drafts]
+    return next((count for count in wanted if count), SPECULATIVE_TOKENS)
 
 
 def _limit(candidate: Candidate, tokens: int, concurrency: float, wanted: int) -> str:

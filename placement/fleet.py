@@ -37,6 +37,9 @@ class Demand(Spec):
     output_tokens: TokenLengths = Field(
         default=TokenLengths(mean=128), description="Answer lengths; default mean 128."
     )
+    prefix_hit: NonNegativeFloat = Field(
+        default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
+    )
 
 
 class Objective(Spec):
@@ -80,7 +83,7 @@ class ScalingPolicy(Spec):
     )
 
 
-# vLLM flags that the planner writes, and the key of the fleet that sets each.
+# Flags of the engines that the planner writes, and the key of the fleet that sets each.
 _PLANNED_FLAGS = {
     "--model": "model",
     "--tensor-parallel-size": "tensor_parallel_size",
@@ -92,6 +95,14 @@ _PLANNED_FLAGS = {
     "--gpu-memory-utilization": "gpu_memory_utilization",
     "--dtype": "dtype",
     "--kv-cache-dtype": "kv_cache_dtype",
+    "--ctx-size": "max_model_len",
+    "--parallel": "max_num_seqs",
+    "--batch-size": "max_num_batched_tokens",
+    "--n-gpu-layers": "gpu_memory_utilization",
+    "--n-cpu-moe": "gpu_memory_utilization",
+    "--tensor-split": "gpu_memory_utilization",
+    "--cache-type-k": "kv_cache_dtype",
+    "--cache-type-v": "kv_cache_dtype",
 }
 
 
@@ -108,8 +119,10 @@ class FleetModel(Spec):
     precision: Literal["any"] | tuple[Precision, ...] = Field(
         default="any", description="Checkpoints that may be used; `any`: the planner chooses."
     )
-    engine: Literal["vllm", "sim"] = Field(
-        default="vllm", description="`sim`: no weights, timing as predicted."
+    engine: Literal["vllm", "llamacpp", "sim"] = Field(
+        default="vllm",
+        description="`llamacpp`: GGUF files, layers that do not fit on GPUs stay in host memory; "
+        "`sim`: no weights, timing as predicted.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of activations and unquantised weights; `auto`: 16 bits."
@@ -142,6 +155,11 @@ class FleetModel(Spec):
         default=ReplicaBounds(), description="Between these the count follows the load."
     )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
+    spread: bool = Field(
+        default=True,
+        description="At most a quarter of the replicas on one node (of two or three: one), where "
+        "there is room, and not all in one `zone` (a label of pools), where that costs nothing.",
+    )
     scaling: ScalingPolicy = Field(
         default=ScalingPolicy(), description="How fast the count follows the load."
     )
@@ -167,6 +185,18 @@ class FleetModel(Spec):
         return flags
 
     @model_validator(mode="after")
+    def _llamacpp_splits_layers(self) -> Self:
+        if self.engine == "llamacpp":
+            split = {"tensor_parallel_size": 1, "expert_parallel": False, "dtype": "auto"}
+            for key, only in split.items():
+                if getattr(self, key) not in (None, only):
+                    raise ValueError(
+                        f"{key}: {getattr(self, key)} means nothing to engine 'llamacpp', which "
+                        "gives each GPU whole layers; leave it out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _only_the_simulator_simulates(self) -> Self:
         if self.simulate_gpu is not None and self.engine != "sim":
             raise ValueError(
@@ -189,6 +219,9 @@ class GatewaySpec(Spec):
         default="none",
         description="Who may ask. `none`: anybody; `keys`: who has a key, see `bora keys`.",
     )
+    replicas: PositiveInt = Field(
+        default=1, description="Gateways, each on a host of its own, all on the same ports."
+    )
 
     @model_validator(mode="after")
     def _a_port_for_each(self) -> Self:
@@ -208,7 +241,29 @@ class FleetSpec(Spec):
     models: tuple[FleetModel, ...] = Field(min_length=1, description="At least one.")
     objective: Literal["cost", "throughput", "headroom"] = Field(
         default="cost",
-        description="Among plans that meet the demand: cheapest, fastest, or with most to spare.",
+        description="Among plans that meet the demand: cheapest; most requests/s of all models "
+        "together; or most to spare, for the model that has least.",
+    )
+    spare_nodes: NonNegativeInt = Field(
+        default=0,
+        description="Nodes of each pool that stay empty, so that the replicas of a lost node can "
+        "start again: 1 survives the loss of one node of each pool.",
+    )
+    max_spot_share: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of a model's demand that may depend on pools marked `spot`.",
+    )
+    robust: Literal["off", "prefer", "require"] = Field(
+        default="prefer",
+        description="Whether the plan must hold with engines 15 % slower and 5 % less memory: "
+        "`prefer` takes such a plan when it is as good as the best.",
+    )
+    horizon_s: PositiveFloat = Field(
+        default=3600.0,
+        description="How long a plan is expected to last: moving a running replica must pay for "
+        "itself within it.",
     )
     gateway: GatewaySpec = Field(default=GatewaySpec(), description="The front door.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -40,6 +41,7 @@ class Pool(Spec):
     price_per_gpu_hour: NonNegativeFloat | None = Field(
         default=None, description="None: list price."
     )
+    spot: bool = Field(default=False, description="Its nodes may be taken away at any time.")
     labels: Mapping[str, str] = Field(default_factory=dict)
     node_names: tuple[str, ...] | None = Field(
         default=None, description="None: POOL-0, POOL-1, ..."
@@ -70,9 +72,10 @@ class Inventory(Spec):
     def _names_are_unique(self) -> Self:
         names = [pool.name for pool in self.pools]
         nodes = [node for pool in self.pools for node in pool.names()]
-        for name in (*names, *nodes):
-            if names.count(name) > 1 or nodes.count(name) > 1:
-                raise ValueError(f"two pools or nodes are called {name!r}")
+        for known in (names, nodes):
+            for name, times in Counter(known).items():
+                if times > 1:
+                    raise ValueError(f"two pools or nodes are called {name!r}")
         return self
 
     def pool(self, name: str) -> Pool:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from placement.catalogue import GpuType
+from placement.efficiency import NO_MESSAGE, Efficiency, bandwidth_beside_hopper
 from placement.fit_request import FitRequest
+from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, Errors, LlamaConstants
 from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
 from placement.parameters import count_parameters
 from placement.plan import Prediction
+from placement.replica_speed import DraftCost, ReplicaSpeed
 
 # DeepSeek-V3 Q4_K_M with 54 of 61 layers in host memory: 4.65 tokens/s (llama.cpp issue 10981),
 # which are 90 GB/s; its prompts at 18.4 tokens/s are 1.4 TFLOPS.
 HOST_BYTES_PER_S = 90e9
 HOST_FLOPS = 1.4e12
 PAGING_BYTES_PER_S = 3e9  # a fast NVMe disk
-# RTX 4090: F16 0.82 of the bandwidth, Q4_K_M 0.60 to 0.81 with the model's size.
-_GPU_SHARE = 0.7
 _PROMPT_SHARE = 0.35  # of the FLOPS, on quantised weights
-_LAYER_S = 30e-6
 
 
 def predict_llamacpp(
-    task: LlamaTask, placement: Placement, gpu: GpuType, request: FitRequest
+    task: LlamaTask,
+    placement: Placement,
+    gpu: GpuType,
+    request: FitRequest,
+    *,
+    constants: LlamaConstants = LLAMACPP,
 ) -> Prediction:
     """Means for the request's load. GPUs work one after the other: layers are not shared.
 
-    decode step = bytes read on GPUs / (0.7 bandwidth) + bytes read in host memory / 90 GB/s + 30 us
-    a layer; of experts as many are read as the requests use: E x (1 - (1 - k/E)^requests).
+    decode step = bytes read on GPUs / their share of the bandwidth + bytes read in host memory /
+    its bandwidth (90 GB/s unless told) + a fixed time a layer (`fitted.py`); of experts as many are
+    read as the requests use: E x (1 - (1 - k/E)^requests).
     """
     slots = min(request.concurrency or 1, task.num_slots)
     gpu_bytes, host_bytes = _bytes_read(task, placement, slots)
@@ -33,23 +39,89 @@ def predict_llamacpp(
     kv = slots * tokens * kv_bytes_per_layer_token(task.architecture, task.kv_cache_dtype)
     on_gpu = placement.gpu_layers / task.architecture.num_layers
     layers = task.architecture.num_layers
-    gpu_s = (gpu_bytes + kv * layers * on_gpu) / (gpu.memory_bandwidth_bytes_per_s * _GPU_SHARE)
-    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / HOST_BYTES_PER_S
-    step = gpu_s + host_s + layers * _LAYER_S
-    ttft = request.input_tokens * _prompt_s_per_token(task, placement, gpu) + step
+    gpu_s = (gpu_bytes + kv * layers * on_gpu) / _gpu_bytes_per_s(gpu, constants)
+    host = HOST_BYTES_PER_S
+    if request.host_bandwidth_gb_s is not None:
+        host = request.host_bandwidth_gb_s * 1e9
+    host_s = (host_bytes + kv * layers * (1 - on_gpu)) / host
+    step = gpu_s + host_s + layers * constants.layer_s
+    new = request.input_tokens * (1 - request.prefix_hit)
+    ttft = new * _prompt_s_per_token(task, placement, gpu) + step
     tpot = step + (slots - 1) / request.output_tokens * ttft
     duration = ttft + (request.output_tokens - 1) * tpot
     return Prediction(
         ttft_s=ttft,
         tpot_ms=tpot * 1000,
         output_tokens_per_s=slots * request.output_tokens / duration,
+        ttft_error=UNKNOWN.ttft,
+        tpot_error=LLAMACPP_ERROR,
     )
 
 
-def _bytes_read(task: LlamaTask, placement: Placement, slots: int) -> tuple[float, float]:
+def llamacpp_replica_speed(
+    task: LlamaTask,
+    placement: Placement,
+    gpu: GpuType,
+    *,
+    max_num_batched_tokens: int,
+    constants: LlamaConstants = LLAMACPP,
+) -> ReplicaSpeed:
+    """The same costs in the form that capacity, autoscaler and router work with.
+
+    One memory stands for two: bytes on GPUs count as the bytes that host memory would read in the
+    same time, a layer's fixed time as one kernel. Windows save nothing, and the GPUs of a replica
+    take turns, so they count as one rank.
+    """
+    as_host = HOST_BYTES_PER_S / _gpu_bytes_per_s(gpu, constants)
+    architecture = task.architecture.model_copy(update={"sliding_window": None})
+    layers = architecture.num_layers
+    dense_gpu, dense_host = _bytes_read(task, placement, 0)
+    every_gpu, every_host = _bytes_read(task, placement, None)
+    on_gpu = placement.gpu_layers / layers
+    kv = layers * kv_bytes_per_layer_token(architecture, task.kv_cache_dtype)
+    always = dense_host + dense_gpu * as_host
+    prompt = _prompt_s_per_token(task, placement, gpu) * HOST_FLOPS
+    head = task.weights.head * (as_host if placement.head_on_gpu else 1.0)
+    return ReplicaSpeed(
+        architecture=architecture,
+        efficiency=Efficiency(
+            bandwidth=1.0,
+            flops=1.0,
+            step_s=0.0,
+            kernel_s=constants.layer_s,
+            errors=Errors(tpot=LLAMACPP_ERROR, ttft=UNKNOWN.ttft),
+        ),
+        bandwidth_bytes_per_s=HOST_BYTES_PER_S,
+        flops=HOST_FLOPS,
+        flops_16_bit=HOST_FLOPS,
+        always_read_bytes=always,
+        expert_bytes=every_host - dense_host + (every_gpu - dense_gpu) * as_host,
+        flops_per_token=prompt,
+        prefill_flops_per_token=prompt,
+        expert_flops_per_token=0.0,
+        attention_flops=0.0,
+        kv_bytes_per_token=round(kv * (1 - on_gpu + on_gpu * as_host)),
+        kernels=layers,
+        all_reduces=0,
+        all_reduce=NO_MESSAGE,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=task.num_slots,
+        kv_cache_tokens=task.cells,
+        draft=DraftCost((always - head) / layers + head, kernels=1, messages=0),
+    )
+
+
+def _gpu_bytes_per_s(gpu: GpuType, constants: LlamaConstants) -> float:
+    """What reading weights and cache on a GPU reaches."""
+    share = constants.gpu_bandwidth * bandwidth_beside_hopper(gpu)
+    return gpu.memory_bandwidth_bytes_per_s * share
+
+
+def _bytes_read(task: LlamaTask, placement: Placement, slots: int | None) -> tuple[float, float]:
+    """On GPUs and in host memory, for a token of each slot; None: with all experts."""
     moe, weights = task.architecture.moe, task.weights
     used = 1.0
-    if moe is not None:
+    if moe is not None and slots is not None:
         used = 1 - (1 - moe.num_experts_per_token / moe.num_experts) ** slots
     first = task.architecture.num_layers - placement.gpu_layers
     gpu, host = 0.0, 0.0

@@ -9,7 +9,7 @@ from placement.format_rules import devices_of
 
 FP8_CAPABILITY = 8.9  # W8A8 kernels; below, weights only (Marlin)
 FP4_CAPABILITY = 10.0
-_CUSTOM_ALL_REDUCE_RANKS = (2, 4, 6, 8, 16)  # custom_all_reduce.py _SUPPORTED_WORLD_SIZES
+CUSTOM_ALL_REDUCE_RANKS = (2, 4, 6, 8, 16)  # custom_all_reduce.py _SUPPORTED_WORLD_SIZES
 
 
 def shape_notes(candidate: Candidate) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def _about_links(candidate: Candidate) -> Iterator[str]:
         yield f"{device.gpu.name} has no peer-to-peer: all-reduces go through host memory (NCCL)"
     elif device.link == "pcie" and ranks > 2:
         yield f"custom all-reduce is off for {ranks} GPUs on PCIe (more than 2): NCCL instead"
-    elif ranks not in _CUSTOM_ALL_REDUCE_RANKS:
+    elif ranks not in CUSTOM_ALL_REDUCE_RANKS:
         yield f"custom all-reduce knows 2, 4, 6, 8 and 16 ranks, not {ranks}: NCCL instead"
 
 

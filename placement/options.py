@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
-from placement.capacity import Capacity, capacity
-from placement.catalogue import Catalogue, GpuType
+from placement.catalogue import Catalogue
 from placement.fleet import FleetModel, FleetSpec
-from placement.inventory import Inventory, Pool
+from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
+from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
+from placement.node_groups import NodeGroup
+from placement.option import Option, as_stressed, carried, quality, replicas_needed
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection
-
-_FIDELITY = ("bf16", "fp16", "fp32", "fp8", "nvfp4", "gptq", "awq")
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A legal candidate on a pool."""
-
-    pool: Pool
-    gpu: GpuType  # of the pool; a simulation on a CPU pool believes in another
-    candidate: Candidate
-    speed: ReplicaSpeed
-    capacity: Capacity
-    gpus_per_replica: int
-    replicas_needed: int  # for the demand, before replicas.max cuts it
-    replicas: int  # to start with
-    price_per_gpu_hour: float
-    price_known: bool  # otherwise taken to be that of the dearest pool
-
-    @property
-    def gpus(self) -> int:
-        """Of all replicas."""
-        return self.replicas * self.gpus_per_replica
-
-    @property
-    def price_per_hour(self) -> float:
-        """Of all replicas."""
-        return self.gpus * self.price_per_gpu_hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +30,36 @@ class Options:
 
 
 def find_options(
-    wish: FleetModel, fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue
+    wish: FleetModel, fleet: FleetSpec, groups: Sequence[NodeGroup], catalogue: Catalogue
 ) -> Options:
-    """Judge every candidate on every pool that `wish` allows; the legal ones best first.
+    """Judge every candidate on every group of nodes that `wish` allows; the legal ones best first.
 
     Raises:
-        UnknownName: a pool, model or GPU type is not known.
+        UnknownName: a model or GPU type is not known.
     """
-    pools = [inventory.pool(name) for name in wish.pools] if wish.pools else inventory.pools
-    dearest = max((_price(pool, catalogue) or 0.0 for pool in inventory.pools), default=0.0)
+    dearest = max((_price(group.pool, catalogue) or 0.0 for group in groups), default=0.0)
     legal, illegal, rejected = [], [], []
-    for _, pool in sorted({pool.name: pool for pool in pools}.items()):
-        for candidate in candidates(wish, pool, catalogue):
+    for index, group in enumerate(groups):
+        if wish.pools is not None and group.pool.name not in wish.pools:
+            continue
+        if wish.engine == "llamacpp":
+            shapes, refused = llamacpp_options(wish, group.pool, catalogue)
+            legal += [
+                _llamacpp(wish, index, group, each, catalogue, dearest=dearest) for each in shapes
+            ]
+            rejected += [_in_group(entry, wish, group) for entry in refused]
+            continue
+        for candidate in candidates(wish, group.pool, catalogue):
             rejection = first_rejection(candidate)
             if rejection is None:
-                legal.append(_option(wish, pool, candidate, catalogue, dearest=dearest))
+                legal.append(_option(wish, index, group, candidate, catalogue, dearest=dearest))
                 continue
-            shape = {**rejection.shape, "model": wish.name, "pool": pool.name}
             illegal.append((candidate, rejection))
-            rejected.append(rejection.model_copy(update={"shape": shape}))
-    rejected += _missing_checkpoints(wish, catalogue)
+            rejected.append(_in_group(rejection, wish, group))
+    if wish.engine != "llamacpp":
+        rejected += _missing_checkpoints(wish, catalogue)
+    if fleet.robust == "require":
+        legal = [as_stressed(option, wish) for option in legal]
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(wish=wish, legal=tuple(legal), illegal=tuple(illegal), rejected=tuple(rejected))
 
@@ -107,6 +91,11 @@ def furthest(options: Options) -> tuple[Candidate, Rejection] | None:
     return min(options.illegal, key=distance, default=None)
 
 
+def _in_group(rejection: Rejection, wish: FleetModel, group: NodeGroup) -> Rejection:
+    shape = {**rejection.shape, "model": wish.name, "pool": group.name}
+    return rejection.model_copy(update={"shape": shape})
+
+
 def _price(pool: Pool, catalogue: Catalogue) -> float | None:
     if pool.price_per_gpu_hour is not None:
         return pool.price_per_gpu_hour
@@ -114,28 +103,70 @@ def _price(pool: Pool, catalogue: Catalogue) -> float | None:
 
 
 def _option(
-    wish: FleetModel, pool: Pool, candidate: Candidate, catalogue: Catalogue, *, dearest: float
+    wish: FleetModel,
+    index: int,
+    group: NodeGroup,
+    candidate: Candidate,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
 ) -> Option:
-    gpu = catalogue.gpu(pool.gpu)
-    speed = replica_speed(candidate)
-    carried = capacity(
-        speed,
-        max_num_seqs=candidate.max_num_seqs,
-        kv_cache_tokens=memory_use(candidate).kv.tokens,
-        demand=wish.demand,
-        slo=wish.slo,
+    simulated = candidate.device.gpu.name != catalogue.gpu(group.pool.gpu).name
+    return _carrying(
+        wish,
+        group,
+        candidate,
+        replica_speed(candidate),
+        catalogue,
+        index=index,
+        slots=1 if simulated else candidate.num_ranks,
+        dearest=dearest,
     )
-    needed = 1
-    if wish.demand is not None and carried.requests_per_s > 0:
-        needed = math.ceil(wish.demand.requests_per_s / carried.requests_per_s)
-    slots = 1 if candidate.device.gpu.name != gpu.name else candidate.tensor_parallel_size
-    price = _price(pool, catalogue)
+
+
+def _llamacpp(
+    wish: FleetModel,
+    index: int,
+    group: NodeGroup,
+    found: LlamacppOption,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
+) -> Option:
+    option = _carrying(
+        wish,
+        group,
+        found.candidate,
+        found.speed,
+        catalogue,
+        index=index,
+        slots=found.gpus_per_replica,
+        dearest=dearest,
+    )
+    return replace(option, shape=found.shape, offloaded=found.offloaded)
+
+
+def _carrying(
+    wish: FleetModel,
+    group: NodeGroup,
+    candidate: Candidate,
+    speed: ReplicaSpeed,
+    catalogue: Catalogue,
+    *,
+    index: int,
+    slots: int,
+    dearest: float,
+) -> Option:
+    capacity = carried(wish, candidate, speed, wish.slo)
+    needed = replicas_needed(wish, capacity)
+    price = _price(group.pool, catalogue)
     return Option(
-        pool=pool,
-        gpu=gpu,
+        group=index,
+        pool=group.pool,
+        gpu=catalogue.gpu(group.pool.gpu),
         candidate=candidate,
         speed=speed,
-        capacity=carried,
+        capacity=capacity,
         gpus_per_replica=slots,
         replicas_needed=needed,
         replicas=min(max(wish.replicas.min, needed), wish.replicas.max),
@@ -146,7 +177,6 @@ def _option(
 
 def _preference(option: Option, wish: FleetModel, fleet: FleetSpec) -> tuple[object, ...]:
     """Options that carry the demand first, then the objective, cost, GPUs; the rest breaks ties."""
-    precision = option.candidate.checkpoint.precision
     return (
         option.capacity.concurrency == 0,
         max(0, option.replicas_needed - option.replicas),
@@ -154,11 +184,7 @@ def _preference(option: Option, wish: FleetModel, fleet: FleetSpec) -> tuple[obj
         option.price_per_hour,
         not option.price_known,
         option.gpus,
-        -option.candidate.max_model_len,
-        _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
-        option.candidate.tensor_parallel_size,
-        option.pool.name,
-        option.candidate.checkpoint.source,
+        quality(option),
     )
 
 

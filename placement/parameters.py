@@ -194,7 +194,9 @@ def _layer_norms(architecture: Architecture) -> int:
     norms = 2 * architecture.hidden_size
     if architecture.mla is not None:
         norms += (architecture.mla.q_lora_rank or 0) + architecture.mla.kv_lora_rank
-    if architecture.qk_norm:
+    if architecture.qk_norm_over_heads:
+        norms += (architecture.num_heads + architecture.num_kv_heads) * architecture.head_dim
+    elif architecture.qk_norm:
         norms += 2 * architecture.head_dim
     return norms
 

@@ -1,14 +1,18 @@
 """How fast a replica is: a roofline with measured efficiencies, fixed costs and collectives.
 
-A decode step takes t0 + layers x t_layer + max((weights + KV) / bandwidth, FLOPs / peak) + two
-all-reduces per layer. A mixture of experts reads the experts that its batch chooses, on average
-E x (1 - (1 - k/E)^tokens). Prefill is FLOPs-bound. Between two tokens of a request, the prefills of
-those that arrive meanwhile are waited for: TPOT = step + (running - 1) / output x their FLOPs.
+A decode step takes its kernels' least time + max((weights + KV) / bandwidth, FLOPs / peak) + two
+all-reduces per layer + a little for each request. A mixture of experts reads the experts that its
+batch chooses, on average E x (1 - (1 - k/E)^tokens), on the rank that got most of them; real text
+chooses less evenly, as if by fewer tokens. Prefill is FLOPs-bound: dense matrices, experts and
+attention each reach their own share of the peak. Between two tokens of a request, the prefills of
+those that arrive meanwhile are waited for: TPOT = step + (running - 1) / output x their time.
 Requests for which cache or slots have no room wait for others to end.
 
-A pipeline of p stages works on p micro-batches at once, so that each gets a step in the time of a
-pass of a p-th of the requests. Data-parallel copies share out the requests, and exchange tokens
-before and after their experts.
+A pipeline of p stages works on p micro-batches at once, so that each gets a step in p times that of
+the slowest stage with a p-th of the requests; the last has the head and the sampler, too. Data-parallel copies share out the requests, and exchange tokens
+before and after their experts. A draft of n tokens, each accepted with probability a, makes
+(1 - a^(n+1)) / (1 - a) tokens a step (Leviathan et al., arXiv 2211.17192, eq. 1), in a step that
+verifies n + 1 tokens of each request and runs the draft n times.
 """
 
 from __future__ import annotations
@@ -17,149 +21,154 @@ import math
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
-from placement.candidate import Candidate
-from placement.efficiency import (
-    NO_MESSAGE,
-    Collective,
-    Efficiency,
-    all_reduce,
-    efficiency_of,
-    exchange,
-    send,
-)
-from placement.memory import kv_layout, memory_use, stages_of
-from placement.notes import weight_only
-from placement.parameters import Parameters, count_parameters, rank_parameters
-from placement.pipeline import whole_model
+from placement.fitted import UNKNOWN
 from placement.plan import Prediction
-from placement.weight_bytes import weights_bytes
+from placement.replica_speed import ReplicaSpeed, replica_speed
 
-_TOGETHER = 0.12  # of the worst case, all prompts at once: 0.10 to 0.16 for Llama-70B on H100
+__all__ = [
+    "SPECULATIVE_TOKENS", "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",
+    "prompt_cost", "replica_speed", "requests_per_s", "room", "step_s",
+    "tokens_per_step",
+]  # fmt: skip
+
+SPECULATIVE_TOKENS = 3  # as the drafts of Mistral's models want
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """What one replica is asked to do at once."""
 
-    concurrency: int
+    concurrency: float
     input_tokens: float
     output_tokens: float
+    prefix_hit: float = 0.0  # share of the prompt's tokens that the prefix cache has
+    acceptance_rate: float | None = None  # of a draft's tokens, each; None: nothing is drafted
+    num_speculative_tokens: int = SPECULATIVE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSpeed:
-    """A candidate's costs, from which every prediction follows. A rank's are of all its layers."""
+class PromptCost:
+    """What a prompt takes of a replica, seconds, whatever else runs."""
 
-    architecture: Architecture
-    efficiency: Efficiency
-    bandwidth_bytes_per_s: float
-    flops: float  # of one rank, peak at the precision that it computes in
-    always_read_bytes: float  # of one rank, per step
-    expert_bytes: float  # of one rank, all routed experts
-    flops_per_token: float  # of one rank
-    prefill_flops_per_token: float  # of one rank: without the head, which only the last token needs
-    attention_flops: float  # of one rank, per token and token of context
-    kv_bytes_per_token: int
-    all_reduce: Collective
-    max_num_batched_tokens: int
-    max_num_seqs: int  # of the replica
-    kv_cache_tokens: int  # of the replica
-    data_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_imbalance: float = 1.0  # layers of the longest stage over those of an average one
-    send: Collective = NO_MESSAGE
-    exchange: Collective = NO_MESSAGE
+    prefill_s: float  # until its first token, alone
+    work_s: float  # for which it keeps others from being served
 
 
-def replica_speed(candidate: Candidate) -> ReplicaSpeed:
-    """The costs of one replica of a candidate."""
-    architecture, gpu = candidate.architecture, candidate.device.gpu
-    ranks, copies = candidate.tensor_parallel_size, candidate.data_parallel_size
-    rank = rank_parameters(
-        architecture,
-        tensor_parallel_size=ranks,
-        expert_parallel=candidate.expert_parallel,
-        data_parallel_size=copies,
-    )
-    layers = architecture.num_layers
-    bytes_per_weight = weights_bytes(candidate, whole_model(layers)) / rank.total
-    unread = rank.vision if architecture.tied_embeddings else rank.vision + rank.embedding
-    working = _working_parameters(architecture)
-    longest = max(stage.num_layers for stage in stages_of(candidate))
-    return ReplicaSpeed(
-        architecture=architecture,
-        efficiency=efficiency_of(candidate),
-        bandwidth_bytes_per_s=gpu.memory_bandwidth_bytes_per_s,
-        flops=_peak_flops(candidate),
-        always_read_bytes=(rank.total - unread - rank.experts) * bytes_per_weight,
-        expert_bytes=rank.experts * bytes_per_weight,
-        flops_per_token=2 * working / ranks,
-        prefill_flops_per_token=2 * (working - _head(count_parameters(architecture))) / ranks,
-        attention_flops=_attention_flops(architecture) / ranks,
-        kv_bytes_per_token=kv_layout(candidate, whole_model(layers)).bytes_per_context_token,
-        all_reduce=all_reduce(candidate),
-        max_num_batched_tokens=candidate.max_num_batched_tokens,
-        max_num_seqs=candidate.max_num_seqs * copies,
-        kv_cache_tokens=memory_use(candidate).kv.tokens,
-        data_parallel_size=copies,
-        pipeline_parallel_size=candidate.pipeline_parallel_size,
-        stage_imbalance=candidate.pipeline_parallel_size * longest / layers,
-        send=send(candidate),
-        exchange=exchange(candidate),
-    )
+def step_s(
+    speed: ReplicaSpeed, *, concurrency: float, context: float, tokens_each: int = 1
+) -> float:
+    """Seconds of one decode step of `concurrency` requests of one copy with `context` tokens each.
 
-
-def step_s(speed: ReplicaSpeed, *, concurrency: float, context: float) -> float:
-    """Seconds of one decode step of `concurrency` requests of one copy with `context` tokens each."""
+    `tokens_each`: more than one where a draft's tokens are verified.
+    """
+    efficiency = speed.efficiency
     batches = min(speed.pipeline_parallel_size, max(1, math.ceil(concurrency)))
     batch = concurrency / batches
-    window = speed.architecture.sliding_window
-    seen = context if window is None else _seen(speed.architecture, context)
+    tokens = batch * tokens_each
+    seen = context
+    if speed.architecture.sliding_window is not None:
+        seen = _seen(speed.architecture, context)
     kv = batch * seen * speed.kv_bytes_per_token
-    read = (_weights_read(speed, batch) + kv) / (
-        speed.bandwidth_bytes_per_s * speed.efficiency.bandwidth
+    kv_s = kv / (speed.bandwidth_bytes_per_s * efficiency.kv_bandwidth)
+    compute = _matrices_s(speed, tokens, speed.flops_per_token) + tokens * seen * (
+        speed.attention_flops / (speed.flops_16_bit * efficiency.attention_flops)
     )
-    flops = batch * (speed.flops_per_token + seen * speed.attention_flops)
-    compute = flops / (speed.flops * speed.efficiency.flops)
-    sequences = batch * speed.efficiency.sequence_s
-    one_pass = _fixed_s(speed, batch) + sequences + max(read, compute)
-    balance = speed.stage_imbalance if batches > 1 else 1.0
-    return one_pass * balance
+    one_pass = (
+        efficiency.step_s
+        + speed.kernels * efficiency.kernel_s
+        + batch * efficiency.sequence_s
+        + max(_weights_s(speed, tokens) + kv_s, compute)
+        + _messages_s(speed, tokens)
+    )
+    if batches == 1:
+        return one_pass
+    return max(one_pass, batches * _slowest_stage_s(speed, one_pass, batch))
 
 
-def prefill_s(speed: ReplicaSpeed, tokens: float) -> float:
+def _slowest_stage_s(speed: ReplicaSpeed, one_pass: float, batch: float) -> float:
+    """Of a pass through all stages: the longest, or the last, which has head and sampler too."""
+    efficiency = speed.efficiency
+    head = speed.head_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
+    last = min(one_pass, efficiency.step_s + batch * efficiency.sequence_s + head)
+    layers = one_pass - last
+    longest = layers * speed.stage_imbalance / speed.pipeline_parallel_size
+    return max(longest, layers * speed.last_stage_share + last)
+
+
+def prefill_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:
     """Seconds from the start of a prompt of `tokens` to its first token, nothing else running."""
-    chunks = max(1, -(-int(tokens) // speed.max_num_batched_tokens))
-    per_chunk = tokens / chunks
-    read = _weights_read(speed, per_chunk) / (
-        speed.bandwidth_bytes_per_s * speed.efficiency.bandwidth
-    )
-    one_chunk = _fixed_s(speed, per_chunk) + max(_prefill_work_s(speed, tokens) / chunks, read)
+    return prompt_cost(speed, tokens, prefix_hit=prefix_hit).prefill_s
+
+
+def prompt_cost(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> PromptCost:
+    """Of a prompt of which the prefix cache has a share of `prefix_hit`."""
+    new = max(1.0, tokens * (1 - prefix_hit))
+    chunks = max(1, -(-int(new) // speed.max_num_batched_tokens))
+    kernels = speed.efficiency.step_s + speed.kernels * speed.efficiency.kernel_s
+    read = kernels + _weights_s(speed, new / chunks)
+    work = prefill_work_s(speed, tokens, prefix_hit=prefix_hit)
+    # Kernels are launched ahead of the GPU's work, so the longer of the two counts.
+    one_chunk = _messages_s(speed, 0.0) + max(work / chunks, read)
     stages = speed.pipeline_parallel_size  # chunks follow each other through them
-    return one_chunk * (chunks + stages - 1) / stages * speed.stage_imbalance
+    return PromptCost(
+        prefill_s=one_chunk * (chunks + stages - 1) / stages * speed.stage_imbalance,
+        work_s=work * speed.stage_imbalance / stages,
+    )
+
+
+def prefill_work_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:
+    """Seconds of FLOPs and messages of a prompt, which a step can hide nothing of."""
+    new = tokens * (1 - prefix_hit)
+    seen = _seen(speed.architecture, tokens * (1 + prefix_hit) / 2)
+    attention = speed.attention_flops / (speed.flops_16_bit * speed.efficiency.attention_flops)
+    matrices = _matrices_s(speed, new, speed.prefill_flops_per_token)
+    return matrices + new * (seen * attention + _message_s_per_token(speed))
 
 
 def predict(speed: ReplicaSpeed, load: Load) -> Prediction:
-    """Means under a steady `load`: each request is followed by the next."""
-    context = load.input_tokens + load.output_tokens / 2
-    admitted = min(load.concurrency, _room(speed, context))
-    running = admitted / speed.data_parallel_size
-    prefill = prefill_s(speed, load.input_tokens)
-    step = step_s(speed, concurrency=running, context=context)
-    others = max(0.0, running - 1)
-    work = _prefill_work_s(speed, load.input_tokens) + load.input_tokens * _per_token_s(speed)
-    work *= speed.stage_imbalance / speed.pipeline_parallel_size
-    tpot = step + others / max(load.output_tokens, 1.0) * work
-    # Requests that began together tend to stay together: a prompt waits for a part of the others'.
-    waiting = step / 2 + _TOGETHER * others / 2 * work if others else 0.0
-    ttft = speed.efficiency.request_s + prefill + waiting
+    """Means under a steady `load`: each request is followed by the next.
+
+    As a closed-loop benchmark measures them, all of whose first requests come at once.
+    """
+    ttft, tpot = latency_s(speed, load)
     duration = ttft + max(load.output_tokens - 1, 0.0) * tpot
-    queue = duration * (load.concurrency / admitted - 1)
+    errors = speed.efficiency.errors
+    if load.acceptance_rate is not None:  # drafts were never measured
+        errors = UNKNOWN
     return Prediction(
-        ttft_s=ttft + queue,
+        ttft_s=ttft,
         tpot_ms=tpot * 1000,
-        output_tokens_per_s=admitted * load.output_tokens / duration,
+        output_tokens_per_s=load.concurrency * max(load.output_tokens, 1.0) / duration,
+        ttft_error=errors.ttft,
+        tpot_error=errors.tpot,
     )
+
+
+def latency_s(
+    speed: ReplicaSpeed, load: Load, *, cost: PromptCost | None = None
+) -> tuple[float, float]:
+    """TTFT and TPOT of `predict`, seconds; `cost` is that of the load's prompts, where it is known."""
+    if cost is None:
+        cost = prompt_cost(speed, load.input_tokens, prefix_hit=load.prefix_hit)
+    output = max(load.output_tokens, 1.0)
+    context = load.input_tokens + output / 2
+    admitted = min(load.concurrency, room(speed, context))
+    running = admitted / speed.data_parallel_size
+    step = _time_per_token_s(speed, load, running=running, context=context)
+    others = max(0.0, running - 1)
+    # Requests that began together tend to stay together: a prompt waits for a part of the others',
+    # for the rest its answer does.
+    waiting = speed.efficiency.together * others / 2 * cost.work_s
+    tpot = step + (others * cost.work_s - waiting) / output
+    ttft = speed.efficiency.request_s + cost.prefill_s + waiting + (step / 2 if others else 0.0)
+    ttft, tpot = ttft * speed.ttft_factor, tpot * speed.tpot_factor
+    if admitted == load.concurrency:
+        return ttft, tpot
+    queue = (ttft + max(output - 1, 0.0) * tpot) * (load.concurrency / admitted - 1)
+    before = 1.0
+    if admitted < speed.max_num_seqs:
+        before = _queued_before_share(load.input_tokens, output)
+    return ttft + queue * before, tpot + queue * (1 - before) / max(output - 1, 1.0)
 
 
 def requests_per_s(prediction: Prediction, load: Load) -> float:
@@ -167,17 +176,49 @@ def requests_per_s(prediction: Prediction, load: Load) -> float:
     return prediction.output_tokens_per_s / load.output_tokens
 
 
-def _room(speed: ReplicaSpeed, context: float) -> float:
+def room(speed: ReplicaSpeed, context: float) -> float:
     """Requests that slots and cache hold at once, on average over their lives."""
     held = context if speed.architecture.sliding_window is None else 1.0
     return max(1.0, min(speed.max_num_seqs, speed.kv_cache_tokens / max(held, 1.0)))
 
 
-def _prefill_work_s(speed: ReplicaSpeed, tokens: float) -> float:
-    """Seconds that the FLOPs of a prompt take, which a step can hide nothing of."""
-    seen = _seen(speed.architecture, tokens / 2)
-    flops = tokens * (speed.prefill_flops_per_token + seen * speed.attention_flops)
-    return flops / (speed.flops * speed.efficiency.flops)
+def _queued_before_share(input_tokens: float, output_tokens: float) -> float:
+    """Of the waiting for room, what comes before the first token.
+
+    A prompt starts as soon as its own tokens have room; when answers grow beyond the cache, the
+    newest gives way and waits again. 0.35 for 1024 / 8192 tokens in a simulation of vLLM's scheduler
+    (tests/placement/batching.py), 1.0 for 8192 / 1024.
+    """
+    return input_tokens / (input_tokens + output_tokens / 4)
+
+
+def tokens_per_step(acceptance_rate: float, num_speculative_tokens: int) -> float:
+    """Expected tokens of a step that verifies a draft: 1 + a + a^2 + ... + a^n."""
+    return sum(acceptance_rate**power for power in range(num_speculative_tokens + 1))
+
+
+def _time_per_token_s(speed: ReplicaSpeed, load: Load, *, running: float, context: float) -> float:
+    """Seconds between two tokens of a request while no prompt is prefilled."""
+    if load.acceptance_rate is None:
+        return step_s(speed, concurrency=running, context=context)
+    drafted = load.num_speculative_tokens
+    verify = step_s(speed, concurrency=running, context=context, tokens_each=drafted + 1)
+    draft, efficiency = speed.draft, speed.efficiency
+    proposal = (
+        draft.kernels * efficiency.kernel_s
+        + draft.read_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
+        + draft.messages * speed.all_reduce.latency_s
+    )
+    return (verify + drafted * proposal) / tokens_per_step(load.acceptance_rate, drafted)
+
+
+def _matrices_s(speed: ReplicaSpeed, tokens: float, flops_per_token: float) -> float:
+    """Seconds of the FLOPs of dense matrices and of experts."""
+    efficiency, experts = speed.efficiency, speed.expert_flops_per_token
+    dense = (flops_per_token - experts) / (speed.flops * efficiency.flops)
+    if not experts:
+        return tokens * dense
+    return tokens * (dense + experts / (speed.flops_16_bit * efficiency.expert_flops))
 
 
 def _seen(architecture: Architecture, context: float) -> float:
@@ -189,60 +230,37 @@ def _seen(architecture: Architecture, context: float) -> float:
     return full * context + (1 - full) * min(context, window)
 
 
-def _fixed_s(speed: ReplicaSpeed, tokens: float) -> float:
-    """What a pass costs whatever it computes, and its messages."""
-    efficiency, layers = speed.efficiency, speed.architecture.num_layers
-    moe = speed.architecture.moe
-    sparse = 0 if moe is None else layers - moe.num_dense_layers
+def _messages_s(speed: ReplicaSpeed, tokens: float) -> float:
+    """Of a pass: all-reduces, exchanges of experts' tokens, sends between stages."""
     message = tokens * speed.architecture.hidden_size * 2
-    sends = (speed.pipeline_parallel_size - 1) * speed.send.seconds(message)
-    return (
-        efficiency.step_s
-        + layers * (efficiency.layer_s + 2 * speed.all_reduce.seconds(message))
-        + sparse * (efficiency.expert_layer_s + speed.exchange.seconds(message))
-        + sends
-    )
+    seconds = speed.all_reduces * speed.all_reduce.seconds(message)
+    seconds += speed.small_messages * speed.all_reduce.latency_s
+    if speed.data_parallel_size > 1 and speed.architecture.moe is not None:
+        sparse = speed.architecture.num_layers - speed.architecture.moe.num_dense_layers
+        seconds += sparse * speed.exchange.seconds(message)
+    if speed.pipeline_parallel_size > 1:
+        seconds += (speed.pipeline_parallel_size - 1) * speed.send.seconds(message)
+    return seconds
 
 
-def _per_token_s(speed: ReplicaSpeed) -> float:
+def _message_s_per_token(speed: ReplicaSpeed) -> float:
     """Seconds of messages for one more token in a step."""
     layers, message = speed.architecture.num_layers, speed.architecture.hidden_size * 2
     exchanged = 0.0 if speed.architecture.moe is None else layers * speed.exchange.s_per_byte
-    return message * (2 * layers * speed.all_reduce.s_per_byte + exchanged)
+    return message * (speed.all_reduces * speed.all_reduce.s_per_byte + exchanged)
 
 
-def _weights_read(speed: ReplicaSpeed, tokens: float) -> float:
-    moe = speed.architecture.moe
+def _weights_s(speed: ReplicaSpeed, tokens: float) -> float:
+    """Seconds in which a pass reads its weights."""
+    efficiency, moe = speed.efficiency, speed.architecture.moe
+    always = speed.always_read_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
     if moe is None:
-        return speed.always_read_bytes
+        return always
     every = tokens * speed.data_parallel_size  # all copies use the same experts
-    idle = math.pow(1 - moe.num_experts_per_token / moe.num_experts, every)
-    return speed.always_read_bytes + speed.expert_bytes * (1 - idle)
-
-
-def _peak_flops(candidate: Candidate) -> float:
-    gpu, precision = candidate.device.gpu, candidate.checkpoint.precision
-    if not weight_only(candidate):
-        if precision == "fp8" and gpu.fp8_flops:
-            return gpu.fp8_flops
-        if precision in ("nvfp4", "mxfp4") and gpu.fp4_flops:
-            return gpu.fp4_flops
-    return gpu.bf16_flops
-
-
-def _working_parameters(architecture: Architecture) -> int:
-    parameters = count_parameters(architecture)
-    looked_up = 0 if architecture.tied_embeddings else parameters.embedding
-    return parameters.language - looked_up - parameters.idle_experts
-
-
-def _head(parameters: Parameters) -> int:
-    return parameters.head or parameters.embedding
-
-
-def _attention_flops(architecture: Architecture) -> float:
-    """Per token and token of context: scores and weighted values, 2 FLOPs a multiplication."""
-    mla, width = architecture.mla, 2 * architecture.head_dim
-    if mla is not None:
-        width = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
-    return 2.0 * architecture.num_layers * architecture.num_heads * width
+    idle = 1 - moe.num_experts_per_token / moe.num_experts
+    used = 1 - math.pow(idle, math.pow(every, efficiency.routing_evenness))
+    if speed.expert_spread:
+        deviation = math.sqrt(used * (1 - used) / speed.experts_per_rank)
+        used = min(1.0, used + speed.expert_spread * deviation)
+    experts = speed.expert_bytes * used
+    return always + experts / (speed.bandwidth_bytes_per_s * efficiency.expert_bandwidth)

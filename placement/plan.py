@@ -31,6 +31,10 @@ class Prediction(Spec):
     ttft_s: float
     tpot_ms: float
     output_tokens_per_s: float = Field(description="Of the whole replica.")
+    ttft_error: float | None = Field(
+        default=None, description="Relative, as runs differed that were not fitted to, on average."
+    )
+    tpot_error: float | None = Field(default=None, description="The same of tpot_ms.")
 
 
 class Shape(Spec):
@@ -113,8 +117,13 @@ class Variant(Spec):
     gpus_per_replica: int = Field(
         default=1, description="GPUs (on a `cpu` pool: slots) that one replica occupies."
     )
+    price_per_hour: float = Field(default=0.0, description="Of all replicas.")
     placement: tuple[tuple[NodeGpus, ...], ...] = Field(description="For each replica, its GPUs.")
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
+    limited_by: str = Field(
+        default="",
+        description="The promise that more load would break; empty: the engine's limits.",
+    )
     predicted: Predicted
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()
@@ -127,6 +136,16 @@ class Unmet(Spec):
     model: str
     constraint: str
     cheapest_relaxation: str
+
+
+class Robustness(Spec):
+    """What happens to the plan when engines are 15 % slower and find 5 % less memory."""
+
+    holds: bool = Field(description="Every model still meets its demand and service level.")
+    short: tuple[str, ...] = Field(default=(), description="Models that would not.")
+    objective_to_hold: float | None = Field(
+        default=None, description="Of the best plan that holds (`robust: require`)."
+    )
 
 
 class Plan(Spec):
@@ -145,4 +164,20 @@ class Plan(Spec):
     variants: tuple[Variant, ...]
     unmet: tuple[Unmet, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    robustness: Robustness | None = None
     gateway: GatewaySpec = GatewaySpec()
+
+    @classmethod
+    def empty(cls) -> Plan:
+        """Of a cluster that serves nothing."""
+        return cls(
+            fleet="none",
+            status="optimal",
+            objective=0.0,
+            bound=0.0,
+            gap=0.0,
+            cost_per_hour=0.0,
+            gpus_used=0,
+            gpus_total=0,
+            variants=(),
+        )

@@ -2,175 +2,133 @@
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-
-from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
-from placement.first_fit import FreeGpus, ReplicaGpus
-from placement.fleet import FleetModel, FleetSpec
+from placement.fleet import FleetSpec
 from placement.inventory import Inventory
-from placement.options import Option, Options, find_options, value
-from placement.performance import predict
-from placement.plan import Plan, Predicted, Unmet, Variant
-from placement.relaxation import not_enough_gpus, nothing_legal, replica_limit, service_level
-from placement.shape import make_shape
+from placement.milp import Limits
+from placement.node_groups import node_groups
+from placement.options import Options, find_options
+from placement.plan import Plan, Robustness, Unmet
+from placement.problem import MET, score
+from placement.question import Question, make_question
+from placement.relaxation import (
+    not_enough_gpus,
+    nothing_legal,
+    replica_limit,
+    service_level,
+    too_much_on_spot,
+)
+from placement.selection import Selection, select, select_all_met
+from placement.variants import make_variants, refine
 
 
-def make_plan(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) -> Plan:
+def make_plan(
+    fleet: FleetSpec,
+    inventory: Inventory,
+    catalogue: Catalogue,
+    *,
+    running: Plan | None = None,
+    limits: Limits | None = None,
+) -> Plan:
     """Place every model of `fleet` on `inventory`; what cannot be had stands in `unmet`.
 
-    Each model gets its best legal option by the fleet's objective, the models that take most GPUs
-    first, on the first nodes with room. The same fleet and inventory give the same plan, in
-    whatever order models and pools are written. A plan with anything unmet is infeasible; one in
-    which every model got its best option is optimal.
+    The best plan by the fleet's objective, up to the gap that it tells: one model may run in
+    several variants. With a `running` plan, what runs stays unless moving it pays within the
+    fleet's horizon. The same fleet and inventory give the same plan, in whatever order models and
+    pools are written. A plan with anything unmet is infeasible; one with no gap is optimal.
 
     Raises:
         UnknownName: a model, pool or GPU type is not known, with the nearest names.
     """
-    wishes = sorted(fleet.models, key=lambda wish: wish.name)
-    for wish in wishes:
+    for wish in fleet.models:
         if wish.simulate_gpu is not None:
             catalogue.gpu(wish.simulate_gpu)  # wrong also where no pool would look at it
-    found = [find_options(wish, fleet, inventory, catalogue) for wish in wishes]
-    free = FreeGpus(inventory)
-    choices = [_choose(options, free) for options in sorted(found, key=_size, reverse=True)]
-    names = _safe_names(wish.name for wish in wishes)
-    variants = [
-        _variant(choice, choice.option, names[choice.options.wish.name], catalogue)
-        for choice in choices
-        if choice.option is not None
+    groups = node_groups(fleet, inventory, catalogue)
+    found = [
+        find_options(wish, fleet, groups, catalogue)
+        for wish in sorted(fleet.models, key=lambda wish: wish.name)
     ]
-    objective, bound = _objective(fleet, choices)
-    first_choices = all(choice.option in (None, *choice.options.legal[:1]) for choice in choices)
-    unmet = [choice.problem for choice in choices if choice.problem is not None]
+    question = make_question(fleet, groups, found, running)
+    chosen = select(question.problem, limits or Limits())
+    chosen, robustness = _prefer_robust(question, chosen, limits or Limits(), fleet)
+    picked = refine(question, chosen.counts)
+    variants = make_variants(question, picked, catalogue, running)
+    unmet = [
+        problem
+        for model, options in enumerate(found)
+        if (problem := _unmet(question, chosen, model, options)) is not None
+    ]
+    proven = chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
     return Plan(
         fleet=fleet.fleet,
-        status="infeasible" if unmet else "optimal" if first_choices else "feasible",
-        objective=objective,
-        bound=bound,
-        gap=abs(objective - bound) / max(abs(objective), 1e-9),
-        cost_per_hour=sum(choice.option.price_per_hour for choice in choices if choice.option),
+        status="infeasible" if unmet else "optimal" if proven else "feasible",
+        objective=chosen.objective,
+        bound=chosen.bound,
+        gap=abs(chosen.objective - chosen.bound) / max(abs(chosen.objective), 1e-9),
+        cost_per_hour=_cost(question, chosen),
         currency=inventory.currency,
-        gpus_used=sum(choice.option.gpus for choice in choices if choice.option),
+        gpus_used=sum(variant.replicas * variant.gpus_per_replica for variant in variants),
         gpus_total=sum(pool.nodes * pool.gpus_per_node for pool in inventory.pools),
-        variants=tuple(sorted(variants, key=lambda variant: variant.variant)),
-        unmet=tuple(sorted(unmet, key=lambda entry: entry.model)),
-        rejected=tuple(entry for options in found for entry in options.rejected),
+        variants=variants,
+        unmet=tuple(unmet),
+        rejected=(*(entry for each in found for entry in each.rejected), *question.dominated),
+        robustness=robustness,
         gateway=fleet.gateway,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """What one model gets, and what of its wishes that leaves open."""
-
-    options: Options
-    option: Option | None
-    placement: tuple[ReplicaGpus, ...] = ()
-    problem: Unmet | None = None
+def _cost(question: Question, chosen: Selection) -> float:
+    return sum(
+        count * column.price
+        for count, column in zip(chosen.counts, question.problem.columns, strict=True)
+    )
 
 
-def _choose(options: Options, free: FreeGpus) -> _Choice:
-    """The first option with room for all its replicas; else what fits of the roomiest."""
+def _prefer_robust(
+    question: Question, chosen: Selection, limits: Limits, fleet: FleetSpec
+) -> tuple[Selection, Robustness | None]:
+    """Of plans that are equally good, one that holds when predictions are too rosy.
+
+    Faster engines and more memory hurt nobody, so one corner of the errors stands for all.
+    """
+    if fleet.robust != "prefer":
+        return chosen, None
+    stressed = question.stressed()
+    if not question.problem.meets(chosen.counts):
+        return chosen, None
+    names = [options.wish.name for options in question.options]
+    short = [name for model, name in enumerate(names) if not stressed.met(chosen.counts, model)]
+    if not short:
+        return chosen, Robustness(holds=True)
+    other = select_all_met(stressed, limits)
+    if other is None:
+        return chosen, Robustness(holds=False, short=tuple(short))
+    reached = score(question.problem, other.counts)
+    if reached <= chosen.objective + 1e-9 * max(1.0, abs(chosen.objective)):
+        return (
+            Selection(other.counts, reached, min(reached, chosen.bound), chosen.seconds),
+            Robustness(holds=True),
+        )
+    return chosen, Robustness(holds=False, short=tuple(short), objective_to_hold=reached)
+
+
+def _unmet(question: Question, chosen: Selection, model: int, options: Options) -> Unmet | None:
+    """What of a model's wishes stays open, and the way out."""
     if not options.legal:
-        return _Choice(options, None, problem=nothing_legal(options))
+        return nothing_legal(options)
     quick = [option for option in options.legal if option.capacity.concurrency > 0]
     if not quick:
         fastest = min(options.legal, key=lambda option: option.capacity.prediction.tpot_ms)
-        return _Choice(options, None, problem=service_level(fastest, options))
-    rooms = [free.replicas_that_fit(option.pool, option.gpus_per_replica) for option in quick]
-    for option, room in zip(quick, rooms, strict=True):
-        if room >= option.replicas:
-            placement = free.take(option.pool, option.gpus_per_replica, option.replicas)
-            short = option.replicas_needed > option.replicas
-            problem = replica_limit(option, options) if short else None
-            return _Choice(options, option, placement, problem)
-    problem = not_enough_gpus(quick[0], options, free)
-    room, roomiest = max(zip(rooms, quick, strict=True), key=lambda pair: pair[0])
-    if room == 0:
-        return _Choice(options, None, problem=problem)
-    placement = free.take(roomiest.pool, roomiest.gpus_per_replica, room)
-    return _Choice(options, replace(roomiest, replicas=room), placement, problem)
-
-
-def _objective(fleet: FleetSpec, choices: list[_Choice]) -> tuple[float, float]:
-    """The objective reached, and what it would be with every model's best option."""
-    reached = [
-        value(choice.option, choice.options.wish, fleet)
-        for choice in choices
-        if choice.option is not None
-    ]
-    best = [
-        value(choice.options.legal[0], choice.options.wish, fleet)
-        for choice in choices
-        if choice.options.legal
-    ]
-    return sum(reached), sum(best)
-
-
-def _variant(choice: _Choice, option: Option, safe_name: str, catalogue: Catalogue) -> Variant:
-    wish, placement = choice.options.wish, choice.placement
-    candidate = option.candidate
-    spread = "-ep" if candidate.expert_parallel else ""
-    model = catalogue.model(wish.model)
-    return Variant(
-        model=wish.name,
-        variant=f"{safe_name}@{option.pool.name}-tp{candidate.tensor_parallel_size}{spread}",
-        aliases=wish.aliases,
-        catalogue_model=model.name,
-        checkpoint=candidate.checkpoint.source,
-        checkpoint_format=candidate.checkpoint.format,
-        pool=option.pool.name,
-        gpu=option.gpu.name,
-        simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
-        shape=make_shape(candidate, extra_args=wish.engine_args),
-        replicas=len(placement),
-        bounds=wish.replicas,
-        scaling=wish.scaling,
-        slo=wish.slo,
-        gpus_per_replica=option.gpus_per_replica,
-        placement=placement,
-        capacity_requests_per_s=option.capacity.requests_per_s,
-        predicted=_predicted(wish, option, len(placement)),
-        capabilities=model.capabilities,
-        routing=wish.routing,
-        fallback=wish.fallback,
+        return service_level(fastest, options)
+    best = quick[0]
+    if question.problem.met(chosen.counts, model):
+        return replica_limit(best, options) if question.beyond_limit[model] else None
+    need, firm = (
+        question.problem.needs[model],
+        question.problem.rate(chosen.counts, model, firm_only=True),
     )
-
-
-def _predicted(wish: FleetModel, option: Option, replicas: int) -> Predicted:
-    """What users see when the demand is spread evenly; without a demand, one user alone."""
-    demand = wish.demand or DEFAULT_DEMAND
-    rate = demand.requests_per_s / max(replicas, 1)
-    concurrency = concurrency_for(
-        option.speed, rate_per_s=rate, at_most=option.capacity.concurrency, demand=demand
-    )
-    prediction = predict(option.speed, load_at(demand, concurrency))
-    return Predicted(
-        ttft_p95_s=ttft_p95_s(option.speed, prediction, demand),
-        tpot_p95_ms=prediction.tpot_ms,
-        utilization=rate / option.capacity.requests_per_s,
-    )
-
-
-def _size(options: Options) -> tuple[int, int, str]:
-    """Big models first: they have the fewest places to go."""
-    if not options.legal:
-        return (0, 0, options.wish.name)
-    best = options.legal[0]
-    return (best.gpus_per_replica, best.gpus, options.wish.name)
-
-
-def _safe_names(names: Iterable[str]) -> dict[str, str]:
-    """The models' names as they may stand in a URL; a checksum where two would become one."""
-    safe = {name: re.sub(r"[^A-Za-z0-9._-]", "-", name) for name in names}
-    plain = list(safe.values())
-    return {
-        name: short
-        if name == short or plain.count(short) == 1
-        else f"{short}-{zlib.crc32(name.encode()):08x}"
-        for name, short in safe.items()
-    }
+    if firm < need.firm_rate * MET and question.problem.rate(chosen.counts, model) > firm:
+        return too_much_on_spot(options, firm_rate=need.firm_rate, firm=firm)
+    if question.problem.replicas(chosen.counts, model) >= options.wish.replicas.max:
+        return replica_limit(best, options)
+    return not_enough_gpus(best, options, question.places_beside(chosen.counts, model, best))

@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 
 from placement.candidate import GIB, Candidate
-from placement.first_fit import FreeGpus
 from placement.kv_cache import longest_context
 from placement.memory import kv_layout, memory_use
-from placement.options import Option, Options, furthest
+from placement.option import Option
+from placement.options import Options, furthest
+from placement.packing import Places
 from placement.plan import Unmet
 from placement.weight_bytes import GGUF_BITS
+
+_ANY = "allow another precision (`precision: any`)"
+_LLAMACPP = {  # whose options have no candidate to look closer at
+    "kv-cache-below-one-request": "a smaller max_model_len, or more kv_cache_gib_per_gpu",
+    "weights-exceed-memory": "GPUs with more memory, or fewer bits per weight",
+    "pages-from-disk": "nodes with more host memory, or fewer bits per weight",
+    "host-memory-exceeded": "nodes with more host memory, or fewer bits per weight",
+    "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
+    "no-such-checkpoint": "the path of a .gguf file as `model`, or `engine: vllm`",
+    "engine-has-no-loader": "engine: vllm",
+}
 
 
 def nothing_legal(options: Options) -> Unmet:
@@ -18,13 +30,14 @@ def nothing_legal(options: Options) -> Unmet:
     model, closest = options.wish.name, furthest(options)
     if closest is None:
         rejection = options.rejected[0] if options.rejected else None
+        rule = rejection.rule if rejection and options.wish.engine == "llamacpp" else ""
         return Unmet(
             model=model,
             constraint=f"{rejection.rule}: {rejection.reason}" if rejection else "no checkpoints",
-            cheapest_relaxation="allow another precision (`precision: any`)",
+            cheapest_relaxation=_LLAMACPP.get(rule, _ANY),
         )
     candidate, rejection = closest
-    shape = f"{candidate.checkpoint.precision} on {candidate.tensor_parallel_size} x"
+    shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
     return Unmet(
         model=model,
         constraint=f"{rejection.rule}: {shape} {candidate.device.gpu.name}: {rejection.reason}",
@@ -36,6 +49,14 @@ def service_level(option: Option, options: Options) -> Unmet:
     """Even one request alone is slower than the service level."""
     wish = options.wish
     prediction = option.capacity.prediction
+    if not option.capacity.broken_promise:
+        return Unmet(
+            model=wish.name,
+            constraint=f"{_on(option)} leaves no room for 5 % less memory",
+            cheapest_relaxation="robust: prefer, or gpu_memory_utilization: 0.95 or less"
+            if wish.engine == "llamacpp"
+            else "robust: prefer, or GPUs with more memory",
+        )
     return Unmet(
         model=wish.name,
         constraint=f"one request alone misses {option.capacity.broken_promise} on "
@@ -59,16 +80,29 @@ def replica_limit(option: Option, options: Options) -> Unmet:
     )
 
 
-def not_enough_gpus(option: Option, options: Options, free: FreeGpus) -> Unmet:
-    """The GPUs are there, but other models have them."""
-    pool, each = option.pool, option.gpus_per_replica
-    room = free.replicas_that_fit(pool, each)
-    missing = (option.replicas - room) * each
+def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
+    """The GPUs are there, but other models have them; `free` are those that they leave."""
+    each = option.gpus_per_replica
+    room = free.room(each)
+    missing = max(1, option.replicas - room) * each
     return Unmet(
         model=options.wish.name,
         constraint=f"{option.replicas} replicas need {option.gpus} GPUs on {_on(option)}, of which "
-        f"{free.in_pool(pool)} are free: room for {room} replicas",
-        cheapest_relaxation=f"{missing} more GPUs in pool {pool.name}, {each} to a node",
+        f"{free.gpus} are free: room for {room} replicas",
+        cheapest_relaxation=f"{missing} more GPUs in pool {option.pool.name}, {each} to a node",
+    )
+
+
+def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unmet:
+    """Nodes that cannot be taken away carry less than `max_spot_share` leaves to them."""
+    wish = options.wish
+    rate = wish.demand.requests_per_s if wish.demand else firm_rate
+    share = math.ceil(100 * (1 - firm / rate)) / 100
+    return Unmet(
+        model=wish.name,
+        constraint=f"{firm_rate:.3g} requests/s must not depend on spot nodes; the others carry "
+        f"{firm:.3g}",
+        cheapest_relaxation=f"max_spot_share: {share:g}, or more nodes that are not spot",
     )
 
 
@@ -92,7 +126,7 @@ def _for_rule(candidate: Candidate, rule: str) -> str:
         "context-too-long": f"max_model_len: {candidate.model.context}",
         "batch-below-num-seqs": f"max_num_batched_tokens: {candidate.max_num_seqs}",
         "expert-parallel-needs-experts": "expert_parallel: false",
-        "engine-has-no-loader": "a checkpoint that is not GGUF",
+        "engine-has-no-loader": "engine: llamacpp, or a checkpoint that is not GGUF",
         "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
         "dtype-not-supported": "dtype: auto",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 _GIB = 1024**3
 DEFAULT_RELEASE = "0.32"
@@ -59,6 +60,7 @@ RELEASES: Mapping[str, VllmRelease] = {
 }
 
 
+@cache
 def release(name: str) -> VllmRelease:
     """The constants of the newest known release that is not newer than `name`, e.g. `0.19.1`."""
     wanted = _number(name)

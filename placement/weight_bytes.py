@@ -78,7 +78,7 @@ def weights_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
     copies W_UK and W_UV in 16 bit: heads x kv_lora x (nope + v) per layer (mla_attention.py
     process_weights_after_loading).
     """
-    architecture, checkpoint = candidate.architecture, candidate.checkpoint
+    architecture = candidate.architecture
     stage = stage or whole_model(architecture.num_layers)
     rank = rank_parameters(
         loaded_architecture(candidate),
@@ -88,14 +88,36 @@ def weights_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
         num_redundant_experts=candidate.num_redundant_experts,
         stage=stage,
     )
+    return int(parameters_bytes(candidate, rank)) + _absorbed_copies_bytes(candidate, stage)
+
+
+def parameters_bytes(candidate: Candidate, parameters: Parameters) -> float:
+    """Bytes that `parameters` of the candidate's checkpoint take once they are loaded."""
+    architecture, checkpoint = candidate.architecture, candidate.checkpoint
     if checkpoint.precision in UNQUANTISED:
-        weights = float(rank.total * candidate.element_bytes)
-    else:
-        stored = stored_weights(checkpoint, architecture)
-        weights = stored.quantised(rank) * _published_share(architecture, checkpoint, stored)
-        weights *= _padding(architecture, checkpoint.precision)
-        weights += stored.kept(rank)
-    return int(weights) + _absorbed_copies_bytes(candidate, stage)
+        return float(parameters.total * candidate.element_bytes)
+    stored = stored_weights(checkpoint, architecture)
+    quantised = stored.quantised(parameters) * _published_share(architecture, checkpoint, stored)
+    quantised *= _padding(architecture, checkpoint.precision)
+    return quantised + stored.kept(parameters)
+
+
+def read_bytes(candidate: Candidate, rank: Parameters) -> tuple[float, float]:
+    """Bytes of one rank that every step reads, and those of all its routed experts.
+
+    Of the embedding a step reads some rows, of the vision tower nothing. MLA reads the 16-bit
+    copies W_UK and W_UV in place of kv_b.
+    """
+    tied = candidate.architecture.tied_embeddings
+    always = replace(rank, experts=0, idle_experts=0, vision=0)
+    if not tied:
+        always = replace(always, embedding=0)
+    everything = parameters_bytes(candidate, replace(rank, vision=0))
+    without = parameters_bytes(candidate, replace(rank, experts=0, idle_experts=0, vision=0))
+    copies = _absorbed_copies_bytes(candidate, whole_model(candidate.architecture.num_layers))
+    stored = stored_weights(candidate.checkpoint, candidate.architecture).attention
+    more = copies * max(0.0, 1 - min(stored, 2.0) / 2)
+    return parameters_bytes(candidate, always) + more, everything - without
 
 
 def loaded_architecture(candidate: Candidate) -> Architecture:

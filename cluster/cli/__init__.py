@@ -6,7 +6,20 @@ import sys
 
 import typer
 
-from cluster.cli import catalogue, doctor, events, fit, fleet, gateway, keys, logs, probe, up
+from cluster.cli import (
+    catalogue,
+    cluster,
+    doctor,
+    events,
+    fit,
+    fleet,
+    gateway,
+    keys,
+    logs,
+    planning,
+    probe,
+    up,
+)
 from cluster.cli.render import page_console
 from cluster.errors import ClusterError
 from placement.errors import PlacementError
@@ -19,7 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (up, catalogue, fit, fleet, logs, events, probe, doctor, gateway, keys):
+for module in (
+    *(up, catalogue, planning, fit, fleet, logs, events, probe, doctor),
+    *(gateway, keys, cluster),
+):
     module.register(app)
 
 

@@ -66,6 +66,19 @@ def fit(  # noqa: PLR0917 - one parameter for each option
     ] = None,
     input_tokens: Annotated[int | None, typer.Option(min=1, help="Of a request.")] = None,
     output_tokens: Annotated[int | None, typer.Option(min=1, help="Of a request.")] = None,
+    prefix_hit: Annotated[
+        float | None, typer.Option(help="Share of prompt tokens that the prefix cache has.")
+    ] = None,
+    acceptance_rate: Annotated[
+        float | None,
+        typer.Option(help="Of each of a draft's tokens (vLLM; the draft's memory is not counted)."),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a draft at once.")
+    ] = None,
+    host_bandwidth_gb_s: Annotated[
+        float | None, typer.Option(help="Of the host's memory, for what llama.cpp leaves there.")
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="One JSON document on standard output.")
     ] = False,
@@ -101,6 +114,10 @@ def fit(  # noqa: PLR0917 - one parameter for each option
         "concurrency": concurrency,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
+        "prefix_hit": prefix_hit,
+        "acceptance_rate": acceptance_rate,
+        "num_speculative_tokens": num_speculative_tokens,
+        "host_bandwidth_gb_s": host_bandwidth_gb_s,
     }
     if json_ and helm:
         raise ConfigError("--json and --helm both want standard output: give one of them")

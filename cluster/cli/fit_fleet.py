@@ -1,9 +1,9 @@
-"""The best shape of `bora fit` as a fleet file, or as an endpoints file where a fleet cannot have it."""
+"""The best shape of `bora fit` as a fleet file."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -21,20 +21,20 @@ _SAME_NAMES = (
 def fleet_yaml(answer: FitAnswer, shape: FitShape, model: ModelSpec) -> str:
     """YAML to paste.
 
-    Sizes of 1 and values that are the default are left out. An engine that fleets cannot name yet
-    is started by hand with the command line above, and joined by `bora gateway --endpoints`.
+    Sizes of 1 and values that are the default are left out; of llama.cpp also the share of the
+    memory, which is what the shape takes and no limit.
     """
     name = model.name.rsplit("/", 1)[-1].removesuffix(".gguf")
-    if shape.engine not in get_args(FleetModel.model_fields["engine"].annotation):
-        endpoint = {"model": name, "url": "http://HOST:8080", "max_in_flight": shape.max_num_seqs}
-        return _dump({"endpoints": [endpoint]})
-    entry: dict[str, Any] = {"name": name, "model": answer.model, "precision": [shape.precision]}
+    source = shape.checkpoint if shape.checkpoint.endswith(".gguf") else answer.model
+    entry: dict[str, Any] = {"name": name, "model": source, "precision": [shape.precision]}
     if shape.engine != FleetModel.model_fields["engine"].default:
         entry["engine"] = shape.engine
     for key in _SAME_NAMES:
         field = FleetModel.model_fields.get(key)
         value = getattr(shape, key)
         if field is None or value == field.default or (value in (0, 1) and value is not True):
+            continue
+        if key == "gpu_memory_utilization" and shape.engine == "llamacpp":
             continue
         entry[key] = value
     entry["demand"] = {"requests_per_s": 1.0}

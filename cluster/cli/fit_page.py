@@ -171,14 +171,19 @@ def _shapes(shapes: Sequence[FitShape]) -> RenderableType:
             f"{shape.max_model_len:,}",
             f"{shape.kv_cache_tokens:,}",
             f"{shape.max_concurrency:.1f}",
-            f"{shape.prediction.ttft_s:.2f} s",
-            f"{shape.prediction.tpot_ms:.1f} ms",
+            f"{shape.prediction.ttft_s:.2f} s{_error(shape.prediction.ttft_error)}",
+            f"{shape.prediction.tpot_ms:.1f} ms{_error(shape.prediction.tpot_error)}",
             f"{shape.prediction.output_tokens_per_s:.0f}",
             shape.limit,
         )
     if len(shapes) > _MOST_SHAPES:
         table.add_row(f"... {len(shapes) - _MOST_SHAPES} more (--json)")
     return table
+
+
+def _error(relative: float | None) -> str:
+    """Mean error of the prediction, as it was measured elsewhere."""
+    return "" if relative is None else f" ±{relative:.0%}"
 
 
 def _rejections(rejected: Sequence[Rejection]) -> list[RenderableType]:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from cluster import context
 from cluster.calibration_file import calibrated_catalogue
-from cluster.cli.catalogue import Json, solve, solve_on
+from cluster.cli.catalogue import Json
 from cluster.cli.inventory_check import probed_nodes, require_truth
+from cluster.cli.planning import solve, solve_on
 from cluster.cli.render import feasible, page_console, status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context
@@ -23,7 +24,7 @@ from cluster.control_api import ControlClient
 from cluster.errors import ClusterError, EngineFailed
 from cluster.facts_file import FACTS_FILE, keep_facts
 from cluster.gateway_ports import checked_ports
-from cluster.local_ray import remove_tmpdir
+from cluster.local_ray import remove_tmpdir, use_own_token
 from cluster.processes import free_ports
 from placement.found_inventory import with_findings
 from placement.inventory import Inventory
@@ -57,11 +58,11 @@ def deploy(
         return
     client = _client(running or context.require())
     nodes = probed_nodes(client, console)
-    plan = feasible(solve(fleet, inventory), console)
+    before = client.plan()
+    plan = feasible(solve(fleet, inventory, before), console)
     declared = nodes.declared if inventory is None else load_yaml(inventory, Inventory)
     if declared is not None and not trust_inventory:
         require_truth(plan, declared, nodes.nodes, calibrated_catalogue(), console)
-    before = client.plan()
     if before is not None and before.gateway != plan.gateway:
         console.print(
             "note: the gateway keeps its address and its `auth` until `bora down`", markup=False
@@ -120,6 +121,7 @@ def _install_and_deploy(
 
     Whatever goes wrong on the way, nothing is left there.
     """
+    use_own_token()  # before Ray is imported: it reads the environment then
     from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
     bootstrap.connect(address)
@@ -160,6 +162,7 @@ def _install_and_deploy(
 
 
 def _uninstall(running: Context, console: Console) -> None:
+    use_own_token()  # before Ray is imported: it reads the environment then
     from cluster import bootstrap  # noqa: PLC0415 - imports Ray, which takes a second
 
     if not bootstrap.listens(running.ray_address):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
 from placement.errors import DoesNotFit
-from placement.plan import Plan, Variant
+from placement.plan import Plan, Robustness, Variant
 
 GIB = 2**30
 FAILURE_LINES = 6
@@ -41,19 +41,36 @@ def plan_page(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         Text(
             f"fleet {plan.fleet}: {plan.status}, {plan.gpus_used} of {plan.gpus_total} GPUs, "
-            f"{plan.cost_per_hour:.2f} {plan.currency}/h"
+            f"{plan.cost_per_hour:.2f} {plan.currency}/h{_gap(plan)}"
         )
     ]
     if plan.variants:
         columns = ("model", "variant", "replicas", "GPUs", "weights/GPU", "KV tokens", "nodes")
-        table = Table(*columns, "TTFT", "TPOT", box=None)
+        table = Table(*columns, "TTFT p95", "TPOT p95", "used", box=None)
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    if plan.robustness is not None and plan.robustness.short:
+        parts.append(Text(_if_slower(plan, plan.robustness), style="yellow"))
     for unmet in plan.unmet:
         parts.append(Text(f"{unmet.model}: {unmet.constraint}", style="red"))
         parts.append(Text(f"  cheapest way out: {unmet.cheapest_relaxation}"))
     return Group(*parts)
+
+
+def _gap(plan: Plan) -> str:
+    return f", at most {100 * plan.gap:.2f} % from the best" if plan.status == "feasible" else ""
+
+
+def _if_slower(plan: Plan, robustness: Robustness) -> str:
+    """What `robust: require` would avoid, and for how much."""
+    told = f"with engines 15 % slower than predicted {', '.join(robustness.short)} would go short"
+    if robustness.objective_to_hold is None:
+        return told
+    if plan.objective > 0 and robustness.objective_to_hold >= plan.cost_per_hour:
+        dearer = robustness.objective_to_hold - plan.cost_per_hour
+        return f"{told}; `robust: require` avoids that for {dearer:.2f} {plan.currency}/h"
+    return f"{told}; `robust: require` avoids that"
 
 
 def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableType:
@@ -81,6 +98,13 @@ def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableTy
         if status.gateway_failure:
             failures.append(Text(f"gateway: {status.gateway_failure}", style="red"))
     return Group(head, table, *failures)
+
+
+def beside_gpus(variant: Variant) -> str:
+    """What a replica of llama.cpp holds in host memory; on a CPU that is all, and told already."""
+    if not variant.shape.host_memory_bytes or variant.gpu == "cpu":
+        return ""
+    return f" + {variant.shape.host_memory_bytes / GIB:.1f} GiB host"
 
 
 def age(seconds: float) -> str:
@@ -119,12 +143,13 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
         variant.model,
         variant.variant,
         f"{variant.replicas} ({variant.bounds.min}-{variant.bounds.max})",
-        f"{shape.num_gpus} x {variant.gpu}",
-        f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB",
+        f"{variant.gpus_per_replica} x {variant.gpu}",
+        f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB{beside_gpus(variant)}",
         f"{shape.kv_cache_tokens:,}",
         ", ".join(nodes),
-        f"{shape.prediction.ttft_s:.3f} s",
-        f"{shape.prediction.tpot_ms:.1f} ms",
+        f"{variant.predicted.ttft_p95_s:.2f} s",
+        f"{variant.predicted.tpot_p95_ms:.1f} ms",
+        f"{100 * variant.predicted.utilization:.0f} %",
     )
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import psutil
 import typer
@@ -60,7 +60,9 @@ def up(
     *,
     model: Annotated[
         str | None,
-        typer.Option(help="Serve just this: catalogue name, Hugging Face repo id or folder."),
+        typer.Option(
+            help="Serve just this: catalogue name, Hugging Face repo id, folder or .gguf file."
+        ),
     ] = None,
     http_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Instead of the fleet's.")
@@ -94,12 +96,15 @@ def _fleet(
 
 
 def _one_model(model: str) -> FleetSpec:
-    name = Path(model).name if model and Path(model).exists() else model
+    name = Path(model).name.removesuffix(".gguf") if model and Path(model).exists() else model
+    engine: Literal["llamacpp", "vllm"] = "llamacpp" if model.endswith(".gguf") else "vllm"
     try:
-        return FleetSpec(fleet="one-model", models=(FleetModel(name=name, model=model),))
+        wanted = FleetModel(name=name, model=model, engine=engine)
+        return FleetSpec(fleet="one-model", models=(wanted,))
     except ValidationError:
         raise ConfigError(
-            f"--model {model!r}: expected a catalogue name, a Hugging Face repo id or a folder"
+            f"--model {model!r}: expected a catalogue name, a Hugging Face repo id, a folder or a "
+            f".gguf file"
         ) from None
 
 

@@ -25,6 +25,7 @@ class EngineLoad:
     running: int
     waiting: int
     kv_cache_usage: float  # 0..1
+    kv_cache_tokens: int | None = None  # held now, of an engine that tells no share
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class EngineFacts:
 
 class Engine(Protocol):
     """One per engine kind; stateless."""
+
+    @property
+    def load_paths(self) -> tuple[str, ...]:
+        """Paths of the pages that `load` reads."""
+        ...
 
     def launch(
         self, variant: Variant, *, checkpoint: Path | str, host: str, port: int, api_key: str
@@ -55,6 +61,6 @@ class Engine(Protocol):
         """What the log tells about memory."""
         ...
 
-    def load(self, metrics: str) -> EngineLoad:
-        """Parse the text of the engine's `/metrics`."""
+    def load(self, *pages: str) -> EngineLoad:
+        """Parse the text of the pages at `load_paths`, in their order."""
         ...

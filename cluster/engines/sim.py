@@ -31,6 +31,11 @@ class SimEngine:
 
     reference_input_tokens: int = 512
 
+    @property
+    def load_paths(self) -> tuple[str, ...]:
+        """Where the load is told."""
+        return ("/metrics",)
+
     def launch(
         self, variant: Variant, *, checkpoint: Path | str, host: str, port: int, api_key: str
     ) -> Launch:
@@ -67,9 +72,9 @@ class SimEngine:
         """What the log tells about memory."""
         return vllm_output.facts(log)
 
-    def load(self, metrics: str) -> EngineLoad:
+    def load(self, *pages: str) -> EngineLoad:
         """Parse the text of the engine's `/metrics`."""
-        return vllm_output.load(metrics)
+        return vllm_output.load(pages[0])
 
 
 def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:

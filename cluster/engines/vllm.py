@@ -37,6 +37,11 @@ class VllmEngine:
 
     cache: Path | None = None
 
+    @property
+    def load_paths(self) -> tuple[str, ...]:
+        """Where the load is told."""
+        return ("/metrics",)
+
     def launch(
         self, variant: Variant, *, checkpoint: Path | str, host: str, port: int, api_key: str
     ) -> Launch:
@@ -79,9 +84,9 @@ class VllmEngine:
         """KV tokens of the replica; bytes of the heaviest rank's weights."""
         return vllm_output.facts(log)
 
-    def load(self, metrics: str) -> EngineLoad:
+    def load(self, *pages: str) -> EngineLoad:
         """Requests summed, and KV usage averaged, over data parallel ranks."""
-        return vllm_output.load(metrics)
+        return vllm_output.load(pages[0])
 
 
 def _runs_eager(shape: Shape) -> bool:

@@ -8,6 +8,6 @@ tower) is the real thing, so an engine serves them exactly as it serves their bi
 from __future__ import annotations
 
 from cluster.nano.recipes import NAMES
-from cluster.nano.store import ensure
+from cluster.nano.store import ensure, ensure_gguf
 
-__all__ = ["NAMES", "ensure"]
+__all__ = ["NAMES", "ensure", "ensure_gguf"]

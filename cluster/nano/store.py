@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.nano.gguf_file import GGUF_FORMAT, GGUF_MODELS, GGUF_PRECISIONS, write_gguf
 from cluster.nano.recipes import NAMES, RECIPES, Recipe
 from cluster.nano.weights import write
 from placement.errors import UnknownName
@@ -47,6 +48,33 @@ def ensure(
             progress(f"writing {name} to {folder}")
             _make(name, recipe, folder)
     return folder
+
+
+def ensure_gguf(name: str, precision: str, cache: Path | None = None) -> Path:
+    """The nano model `name` as a GGUF file of `precision`, for llama.cpp; written as by `ensure`.
+
+    Raises:
+        UnknownName: there is no such model, or not in that form.
+    """
+    if name not in GGUF_MODELS:
+        raise UnknownName("nano model with a GGUF file", name, GGUF_MODELS)
+    if precision not in GGUF_PRECISIONS:
+        raise UnknownName("precision of nano GGUF files", precision, GGUF_PRECISIONS)
+    home = (cache or default_cache()) / "nano"
+    file = home / f"{name}-{content_version(name)}-{GGUF_FORMAT}-{precision}.gguf"
+    home.mkdir(parents=True, exist_ok=True)
+    with _locked(home / f".{file.name}.lock"):
+        if not file.exists():
+            recipe = RECIPES[name]
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                write_gguf(
+                    temporary, name, recipe.config, list(recipe.tensors(recipe.config)), precision
+                )
+                temporary.rename(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return file
 
 
 def content_version(name: str) -> str:

@@ -51,11 +51,7 @@ def write_tekken(folder: Path, vocab_size: int, image: dict[str, int] | None = N
 def write_hf(folder: Path, vocab_size: int, context: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` with `vocab_size` tokens."""
     source = _source()
-    words = [
-        base64.b64decode(entry["token_bytes"])
-        for entry in source["vocab"][: vocab_size - len(HF_CONTROL_TOKENS)]
-    ]
-    tokens = [*HF_CONTROL_TOKENS, *(_printable(word) for word in words)]
+    tokens, merges = byte_pairs(vocab_size)
     control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {"type": "Split", "pattern": {"Regex": source["config"]["pattern"]}}
@@ -80,7 +76,7 @@ def write_hf(folder: Path, vocab_size: int, context: int) -> None:
         "model": {
             "type": "BPE",
             "vocab": {token: rank for rank, token in enumerate(tokens)},
-            "merges": _merges(words),
+            "merges": merges,
         },
     }
     _write_json(folder / "tokenizer.json", tokenizer, indent=None)
@@ -95,6 +91,15 @@ def write_hf(folder: Path, vocab_size: int, context: int) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     _write_json(folder / "tokenizer_config.json", settings, indent=2)
+
+
+def byte_pairs(vocab_size: int) -> tuple[list[str], list[list[str]]]:
+    """Tokens, control tokens first, and the merges that make them, as byte-level BPE writes both."""
+    words = [
+        base64.b64decode(entry["token_bytes"])
+        for entry in _source()["vocab"][: vocab_size - len(HF_CONTROL_TOKENS)]
+    ]
+    return [*HF_CONTROL_TOKENS, *map(_printable, words)], _merges(words)
 
 
 def _starts_with_bos() -> dict[str, Any]:

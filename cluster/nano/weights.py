@@ -71,6 +71,12 @@ def write(path: Path, tensors: Sequence[Tensor], *, seed: str) -> None:
             file.write(_values(tensor, f"{seed}/{tensor.name}").tobytes())
 
 
+def values(tensor: Tensor, *, seed: str) -> npt.NDArray[np.float32]:
+    """The numbers that `write` stores."""
+    words = _values(tensor, f"{seed}/{tensor.name}").astype(np.uint32) << np.uint32(16)
+    return words.view(np.float32).reshape(tensor.shape)
+
+
 def _values(tensor: Tensor, seed: str) -> npt.NDArray[np.uint16]:
     if tensor.std is None:
         return _bfloat16(np.ones(tensor.size, np.float32))

@@ -213,6 +213,8 @@ class Router:
         route = self._routes.get(state.endpoint.model)
         if route is None:
             return
+        if len(route.states) == 1:
+            return  # there is nobody to compare it with
         learn(route, lease, record, workers=self._workers, now=now)
         if now >= route.reviewed_at + _REVIEW_S and len(route.states) > 1:
             route.reviewed_at = now

@@ -31,6 +31,7 @@ class Row:
     unit: str
     source: str
     note: str
+    lengths: str = ""  # prompt/answer tokens, where `context` is no number
 
     @property
     def text(self) -> str:
@@ -76,6 +77,7 @@ def read_rows(path: Path = MEASUREMENTS, kinds: Sequence[str] = MEMORY_KINDS) ->
             unit=cell["unit"],
             source=cell["source"],
             note=cell["note"],
+            lengths=cell["context"],
         )
         for line, cell in enumerate(cells, start=2)
         if cell["kind"] in kinds

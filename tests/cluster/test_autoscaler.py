@@ -68,3 +68,17 @@ def test_a_running_variant_keeps_its_count_when_it_is_deployed_again():
     assert scaler.adopt(a_sleeper(), running=True) == 3
     assert scaler.adopt(a_variant(bounds=ReplicaBounds(min=1, max=2)), running=True) == 2
     assert scaler.adopt(a_variant(bounds=ReplicaBounds(min=1, max=2)), running=False) == 1
+
+
+def test_variants_of_one_model_share_its_load_by_their_slots():
+    scaler = Autoscaler()
+    small = a_sleeper()
+    large = small.model_copy(update={"variant": "chat@h100-tp8", "shape": a_shape(max_num_seqs=24)})
+    for variant in (small, large):
+        scaler.adopt(variant, running=False)
+    scaler.observe("g1", {"chat": a_load(44)}, now_s=0)
+
+    decisions = [scaler.decide(v, 1, 0, (small, large)) for v in (small, large)]
+
+    # 44 / 0.7 slots are wanted, a quarter of them at 8 a replica, the others at 24
+    assert [decision.target for decision in decisions if decision] == [2, 2]

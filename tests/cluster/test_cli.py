@@ -197,3 +197,58 @@ def test_the_command_line_does_not_import_ray_vllm_or_torch():
     )
 
     assert result.stdout.strip() == ""
+
+
+FAMILY = (
+    "models: [{name: chat, model: mistral-7b, pools: [POOL], replicas: {min: 1, max: 2}}]\n"
+    "fleet: demo\n"
+)
+TWO_POOLS = "pools: [{name: h, gpu: H100-SXM, gpus_per_node: 8}, {name: a, gpu: A100-80-SXM, gpus_per_node: 8}]"
+
+
+def planned(folder: Path, *options: str, pool: str = "h") -> subprocess.CompletedProcess[str]:
+    fleet, inventory = folder / f"{pool}.yaml", folder / "inventory.yaml"
+    fleet.write_text(FAMILY.replace("POOL", pool))
+    inventory.write_text(TWO_POOLS)
+    return bora(folder, options[0], str(fleet), "--inventory", str(inventory), *options[1:])
+
+
+def test_a_diff_tells_what_moving_a_model_costs(tmp_path: Path):
+    running = tmp_path / "running.yaml"
+    assert planned(tmp_path, "plan", "--out", str(running)).returncode == 0
+
+    same = planned(tmp_path, "diff", "--from", str(running), "--json")
+    moved = planned(tmp_path, "diff", "--from", str(running), "--json", pool="a")
+    shown = planned(tmp_path, "diff", "--from", str(running), pool="a")
+
+    assert json.loads(same.stdout)["changes"] == []
+    answer = json.loads(moved.stdout)
+    assert [change["kind"] for change in answer["changes"]] == ["create", "delete"]
+    assert answer["bytes_to_load"] > 10**10
+    assert answer["cost_per_hour_after"] < answer["cost_per_hour_before"]
+    assert "GB to load" in shown.stdout
+
+
+def test_a_diff_without_a_cluster_is_exit_4(tmp_path: Path):
+    assert planned(tmp_path, "diff").returncode == 4
+
+
+def test_a_plan_is_written_as_page_and_picture_and_explained(tmp_path: Path):
+    page, picture = tmp_path / "plan.html", tmp_path / "plan.svg"
+
+    result = planned(
+        tmp_path, "plan", "--html", str(page), "--svg", str(picture), "--explain", "--json"
+    )
+
+    answer = json.loads(result.stdout)
+    assert answer["solve_s"] > 0
+    assert answer["explanation"]["reasons"][0]["model"] == "chat"
+    assert page.read_text().startswith("<!doctype html>")
+    assert picture.read_text().startswith("<svg ")
+
+
+def test_a_page_that_cannot_be_written_is_exit_2(tmp_path: Path):
+    result = planned(tmp_path, "plan", "--html", str(tmp_path / "nowhere" / "plan.html"))
+
+    assert result.returncode == 2
+    assert "--html" in result.stderr

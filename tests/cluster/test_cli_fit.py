@@ -185,8 +185,31 @@ def test_a_release_that_is_no_number_is_refused():
 
 
 def test_on_a_cpu_the_memory_is_this_machines_unless_told():
-    here = json.loads(run("nano-mixtral", "--gpu", "cpu", "--json").stdout)
-    small = run("nano-mixtral", "--gpu", "cpu", "--host-memory-gib", "1", "--json")
+    asked = ("nano-mixtral", "--gpu", "cpu", "--engine", "vllm", "--json")
+    here = json.loads(run(*asked).stdout)
+    small = run(*asked, "--host-memory-gib", "1")
 
     assert here["verdict"] in ("fits", "tight")
     assert json.loads(small.stdout)["verdict"] != "fits"
+
+
+def test_cached_prompts_and_accepted_drafts_make_answers_faster():
+    load = ("--gpu", "H100-SXM", "--concurrency", "16", "--input-tokens", "4000", "--json")
+
+    plain, cached, drafted = (
+        json.loads(run(SMALL, *load, *more).stdout)["best"]["prediction"]
+        for more in ((), ("--prefix-hit", "0.8"), ("--acceptance-rate", "0.8"))
+    )
+
+    assert cached["ttft_s"] < plain["ttft_s"]
+    assert drafted["tpot_ms"] < plain["tpot_ms"]
+    assert 0 < plain["tpot_error"] < 0.5
+
+
+def test_a_share_above_one_is_refused():
+    with pytest.raises(ConfigError, match="prefix-hit"):
+        app(["fit", SMALL, "--gpu", "H100", "--prefix-hit", "80"], standalone_mode=False)
+
+
+def test_the_page_tells_how_far_such_predictions_were_off():
+    assert "±" in run(SMALL, "--gpu", "H100-SXM").stdout

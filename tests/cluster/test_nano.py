@@ -16,12 +16,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from cluster import nano
+from cluster.nano.gguf_file import GGUF_MODELS, GGUF_PRECISIONS
 from cluster.nano.recipes import RECIPES
 from cluster.nano.store import content_version
 from cluster.nano.tokenizers import CHAT_TEMPLATE, HF_CONTROL_TOKENS
 from cluster.nano.weights import Tensor, write
 from placement.catalogue import load_catalogue
 from placement.errors import UnknownName
+from placement.headers.model_files import local_model
 from placement.parameters import count_parameters
 
 EVERY_MODEL = pytest.mark.parametrize("name", nano.NAMES)
@@ -68,13 +70,47 @@ def test_parameters_on_disk_are_those_of_the_catalogue(name: str, cache: Path) -
 
 @EVERY_MODEL
 def test_catalogue_knows_format_and_size_of_the_weight_file(name: str, cache: Path) -> None:
-    [checkpoint] = load_catalogue().model(name).checkpoints
+    checkpoint, *gguf = load_catalogue().model(name).checkpoints
     folder = nano.ensure(name, cache)
 
     assert checkpoint.source == f"nano:{name}"
     assert checkpoint.size_bytes == (folder / RECIPES[name].weights_file).stat().st_size
     params = {"mistral": "params.json", "hf": "config.json"}[checkpoint.format]
     assert (folder / params).exists()
+    assert [entry.precision for entry in gguf] == (
+        list(GGUF_PRECISIONS) if name in GGUF_MODELS else []
+    )
+
+
+@pytest.mark.parametrize("precision", GGUF_PRECISIONS)
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_gguf_file_is_what_the_catalogue_says(name: str, precision: str, cache: Path) -> None:
+    checkpoints = {c.precision: c for c in load_catalogue().model(name).checkpoints}
+    architecture = load_catalogue().model(name).architecture
+
+    file = nano.ensure_gguf(name, precision, cache)
+
+    model, _ = local_model(file)
+    assert model.checkpoints[0].precision == precision
+    assert model.checkpoints[0].size_bytes == checkpoints[precision].size_bytes
+    assert checkpoints[precision].source == f"nano:{name}/{precision}.gguf"
+    told = {"sliding_window": None, "intermediate_size": model.architecture.intermediate_size}
+    assert model.architecture == architecture.model_copy(update=told)
+
+
+def test_gguf_file_is_the_same_bytes_each_time(cache: Path, tmp_path: Path) -> None:
+    first = nano.ensure_gguf("nano-7b", "fp16", cache)
+    second = nano.ensure_gguf("nano-7b", "fp16", tmp_path)
+
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_nano_model_without_a_gguf_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="nano-7b"):
+        nano.ensure_gguf("nano-large-3", "fp16", tmp_path)
+    with pytest.raises(UnknownName, match="q8_0"):
+        nano.ensure_gguf("nano-7b", "q8_1", tmp_path)
 
 
 @EVERY_MODEL

@@ -69,6 +69,18 @@ def test_only_models_that_may_scale_to_zero_are_worth_holding_requests_for():
     assert [model.scalable for model in models] == [False, True]
 
 
+def test_a_model_in_several_variants_promises_what_all_of_them_keep():
+    long = a_variant(bounds=ReplicaBounds(min=1, max=2), shape=a_shape(max_model_len=32768))
+    short = a_variant(
+        variant="chat@other", bounds=ReplicaBounds(min=0, max=2), shape=a_shape(max_model_len=8192)
+    )
+
+    [model] = Registry().table([long, short], version=1).models
+
+    assert model.max_model_len == 8192
+    assert not model.scalable
+
+
 def test_a_silent_replica_is_forgotten_and_named():
     registry = Registry(timeout_s=10)
     registry.report(a_report(replica="old"), now_s=0)

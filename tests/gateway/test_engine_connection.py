@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.answer import Answer
+from gateway.answer_cache import AnswerCache
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineBroke
 from tests.gateway.test_http_torture import Pipe, bytewise
@@ -63,7 +64,11 @@ class Heard:
 
 def asked(kept: list[EngineConnection]) -> tuple[EngineConnection, EnginePipe, Heard]:
     """A connection on which a request has gone out."""
-    connection, pipe, heard = EngineConnection("engine", kept.append), EnginePipe(), Heard()
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Heard(),
+    )
     connection.connection_made(pipe)
     connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
     return connection, pipe, heard
@@ -216,3 +221,74 @@ def test_whatever_an_engine_sends_it_is_the_same_however_it_is_cut(
     whole, cut = told([data]), told([piece for piece in pieces if piece])
 
     assert (cut.status, cut.body, cut.error) == (whole.status, whole.body, whole.error)
+
+
+@dataclass
+class Refusing(Heard):
+    """Hangs up as soon as it sees a status that it does not want, and may not hear more."""
+
+    connection: EngineConnection | None = None
+    ends: int = 0
+
+    def began(self, answer: Answer) -> None:
+        super().began(answer)
+        assert self.connection is not None
+        self.connection.abort()
+
+    def ended(self) -> None:
+        self.ends += 1
+
+
+def test_who_hangs_up_when_an_empty_answer_begins_hears_nothing_of_its_end() -> None:
+    kept: list[EngineConnection] = []
+    connection, pipe, heard = (
+        EngineConnection("engine", kept.append, AnswerCache()),
+        EnginePipe(),
+        Refusing(),
+    )
+    heard.connection = connection
+    connection.connection_made(pipe)
+    connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
+
+    connection.data_received(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
+
+    assert (heard.status, heard.ends, kept) == (503, 0, [])
+
+
+def test_a_json_answer_without_an_end_is_cut_off() -> None:
+    connection, pipe = (
+        EngineConnection("engine", list, AnswerCache(), max_answer_bytes=1000),
+        EnginePipe(),
+    )
+    heard = Heard()
+    connection.connection_made(pipe)
+    connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
+    connection.data_received(JSON + b"transfer-encoding: chunked\r\n\r\n")
+
+    for _ in range(12):
+        if not pipe.closed:
+            connection.data_received(b"64\r\n" + b"x" * 100 + b"\r\n")
+
+    assert pipe.closed
+    assert "larger than 1000 bytes" in str(heard.error)
+
+
+def test_a_listener_with_a_bug_hears_that_there_is_no_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Buggy(Heard):
+        def answered(self, answer: Answer, body: bytes) -> None:
+            raise KeyError(body)
+
+    connection, pipe, heard = (
+        EngineConnection("engine", lambda _: None, AnswerCache()),
+        EnginePipe(),
+        Buggy(),
+    )
+    connection.connection_made(pipe)
+    connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
+
+    connection.data_received(WHOLE)
+
+    assert "internal error" in str(heard.error)
+    assert "could not be handed on" in caplog.text

@@ -533,3 +533,32 @@ async def test_a_client_of_http_1_0_is_not_told_to_go_on() -> None:
         await until(lambda: pipe.closed)
 
         assert pipe.sent.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_thousands_of_requests_in_one_read_behind_a_slow_one_are_all_answered() -> None:
+    async with a_stand() as stand:
+        stand.engine.gate = asyncio.Event()
+        pipe, connection = stand.connect()
+        connection.data_received(PLAIN + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 3000 + LAST)
+        await until(lambda: stand.engine.running == 1)
+
+        stand.engine.gate.set()
+        await until(lambda: pipe.closed)
+
+        assert pipe.sent.count(b"HTTP/1.1 200 ") == 3002
+        connection.connection_lost(None)
+
+
+async def test_a_bug_behind_an_api_call_leaves_no_place_taken() -> None:
+    async with a_stand() as stand:
+        lanes = stand.gateway.admission._lanes
+        stand.gateway.admission._lanes = {}
+        pipe, connection = stand.connect()
+        connection.data_received(PLAIN + LAST)
+        stand.gateway.admission._lanes = lanes
+
+        assert b"HTTP/1.1 500 " in pipe.sent
+        forwarder = stand.gateway._forwarder
+        assert forwarder is not None
+        assert not forwarder._plant.running
+        connection.connection_lost(None)

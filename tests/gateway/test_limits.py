@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.accounts import Account, Accounts, Visit
-from gateway.call import Call
+from gateway.call import Call, make_call
 from gateway.endpoints import ServedModel
 from gateway.errors import LimitReached, QuotaSpent, RateLimited
 from gateway.ledger import Ledger, UsageReport, UsageRow, period_end_s, period_of
-from gateway.prediction import max_tokens, prompt_tokens
+from gateway.prediction import prompt_tokens
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
 from gateway.record import Record
@@ -46,7 +46,10 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 
 
 def a_call(tenant: Tenant, body: bytes = b'{"model": "chat", "max_tokens": 100}') -> Call:
-    return Call("http", CHAT, "chat", body, "id", tenant=tenant)
+    call = make_call("http", CHAT, body.replace(b"{", b'{"model": "chat", ', 1), {}, "id")
+    call.body = body
+    call.belongs_to(tenant)
+    return call
 
 
 def a_record(**changes: Any) -> Record:
@@ -97,7 +100,7 @@ def test_a_requests_cost_is_guessed_from_its_bytes(
     body: bytes, tokens: int, most: int | None
 ) -> None:
     assert abs(prompt_tokens(body) - tokens) <= 2
-    assert max_tokens(body) == most
+    assert a_call(a_tenant(), body).max_tokens == most
 
 
 def test_requests_per_minute_are_held_and_retry_after_is_true() -> None:

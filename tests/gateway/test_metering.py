@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 
 import pytest
 
@@ -120,3 +121,34 @@ async def test_a_client_that_left_is_499() -> None:
 )
 def test_usage_is_found_without_parsing_everything(data: bytes, found: Usage | None) -> None:
     assert find_usage(data) == found
+
+
+async def test_while_the_metrics_are_made_requests_are_answered() -> None:
+    async with a_gateway() as gateway, a_client(gateway) as client:
+        making, made = threading.Event(), threading.Event()
+
+        def exposition() -> bytes:
+            making.set()
+            assert made.wait(20)
+            return b"bora_gateway_x 1\n"
+
+        gateway.meter.exposition = exposition  # type: ignore[method-assign]
+        scrapes = [asyncio.ensure_future(client.get("/metrics")) for _ in range(2)]
+        await until(making.is_set)
+        scrapes[1].cancel()
+
+        assert (await client.get("/health")).status == 200
+
+        made.set()
+        assert await (await scrapes[0]).text() == "bora_gateway_x 1\n"
+        await until(lambda: gateway.num_connections <= 2)
+
+
+async def test_metrics_that_cannot_be_made_are_a_500(caplog: pytest.LogCaptureFixture) -> None:
+    async with a_gateway() as gateway, a_client(gateway) as client:
+        gateway.meter.exposition = dict  # type: ignore[method-assign,assignment]
+        gateway.meter.flush = lambda: {}["x"]  # type: ignore[method-assign]
+
+        assert (await client.get("/metrics")).status == 500
+        assert "cannot be told" in caplog.text
+        gateway.meter.flush = lambda: None  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from aiohttp import web
 from cluster.engines.sim_batch import Limits, Timing
 from cluster.engines.sim_drill import Fault
 from cluster.engines.sim_server import Settings, SimulatedEngine
-from gateway.continuation import CannotContinue, check, continuation
+from gateway.continuation import CannotContinue, Splice, check, continuation
 from gateway.transcript import Transcript
 from tests.gateway.engines import (
     CHAT,
@@ -205,6 +205,10 @@ async def test_clients_that_ask_for_token_ids_get_all_of_them() -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"tools": [{}], "tool_choice": "required"}, "grammar"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"json_schema": {}, "grammar": "root ::= x"}, "grammar"),
+        ({"prompt": ["a", "b"]}, "several choices"),
+        ({"prompt": [[1], [2]]}, "several choices"),
+        ({"max_tokens": "5"}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_continued_faithfully_says_why(more: dict[str, Any], why: str) -> None:
@@ -279,6 +283,15 @@ def test_images_tools_and_stop_strings_of_sampled_text_go_on_by_text() -> None:
         assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
 
 
+def test_a_final_message_of_several_parts_is_not_gone_on_with() -> None:
+    told = Transcript(is_chat=True, hides_ids=False)
+    fed(told, delta(role="assistant", content="a"))
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "so"}]}]
+
+    with pytest.raises(CannotContinue, match="final message"):
+        continuation(CHAT, a_chat(messages=parts, continue_final_message=True), told, by_ids=False)
+
+
 def test_reasoning_goes_on_only_once_the_answer_has_begun_and_with_its_tokens() -> None:
     told = Transcript(is_chat=True, hides_ids=True)
     fed(told, {**delta(role="assistant", content=""), "prompt_token_ids": [1]})
@@ -292,6 +305,32 @@ def test_reasoning_goes_on_only_once_the_answer_has_begun_and_with_its_tokens() 
     assert continuation(CHAT, a_chat(), told, by_ids=True)[1]["prompt"] == [1, 3, 4]
     with pytest.raises(CannotContinue, match="reasoned"):
         continuation(CHAT, a_chat(), told, by_ids=False)
+
+
+def test_a_stream_that_has_said_nothing_is_asked_anew_and_its_reasoning_passed_on() -> None:
+    told = Transcript(is_chat=True, hides_ids=True)
+    fed(told, {**delta(role="assistant", content=""), "prompt_token_ids": [1]})
+    told.roll_back()
+    asked = a_chat(max_tokens=9)
+
+    path, body = continuation(CHAT, asked, told, by_ids=True)
+    splice = Splice(told, asked, CHAT)
+    chunks = delta([5], reasoning="hm"), delta([6], content="so")
+    said = splice.feed(b"".join(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks))
+
+    assert (path, body) == (CHAT, {**asked, "return_token_ids": True})
+    assert [json.loads(event[6:])["choices"][0] for event in said.split(b"\n\n") if event] == [
+        {"index": 0, "delta": {"reasoning": "hm"}, "finish_reason": None, "token_ids": None},
+        {
+            "index": 0,
+            "delta": {"content": "so"},
+            "finish_reason": None,
+            "logprobs": None,
+            "token_ids": None,
+        },
+    ]
+    assert told.reasoned
+    assert told.token_ids == [5, 6]
 
 
 @pytest.mark.parametrize("spaces", [(",", ":"), (", ", ": ")])

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,6 +26,7 @@ from tests.gateway.engines import (
     running,
     until,
 )
+from tests.gateway.tenants import a_locked_gateway, a_tenant, bearer
 
 RESPONSES = "/v1/responses"
 
@@ -350,3 +352,50 @@ async def test_calls_of_other_apis_are_not_touched() -> None:
     ):
         await client.post(CHAT, json=a_chat())
         assert engine.seen[0].json == a_chat()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("takes_ids", [True, False])
+async def test_a_stored_response_is_its_tenants_alone(
+    takes_ids: bool, count: int, tmp_path: Path
+) -> None:
+    tenants = a_tenant("acme"), a_tenant("other")
+    async with (
+        storing_engines(count, takes_ids=takes_ids) as engines,
+        a_locked_gateway(tmp_path, a_table(*endpoints(engines)), *tenants) as gateway,
+        a_client(gateway) as client,
+    ):
+        created = {"model": "chat", "input": "hi"}
+        async with client.post(RESPONSES, json=created, headers=bearer("acme")) as answer:
+            response_id = (await answer.json())["id"]
+        path = f"{RESPONSES}/{response_id}"
+        follow_up = {**created, "previous_response_id": response_id}
+
+        for name, status in (("acme", 200), ("other", 404)):
+            key = bearer(name)
+            for method, at in (
+                ("GET", path),
+                ("GET", f"{path}/input_items"),
+                ("POST", f"{path}/cancel"),
+            ):
+                async with client.request(method, at, headers=key) as answer:
+                    assert answer.status == status
+            async with client.post(RESPONSES, json=follow_up, headers=key) as answer:
+                assert answer.status == status
+        num_asked = sum(len(engine.asked) for engine in engines)
+        async with client.delete(path, headers=bearer("other")) as answer:
+            assert (await answer.json())["error"]["code"] == "response_not_found"
+        assert sum(len(engine.asked) for engine in engines) == num_asked
+
+
+async def test_a_tenant_cannot_store_under_an_id_of_its_choice(tmp_path: Path) -> None:
+    async with (
+        storing_engines(1, takes_ids=True) as engines,
+        a_locked_gateway(tmp_path, a_table(*endpoints(engines)), a_tenant("acme")) as gateway,
+        a_client(gateway) as client,
+    ):
+        asked = {"model": "chat", "input": "hi", "request_id": "resp_1"}
+        async with client.post(RESPONSES, json=asked, headers=bearer("acme")) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["param"] == "request_id"
+        assert engines[0].asked == []

@@ -57,6 +57,23 @@ async def test_draining_lets_streams_finish_and_refuses_the_rest() -> None:
         await asyncio.wait_for(draining, 1)
 
 
+async def test_an_answer_that_a_drain_has_waited_for_is_its_connections_last() -> None:
+    async with (
+        an_engine(gate=asyncio.Event()) as engine,
+        a_gateway(a_table(an_endpoint(engine))) as gateway,
+        a_client(gateway) as client,
+    ):
+        answer = asyncio.create_task(client.post(CHAT, json=a_chat()))
+        await until(lambda: engine.running == 1)
+        draining = asyncio.create_task(gateway.drain(5))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+
+        response = await answer
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        await asyncio.wait_for(draining, 1)
+
+
 async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() -> None:
     async with (
         an_engine(word_gate=asyncio.Event()) as engine,
@@ -207,8 +224,9 @@ async def test_workers_share_a_port_and_their_metrics_and_end_together(tmp_path:
         async with aiohttp.ClientSession(base, connector=connector) as client:
             for _ in range(12):
                 assert (await client.post(CHAT, json=a_chat())).status == 200
-            total = await metric(client, "bora_gateway_requests_total", status="200")
-            assert total == 12
+            async with asyncio.timeout(30):  # each worker tells the others once a second
+                while await metric(client, "bora_gateway_requests_total", status="200") != 12:
+                    await asyncio.sleep(0.1)
             assert await metric(client, "bora_gateway_in_flight") == 0
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 10) == 0

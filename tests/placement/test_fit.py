@@ -275,7 +275,9 @@ def test_the_answer_has_the_form_of_the_contract():
         "total_bytes", "weights_bytes", "activation_bytes", "non_torch_bytes", "cuda_graph_bytes",
         "kv_cache_bytes", "headroom_bytes",
     }  # fmt: skip
-    assert set(answer["best"]["prediction"]) == {"ttft_s", "tpot_ms", "output_tokens_per_s"}
+    assert set(answer["best"]["prediction"]) == {
+        "ttft_s", "tpot_ms", "output_tokens_per_s", "ttft_error", "tpot_error",
+    }  # fmt: skip
     assert all({"shape", "rule", "reason"} <= set(entry) for entry in answer["rejected"])
     assert answer["best"]["engine_args"][0] == "--model"
 

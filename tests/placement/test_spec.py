@@ -71,7 +71,7 @@ def complaints(text: str, spec: type[Spec] = FleetSpec) -> list[str]:
         (
             GOOD + "    engine: simm\n",
             (
-                "f.yaml:6: models[0].engine: input should be 'vllm' or 'sim', got 'simm'; "
+                "f.yaml:6: models[0].engine: input should be 'vllm', 'llamacpp' or 'sim', got 'simm'; "
                 "did you mean 'sim'?"
             ),
         ),

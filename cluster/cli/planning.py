@@ -1,0 +1,204 @@
+"""`bora plan`, `bora diff`: what would run where, and what would change. Nothing is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group
+
+from cluster import context
+from cluster.calibration_file import calibrated_catalogue
+from cluster.cli.catalogue import Json
+from cluster.cli.plan_html import plan_html
+from cluster.cli.plan_pages import explanation_page, migration_page
+from cluster.cli.plan_svg import plan_svg
+from cluster.cli.render import page_console, plan_page
+from cluster.control_api import ControlClient
+from cluster.local_inventory import local_inventory
+from cluster.models import catalogue_for
+from placement.catalogue import Catalogue
+from placement.changes import migration
+from placement.errors import ConfigError, UnknownName
+from placement.explain import explain
+from placement.fleet import FleetSpec
+from placement.inventory import Inventory
+from placement.plan import Plan
+from placement.planner import make_plan
+from placement.spec import dump_yaml, load_yaml, place
+
+InventoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--inventory", help="Pools to plan for; without it the running cluster, or this machine."
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--from", help="The plan that runs (YAML or JSON) instead of the cluster's."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command()(plan)
+    app.command()(diff)
+
+
+def plan(
+    fleet: Path,
+    *,
+    inventory: InventoryFile = None,
+    from_: PlanFile = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan as YAML.")] = None,
+    explain_: Annotated[
+        bool, typer.Option("--explain", help="Why so, and what would change it.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the plan as a page to look at.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the GPUs as a picture.")] = None,
+    json_: Json = False,
+) -> None:
+    """Solve a fleet on an inventory; nothing is started."""
+    offered = inventory_for(inventory, calibrated_catalogue())
+    running = None if from_ is None else load_yaml(from_, Plan)
+    answer = solve_on(fleet, offered, running)
+    reasons = None
+    if explain_:
+        spec = load_yaml(fleet, FleetSpec)
+        catalogue = catalogue_for(spec, calibrated_catalogue())
+        reasons = explain(spec, offered, catalogue, answer)
+    moved = None if running is None else migration(running, answer)
+    if out is not None:
+        _write(out, dump_yaml(answer), "--out")
+    if html is not None:
+        _write(html, plan_html(answer, offered, explanation=reasons, moved=moved), "--html")
+    if svg is not None:
+        _write(svg, plan_svg(answer, offered), "--svg")
+    if json_:
+        told = answer.model_dump(mode="json")
+        if reasons is not None:
+            told["explanation"] = reasons.model_dump(mode="json")
+        print(json.dumps(told))  # noqa: T201
+    else:
+        parts = [plan_page(answer)]
+        parts += [] if reasons is None else [explanation_page(reasons, answer.currency)]
+        parts += [] if moved is None else [migration_page(moved)]
+        page_console().print(Group(*parts))
+    sys.exit(3 if answer.status == "infeasible" else 0)
+
+
+def diff(
+    fleet: Path,
+    *,
+    inventory: InventoryFile = None,
+    from_: PlanFile = None,
+    json_: Json = False,
+) -> None:
+    """What deploying this fleet would change: replicas, bytes to load, lost capacity, cost."""
+    offered = inventory_for(inventory, calibrated_catalogue())
+    running = load_yaml(from_, Plan) if from_ is not None else _running_plan()
+    answer = solve_on(fleet, offered, running)
+    moved = migration(running, answer)
+    if json_:
+        print(moved.model_dump_json())  # noqa: T201
+    else:
+        parts = [] if answer.status != "infeasible" else [plan_page(answer)]
+        page_console().print(Group(*parts, migration_page(moved)))
+    sys.exit(3 if answer.status == "infeasible" else 0)
+
+
+def _running_plan() -> Plan:
+    """What the cluster serves; an empty plan when that is nothing."""
+    running = context.require()
+    served = ControlClient(running.controller_url, running.token).plan()
+    return served or Plan.empty()
+
+
+def solve(fleet: Path, inventory: Path | None, running: Plan | None = None) -> Plan:
+    """The plan for a fleet file on an inventory file, the running cluster, or this machine."""
+    return solve_on(fleet, inventory_for(inventory, calibrated_catalogue()), running)
+
+
+def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Plan:
+    """The plan for a fleet file on an inventory, near to the `running` one.
+
+    Raises:
+        ConfigError: the file is wrong, or names a model, pool or GPU type that is not there.
+    """
+    spec = load_yaml(fleet, FleetSpec)
+    try:
+        catalogue = catalogue_for(spec, calibrated_catalogue())
+    except UnknownName as error:
+        asked = [model.model for model in spec.models]
+        if error.name not in asked:
+            raise
+        where = place(fleet, "models", asked.index(error.name), "model")
+        raise ConfigError(f"{where}: {error}") from None
+    problems = _unknown_names(fleet, spec, offered, catalogue)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    started_s = time.perf_counter()
+    plan = make_plan(spec, offered, catalogue, running=running)
+    return plan.model_copy(update={"solve_s": time.perf_counter() - started_s})
+
+
+def inventory_for(path: Path | None, catalogue: Catalogue) -> Inventory:
+    """From `path`; else from the running cluster; else this machine.
+
+    Raises:
+        ConfigError: the file is wrong, or names a GPU type that the catalogue does not have.
+    """
+    if path is not None:
+        return _inventory_in(path, catalogue)
+    running = context.find()
+    if running is not None and running.controller_url:
+        return ControlClient(running.controller_url, running.token).inventory()
+    return local_inventory(catalogue)
+
+
+def _inventory_in(path: Path, catalogue: Catalogue) -> Inventory:
+    inventory = load_yaml(path, Inventory)
+    problems = [
+        f"{place(path, 'pools', index, 'gpu')}: {problem}"
+        for index, pool in enumerate(inventory.pools)
+        if (problem := _unknown_gpu(pool.gpu, catalogue))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return inventory
+
+
+def _unknown_names(
+    fleet: Path, spec: FleetSpec, offered: Inventory, catalogue: Catalogue
+) -> list[str]:
+    """A line for each pool and GPU type that the fleet names and nobody knows."""
+    pools = [pool.name for pool in offered.pools]
+    problems = []
+    for index, model in enumerate(spec.models):
+        for number, pool in enumerate(model.pools or ()):
+            if pool not in pools:
+                where = place(fleet, "models", index, "pools", number)
+                problems.append(f"{where}: {UnknownName('pool', pool, pools)}")
+        if model.simulate_gpu and (problem := _unknown_gpu(model.simulate_gpu, catalogue)):
+            problems.append(f"{place(fleet, 'models', index, 'simulate_gpu')}: {problem}")
+    return problems
+
+
+def _unknown_gpu(name: str, catalogue: Catalogue) -> str:
+    """What is wrong with this GPU type; empty: nothing."""
+    try:
+        catalogue.gpu(name)
+    except UnknownName as error:
+        return str(error)
+    return ""
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,248 @@
+"""Ray on this host, as one cluster's node: `python -m cluster.ray_node start|stop --cluster NAME`.
+
+What `ray start` and `ray stop` of a cluster file come down to. Every process of the cluster carries
+its name in the environment, or descends from one that does, or (Ray's helpers write their titles
+over their environment) holds a log file of the cluster's open: so `stop` ends all of them, engines
+too, and nobody else's. A start that would change nothing leaves the running node alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.context import made_state_dir
+from cluster.files import write_private
+
+CLUSTER_VARIABLE = "BORA_CLUSTER"
+_BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
+# What a node is started with beside its command, where Ray's cluster launcher sets it.
+_IDENTITY = (
+    "RAY_HEAD_IP", "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME",
+    "RAY_OVERRIDE_RESOURCES", "RAY_OVERRIDE_LABELS",
+)  # fmt: skip
+_RAYLET = "raylet/raylet"
+_GCS = "gcs_server"
+_REPLICA = "ray::ServeReplica:bora:"
+_OPEN_FILES = 65536
+_TERM_GRACE_S = 4.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: that of `ray start`, or 0."""
+    parser = argparse.ArgumentParser(prog="ray_node")
+    parser.add_argument("action", choices=("start", "stop"))
+    parser.add_argument("--cluster", required=True, help="its name")
+    parser.add_argument("--drain-s", type=float, default=0.0, help="how long streams may go on")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command: list[str] = []
+    if "--" in given:  # what follows is `ray start ...`
+        at = given.index("--")
+        given, command = given[:at], given[at + 1 :]
+    options = parser.parse_args(given)
+    if options.action == "stop":
+        stop(options.cluster, drain_s=options.drain_s)
+        return 0
+    return start(options.cluster, command)
+
+
+def start(cluster: str, command: Sequence[str]) -> int:
+    """Run `command` (`ray start ...`), unless a node started by the same one runs here.
+
+    A node that was started otherwise is stopped first.
+    """
+    wanted, record = _digest(command, os.environ), _record_file(cluster)
+    if _running(record) == wanted:
+        _say("Ray runs here as it should: nothing changed")
+        return 0
+    stop(cluster, drain_s=0)
+    head_state_file(cluster).unlink(missing_ok=True)  # what was launched from here is gone
+    _raise_limits()
+    environment = {**os.environ, CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = [sys.executable, "-m", "ray.scripts.scripts", *command[1:]]
+    status = subprocess.run(ray, env=environment, check=False).returncode
+    raylet = next(_like(_of_cluster(cluster), _RAYLET), None)
+    if status == 0 and raylet is not None:
+        node = {
+            "digest": wanted,
+            "pid": raylet.pid,
+            "started_s": raylet.create_time(),
+            "session": _option(raylet.cmdline(), "session-dir"),
+        }
+        write_private(record, json.dumps(node))
+    return status
+
+
+def stop(cluster: str, *, drain_s: float) -> None:
+    """End all processes of the cluster on this host; with `drain_s`, streams may finish before.
+
+    On the head bora itself is stopped, on all hosts; elsewhere Ray is told that this node goes, so
+    that its replicas move.
+    """
+    found = _of_cluster(cluster)
+    if found and drain_s > 0:
+        _drain(found, drain_s)
+        found |= _of_cluster(cluster)
+    raylets = set(_like(found, _RAYLET))
+    _end(lambda: _alive(raylets))  # first, so that it signs off from the cluster
+    known = set(found)
+
+    def left() -> set[psutil.Process]:
+        known.update(_of_cluster(cluster))
+        return _alive(known)
+
+    _end(left)
+    _record_file(cluster).unlink(missing_ok=True)
+    _say(f"{len(found)} processes of {cluster} were running here, none is left")
+
+
+def head_state_file(cluster: str) -> Path:
+    """Where the head keeps which hosts it has started."""
+    return made_state_dir() / f"cluster-{cluster}-head.json"
+
+
+def _drain(processes: set[psutil.Process], drain_s: float) -> None:
+    raylet = next(_like(processes, _RAYLET), None)
+    if raylet is None:
+        return
+    deadline = time.monotonic() + drain_s
+    with contextlib.suppress(psutil.NoSuchProcess):
+        gcs = _option(raylet.cmdline(), "gcs-address")
+        if not _listens(gcs):  # the cluster is gone already
+            return
+        on_head = any(_like(processes, _GCS))
+        what = "bora" if on_head else _option(raylet.cmdline(), "node-id")
+        command = [sys.executable, "-m", "cluster.ray_drain", gcs, what, str(round(drain_s))]
+        _say(f"draining {'the cluster' if on_head else 'this node'} for at most {drain_s:.0f} s")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=raylet.environ(), timeout=drain_s + 5, check=False)
+    while time.monotonic() < deadline and any(_like(processes, _REPLICA)):
+        time.sleep(0.2)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, ValueError):
+        socket.create_connection((host, int(port)), timeout=2).close()
+        return True
+    return False
+
+
+def _end(left: Callable[[], set[psutil.Process]]) -> None:
+    """SIGTERM, a while later SIGKILL, until `left` finds nothing."""
+    deadline = time.monotonic() + _TERM_GRACE_S
+    told: set[int] = set()
+    while processes := left():
+        late = time.monotonic() > deadline
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if late:
+                    process.kill()
+                elif process.pid not in told:
+                    told.add(process.pid)
+                    process.terminate()
+        time.sleep(0.1)
+
+
+def _of_cluster(cluster: str) -> set[psutil.Process]:
+    """Live processes of the cluster, this one and those above it not among them."""
+    marker = f"{CLUSTER_VARIABLE}={cluster}".encode()
+    session = _recorded(_record_file(cluster)).get("session") or "-"
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            if marker in environment or _writes_below(session, process):
+                found |= {process, *process.children(recursive=True)}
+    own = psutil.Process()
+    return _alive(found - {own, *own.parents()})
+
+
+def _writes_below(session: str, process: psutil.Process) -> bool:
+    if not process.cmdline()[:1] or not process.cmdline()[0].startswith("ray::"):
+        return False
+    return any(file.path.startswith(session) for file in process.open_files())
+
+
+def _alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+    alive = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.add(process)
+    return alive
+
+
+def _like(processes: Iterable[psutil.Process], name: str) -> Iterator[psutil.Process]:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()[:1]):
+                yield process
+
+
+def _option(command: Sequence[str], name: str) -> str:
+    """The value of `--name=value`, with dashes or underscores."""
+    for argument in command:
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if equals and flag.replace("_", "-") == name:
+            return value
+    return ""
+
+
+def _digest(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What a running node must have been started with to be left alone."""
+    identity = [environment.get(name, "") for name in _IDENTITY]
+    text = json.dumps([list(command), identity])
+    config = _BOOTSTRAP_CONFIG.expanduser()
+    if "--head" in command and config.exists():
+        text += config.read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _running(record: Path) -> str:
+    """What the node was started with, if its raylet lives."""
+    node = _recorded(record)
+    with contextlib.suppress(KeyError, psutil.NoSuchProcess):
+        process = psutil.Process(node["pid"])
+        if abs(process.create_time() - node["started_s"]) < 1 and _alive([process]):
+            return str(node["digest"])
+    return ""
+
+
+def _recorded(record: Path) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        node: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return node
+    return {}
+
+
+def _record_file(cluster: str) -> Path:
+    return made_state_dir() / f"cluster-{cluster}-node.json"
+
+
+def _raise_limits() -> None:
+    """Ray and engines hold many sockets; as far as this account may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - read in `ray up`'s output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Options that no plan needs, because another can always stand in their place."""
+
+from __future__ import annotations
+
+from placement.legality import describe
+from placement.option import Option
+from placement.options import Options
+from placement.plan import Rejection
+
+
+def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, ...]]:
+    """The options that a plan may need, and why not the others.
+
+    An option is dominated where another on the same nodes takes no more GPUs and carries no less:
+    it can stand in its place, always. Among equals the first, which is preferred, stays.
+    """
+    kept: list[Option] = []
+    dropped = []
+    quick = [option for option in options.legal if option.capacity.concurrency > 0]
+    for option in sorted(quick, key=lambda each: (each.gpus_per_replica, -_rate(each))):
+        better = next((each for each in kept if _dominates(each, option)), None)
+        if better is None:
+            kept.append(option)
+            continue
+        shape = {**describe(option.candidate), "model": options.wish.name, "pool": option.pool.name}
+        reason = (
+            f"{better.candidate.checkpoint.precision} on {better.gpus_per_replica} x "
+            f"{better.gpu.name} carries {_rate(better):.3g} requests/s, this {_rate(option):.3g} on "
+            f"{option.gpus_per_replica}"
+        )
+        dropped.append(Rejection(shape=shape, rule="dominated", reason=reason))
+    order = {id(option): index for index, option in enumerate(options.legal)}
+    return tuple(sorted(kept, key=lambda each: order[id(each)])), tuple(dropped)
+
+
+def _dominates(one: Option, other: Option) -> bool:
+    return (
+        one.group == other.group
+        and one.gpus_per_replica <= other.gpus_per_replica
+        and _rate(one) >= _rate(other)
+    )
+
+
+def _rate(option: Option) -> float:
+    return option.capacity.requests_per_s

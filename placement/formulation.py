@@ -1,0 +1,193 @@
+"""A problem as an integer program: replicas as columns, needs and room on nodes as rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from placement.milp import INFINITY, Answer, Program
+from placement.packing import MOST_PATTERNS, divisible, patterns
+from placement.problem import Need, Problem
+
+TIE = 1e-6  # of the objective: what breaks ties must not outweigh anything else
+_SHORT = 1e-7  # relative: a demand that is missed by this much is met
+_FEWER_SHORT = 10.0  # one model less that goes short, against the shares by which others do
+
+
+class Formulation:
+    """A problem written as an integer program.
+
+    `soft`: needs may be missed, and only that costs. `load_factor`: demands are to be met so many
+    times; for the objective `headroom` without it, that factor is a column, and what is maximised.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        soft: bool = False,
+        load_factor: float | None = None,
+        start: Sequence[int] | None = None,
+    ) -> None:
+        self.program = Program()
+        self.exact = True
+        self._tie = 0.0
+        self._problem = problem
+        self._soft = soft
+        seeks = problem.objective == "headroom" and load_factor is None and not soft
+        costs = self._costs(start, seeks=seeks)
+        self._counts = [
+            self.program.column(cost, upper=problem.most(index)) for index, cost in enumerate(costs)
+        ]
+        self._moves = self._add_moves(free=soft or seeks)
+        self.load_factor = None
+        if seeks and any(need.rate > 0 for need in problem.needs):
+            self.load_factor = self.program.column(-1.0, whole=False)
+        self._patterns: list[tuple[int, list[dict[int, int]]]] = []
+        self._zoned = [] if soft else self._add_zones()
+        for model, need in enumerate(problem.needs):
+            self._add_need(model, need, load_factor or 1.0)
+        for group in range(len(problem.groups)):
+            self._add_room(group)
+
+    def counts(self, answer: Answer) -> list[int]:
+        """Replicas of each of the problem's columns."""
+        return [round(answer.values[index]) for index in self._counts]
+
+    def point(self, counts: Sequence[int]) -> list[float] | None:
+        """`counts` as a value for each column; None where patterns would have to be found first."""
+        if self._patterns:
+            return None
+        values = [float(count) for count in counts]
+        values += [
+            float(max(0, counts[index] - self._problem.columns[index].running))
+            for index in self._moves
+        ]
+        if self.load_factor is not None:
+            values.append(self._problem.load_factor(counts))
+        values += [float(self._problem.in_one_zone(counts, model)) for model in self._zoned]
+        return values
+
+    def _costs(self, start: Sequence[int] | None, *, seeks: bool) -> list[float]:
+        problem = self._problem
+        if self._soft:
+            return [0.0] * len(problem.columns)
+        main = [
+            0.0 if seeks else -column.rate if problem.objective == "throughput" else column.price
+            for column in problem.columns
+        ]
+        ties = [
+            column.tie + (column.price if problem.objective == "throughput" else 0.0)
+            for column in problem.columns
+        ]
+        counts = start or [1] * len(main)
+        size = abs(sum(m * c for m, c in zip(main, counts, strict=True))) or 1.0
+        tied = sum(t * c for t, c in zip(ties, counts, strict=True)) or 1.0
+        self._tie = TIE * size / tied
+        return [m + self._tie * t for m, t in zip(main, ties, strict=True)]
+
+    def _add_moves(self, *, free: bool) -> list[int]:
+        """A column for each of the problem's that costs something to start: replicas not running."""
+        moved = []
+        for index, column in enumerate(self._problem.columns):
+            if column.move > 0 and not free:
+                new = self.program.column(column.move, whole=False)
+                self.program.row([(self._counts[index], 1.0), (new, -1.0)], upper=column.running)
+                moved.append(index)
+        return moved
+
+    def _add_zones(self) -> list[int]:
+        """A small price for models whose replicas would all be in one zone; those models."""
+        zoned = []
+        for model in range(len(self._problem.needs)):
+            zones = self._problem.zones(model)
+            if not zones:
+                continue
+            zoned.append(model)
+            alone = self.program.column(self._tie, upper=1)
+            for zone in zones:
+                others = [
+                    (self._counts[index], 1.0)
+                    for index in self._problem.of_model(model)
+                    if self._problem.columns[index].zone != zone
+                ]
+                self.program.row([*others, (alone, 1.0)], lower=1.0)
+        return zoned
+
+    def _add_need(self, model: int, need: Need, factor: float) -> None:
+        mine = self._problem.of_model(model)
+        each = [(self._counts[index], 1.0) for index in mine]
+        missed = None
+        if self._soft:
+            missed = self.program.column(_FEWER_SHORT * len(self._problem.needs), upper=1)
+        short = self._share_of(missed)
+        if need.rate > 0:
+            self._add_rate(mine, need.rate, short, factor=factor)
+            if self.load_factor is not None:
+                carried = self._shares(mine, need.rate)
+                self.program.row([*carried, (self.load_factor, -1.0)], lower=0.0)
+        firm = [index for index in mine if not self._problem.columns[index].spot]
+        if need.firm_rate > 0 and len(firm) < len(mine):
+            self._add_rate(firm, need.firm_rate, self._share_of(missed))
+        if need.least > 0 or need.most < INFINITY:
+            least = [(index, value * need.least) for index, value in short] if need.least else []
+            if least:
+                self.program.row([*each, *least], lower=need.least)
+                self.program.row(each, upper=need.most)
+            else:
+                self.program.row(each, lower=need.least, upper=need.most)
+
+    def _share_of(self, missed: int | None) -> list[tuple[int, float]]:
+        """The share of a need that may be missed, if the model may go short at all."""
+        if missed is None:
+            return []
+        share = self.program.column(1.0, upper=1.0, whole=False)
+        self.program.row([(share, 1.0), (missed, -1.0)], upper=0.0)
+        return [(share, 1.0)]
+
+    def _add_rate(
+        self,
+        columns: Sequence[int],
+        rate: float,
+        short: list[tuple[int, float]],
+        *,
+        factor: float = 1.0,
+    ) -> None:
+        terms = self._shares(columns, rate)
+        self.program.row([*terms, *short], lower=factor * (1 - _SHORT))
+
+    def _shares(self, columns: Sequence[int], rate: float) -> list[tuple[int, float]]:
+        """What a replica of each column carries of a demand."""
+        return [
+            (self._counts[index], self._problem.columns[index].rate / rate) for index in columns
+        ]
+
+    def _add_room(self, group: int) -> None:
+        """What fits on the group's nodes, see `placement.packing`."""
+        by_size: defaultdict[int, list[int]] = defaultdict(list)
+        for index, column in enumerate(self._problem.columns):
+            if column.group == group:
+                by_size[column.gpus].append(self._counts[index])
+        nodes, gpus = self._problem.groups[group].nodes, self._problem.groups[group].gpus_per_node
+        if divisible(by_size):
+            for size in by_size:
+                taken = [
+                    (index, larger / size)
+                    for larger, indices in by_size.items()
+                    if larger >= size
+                    for index in indices
+                ]
+                self.program.row(taken, upper=nodes * (gpus // size))
+            return
+        ways = patterns(by_size, gpus)
+        self.exact = self.exact and len(ways) < MOST_PATTERNS
+        used = [self.program.column(upper=nodes) for _ in ways]
+        self.program.row([(index, 1.0) for index in used], upper=nodes)
+        for size, indices in by_size.items():
+            places = [
+                (index, -float(way[size]))
+                for index, way in zip(used, ways, strict=True)
+                if size in way
+            ]
+            self.program.row([*((index, 1.0) for index in indices), *places], upper=0.0)
+        self._patterns.append((group, ways))

@@ -1,0 +1,161 @@
+"""A mixed-integer program and its solver (HiGHS): columns, rows, least cost. One thread, one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import highspy
+import numpy as np
+
+INFINITY = highspy.kHighsInf
+_SMALL = 100  # columns
+_SCALE = (
+    1e4  # the objective is brought to about this size, so that 1e-6 of tolerance is small in it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When the solver stops: at a relative gap, after nodes of its tree, or, at worst, seconds.
+
+    The first two stop it at the same place every time. Small programs are solved to the end unless
+    a `gap` is given, others to half a percent or, should that be hard, a few hundred nodes: less
+    than predictions are worth, within seconds.
+    """
+
+    time_s: float = 30.0
+    gap: float | None = None
+    nodes: int | None = None
+
+    def gap_for(self, columns: int) -> float:
+        """The gap at which a program of so many columns is done."""
+        if self.gap is not None:
+            return self.gap
+        return 0.0 if columns <= _SMALL else 0.005
+
+    def nodes_for(self, columns: int) -> int:
+        """The most nodes that are looked at for a program of so many columns."""
+        if self.nodes is not None:
+            return self.nodes
+        return 10_000 if columns <= _SMALL else 300
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best values found, what they cost, and that none cost less than `bound`."""
+
+    values: tuple[float, ...]
+    cost: float
+    bound: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class Program:
+    """Minimise cost over columns between bounds, subject to rows between bounds."""
+
+    _costs: list[float] = field(default_factory=list)
+    _lower: list[float] = field(default_factory=list)
+    _upper: list[float] = field(default_factory=list)
+    _integer: list[bool] = field(default_factory=list)
+    _rows: list[tuple[Mapping[int, float], float, float]] = field(default_factory=list)
+
+    def column(
+        self, cost: float = 0.0, *, upper: float = INFINITY, lower: float = 0.0, whole: bool = True
+    ) -> int:
+        """Add a column; its index."""
+        self._costs.append(cost)
+        self._lower.append(lower)
+        self._upper.append(upper)
+        self._integer.append(whole)
+        return len(self._costs) - 1
+
+    def row(
+        self,
+        terms: Iterable[tuple[int, float]],
+        *,
+        lower: float = -INFINITY,
+        upper: float = INFINITY,
+    ) -> None:
+        """Add lower <= sum of factor x column <= upper."""
+        self._rows.append((dict(terms), lower, upper))
+
+    def solve(self, limits: Limits, start: Sequence[float] | None = None) -> Answer | None:
+        """The least cost, beginning at `start`, a feasible point; None: there is no feasible point.
+
+        When a limit comes first and nothing better is known, `start` is the answer; without a
+        `start`, None may then also mean that none was found.
+        """
+        if not self._costs:
+            return _of_nothing(self._rows)
+        reference = sum(c * v for c, v in zip(self._costs, start or (), strict=False))
+        size = abs(reference) or max((abs(cost) for cost in self._costs), default=0.0)
+        scale = _SCALE / size if size > 0 else 1.0
+        solver = _solver(limits, len(self._costs))
+        solver.passModel(self._problem(scale))
+        if start is not None:
+            given = highspy.HighsSolution()
+            given.col_value = list(start)
+            given.value_valid = True
+            solver.setSolution(given)
+        solver.run()
+        info = solver.getInfo()
+        found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        if not found:
+            return None
+        values = tuple(
+            float(round(value)) if whole else value
+            for value, whole in zip(solver.getSolution().col_value, self._integer, strict=True)
+        )
+        cost = sum(c * v for c, v in zip(self._costs, values, strict=True))
+        bound = info.mip_dual_bound if any(self._integer) else info.objective_function_value
+        return Answer(
+            values=values,
+            cost=cost,
+            bound=min(cost, bound / scale),
+            seconds=solver.getRunTime(),
+        )
+
+    def _problem(self, scale: float) -> highspy.HighsLp:
+        problem = highspy.HighsLp()
+        problem.num_col_, problem.num_row_ = len(self._costs), len(self._rows)
+        problem.col_cost_ = np.array(self._costs) * scale
+        problem.col_lower_, problem.col_upper_ = np.array(self._lower), np.array(self._upper)
+        problem.integrality_ = [
+            highspy.HighsVarType.kInteger if whole else highspy.HighsVarType.kContinuous
+            for whole in self._integer
+        ]
+        problem.row_lower_ = np.array([lower for _, lower, _ in self._rows])
+        problem.row_upper_ = np.array([upper for _, _, upper in self._rows])
+        matrix = problem.a_matrix_
+        matrix.format_ = highspy.MatrixFormat.kRowwise
+        matrix.num_col_, matrix.num_row_ = len(self._costs), len(self._rows)
+        terms = [term for row, _, _ in self._rows for term in row.items()]
+        matrix.start_ = np.cumsum([0, *(len(row) for row, _, _ in self._rows)], dtype=np.int32)
+        matrix.index_ = np.array([index for index, _ in terms], dtype=np.int32)
+        matrix.value_ = np.array([value for _, value in terms], dtype=float)
+        return problem
+
+
+def _solver(limits: Limits, columns: int) -> highspy.Highs:
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.silent()
+    for option, value in (
+        ("threads", 1),
+        ("random_seed", 0),
+        ("mip_rel_gap", limits.gap_for(columns)),
+        ("mip_abs_gap", 1e-7),
+        ("mip_feasibility_tolerance", 1e-7),
+        ("primal_feasibility_tolerance", 1e-8),
+        ("mip_max_nodes", limits.nodes_for(columns)),
+        ("time_limit", limits.time_s),
+    ):
+        solver.setOptionValue(option, value)
+    return solver
+
+
+def _of_nothing(rows: Iterable[tuple[Mapping[int, float], float, float]]) -> Answer | None:
+    if any(lower > 0 or upper < 0 for _, lower, upper in rows):
+        return None
+    return Answer(values=(), cost=0.0, bound=0.0, seconds=0.0)

@@ -1,0 +1,130 @@
+"""An option: a legal way to run a model on a group of nodes, with what it carries and costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from placement.candidate import Candidate
+from placement.capacity import Capacity, capacity
+from placement.catalogue import GpuType
+from placement.fleet import FleetModel, Objective
+from placement.inventory import Pool
+from placement.legality import first_rejection
+from placement.performance import ReplicaSpeed, replica_speed
+from placement.plan import Shape
+from placement.weight_bytes import GGUF_BITS
+
+SPEED_ERROR = 0.15  # what predictions may be wrong by, for `robust` in a fleet
+MEMORY_ERROR = 0.05
+_FIDELITY = ("bf16", "fp16", "fp32", "fp8", "nvfp4", "gptq", "awq")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A legal candidate on a group of nodes."""
+
+    group: int
+    pool: Pool  # that stands for the group
+    gpu: GpuType  # of the pool; a simulation on a CPU pool believes in another
+    candidate: Candidate
+    speed: ReplicaSpeed
+    capacity: Capacity
+    gpus_per_replica: int
+    replicas_needed: int  # for the demand, before replicas.max cuts it
+    replicas: int  # to start with
+    price_per_gpu_hour: float
+    price_known: bool  # otherwise taken to be that of the dearest pool
+    offloaded: bool = False  # weights that a GPU would read stay in host memory
+    shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
+
+    @property
+    def gpus(self) -> int:
+        """Of all replicas."""
+        return self.replicas * self.gpus_per_replica
+
+    @property
+    def price_per_hour(self) -> float:
+        """Of all replicas."""
+        return self.gpus * self.price_per_gpu_hour
+
+
+def carried(
+    wish: FleetModel, candidate: Candidate, speed: ReplicaSpeed, slo: Objective
+) -> Capacity:
+    """What a replica carries at the fleet's demand, within `slo`."""
+    return capacity(
+        speed,
+        max_num_seqs=candidate.max_num_seqs,
+        kv_cache_tokens=speed.kv_cache_tokens,
+        demand=wish.demand,
+        slo=slo,
+    )
+
+
+def replicas_needed(wish: FleetModel, each: Capacity) -> int:
+    """Replicas for the demand, whatever `replicas.max` says."""
+    if wish.demand is None or each.requests_per_s <= 0:
+        return 1
+    return math.ceil(wish.demand.requests_per_s / each.requests_per_s)
+
+
+def stressed(option: Option, wish: FleetModel) -> Capacity:
+    """What a replica carries whose engine is 15 % slower and finds 5 % less memory.
+
+    Slower by a factor: every prediction grows by it, so the service level is that much nearer.
+    vLLM makes do with a smaller cache; llama.cpp's flags say what lies where, so it must still fit.
+    """
+    candidate, speed, legal = option.candidate, option.speed, True
+    device = candidate.device
+    if device.is_cpu or device.memory_bytes is None:
+        pass  # its cache is a budget, not what is left over
+    elif option.shape is not None:
+        legal = option.shape.per_gpu.headroom_bytes >= MEMORY_ERROR * device.memory_bytes
+    else:
+        less = int(device.memory_bytes * (1 - MEMORY_ERROR))
+        candidate = replace(candidate, device=replace(device, memory_bytes=less))
+        speed = replica_speed(candidate)
+        legal = first_rejection(candidate) is None
+    slower = 1 - SPEED_ERROR
+    slo = Objective(
+        ttft_p95_s=wish.slo.ttft_p95_s and wish.slo.ttft_p95_s * slower,
+        tpot_p95_ms=wish.slo.tpot_p95_ms and wish.slo.tpot_p95_ms * slower,
+    )
+    slow = carried(wish, candidate, speed, slo)
+    if not legal:
+        return replace(slow, concurrency=0, requests_per_s=0.0)
+    return replace(slow, requests_per_s=slower * slow.requests_per_s)
+
+
+def as_stressed(option: Option, wish: FleetModel) -> Option:
+    """The option as if what `stressed` supposes were certain."""
+    slow = stressed(option, wish)
+    needed = replicas_needed(wish, slow)
+    replicas = min(max(wish.replicas.min, needed), wish.replicas.max)
+    return replace(option, capacity=slow, replicas_needed=needed, replicas=replicas)
+
+
+def ranks(option: Option) -> str:
+    """How its GPUs share the model, as it stands in a variant's name."""
+    candidate = option.candidate
+    stages = candidate.pipeline_parallel_size
+    if candidate.engine == "llamacpp":
+        return f"gguf-{candidate.checkpoint.precision}-pp{stages}"
+    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "")
+
+
+def quality(option: Option) -> tuple[object, ...]:
+    """Among options on the same GPUs: all on GPUs, the longest context, the nearest to the original."""
+    candidate = option.candidate
+    precision = candidate.checkpoint.precision
+    return (
+        option.offloaded,
+        -candidate.max_model_len,
+        _FIDELITY.index(precision) if precision in _FIDELITY else len(_FIDELITY),
+        -GGUF_BITS.get(precision, 0.0),
+        candidate.tensor_parallel_size,
+        candidate.pipeline_parallel_size,
+        option.pool.name,
+        candidate.checkpoint.source,
+    )

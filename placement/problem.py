@@ -1,0 +1,142 @@
+"""What is to be solved, as numbers: options as columns, needs of models, counted nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+MET = 1 - 1e-6  # of a demand: the rest is the solver's tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """An option of one model on one group of nodes; everything is per replica."""
+
+    model: int
+    group: int
+    gpus: int
+    rate: float  # requests/s within the service level; 0: it cannot run
+    price: float  # per hour
+    tie: float = 0.0  # less is better where nothing else differs
+    spot: bool = False
+    zone: str = ""
+    running: int = 0  # replicas that are there already
+    move: float = 0.0  # what starting one beyond them costs, in the objective's unit
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one model must get."""
+
+    rate: float  # requests/s of all replicas together
+    least: int  # replicas
+    most: int
+    firm_rate: float = 0.0  # requests/s that must not be on spot nodes
+    spread: bool = False  # over zones, where that costs nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Nodes that are alike, and may be used."""
+
+    nodes: int
+    gpus_per_node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Choose replicas of columns, so that every model's need is met, best by the objective."""
+
+    columns: tuple[Column, ...]
+    needs: tuple[Need, ...]
+    groups: tuple[Nodes, ...]
+    objective: Literal["cost", "throughput", "headroom"] = "cost"
+    _mine: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        mine: list[list[int]] = [[] for _ in self.needs]
+        for index, column in enumerate(self.columns):
+            mine[column.model].append(index)
+        object.__setattr__(self, "_mine", tuple(tuple(indices) for indices in mine))
+
+    def of_model(self, model: int) -> tuple[int, ...]:
+        """Indices of a model's columns."""
+        return self._mine[model]
+
+    def most(self, index: int) -> int:
+        """Replicas of a column that its model and its nodes allow, were it alone."""
+        column = self.columns[index]
+        if column.rate <= 0:
+            return 0
+        nodes = self.groups[column.group]
+        room = nodes.nodes * (nodes.gpus_per_node // column.gpus)
+        return min(self.needs[column.model].most, room)
+
+    def rate(self, counts: Sequence[int], model: int, *, firm_only: bool = False) -> float:
+        """Requests/s that a model's replicas carry."""
+        return sum(
+            counts[index] * self.columns[index].rate
+            for index in self.of_model(model)
+            if not (firm_only and self.columns[index].spot)
+        )
+
+    def replicas(self, counts: Sequence[int], model: int) -> int:
+        """Of a model, in all its options that carry something."""
+        return sum(counts[index] for index in self.of_model(model) if self.columns[index].rate > 0)
+
+    def met(self, counts: Sequence[int], model: int) -> bool:
+        """Whether a model gets what it needs."""
+        need = self.needs[model]
+        return (
+            self.rate(counts, model) >= need.rate * MET
+            and self.rate(counts, model, firm_only=True) >= need.firm_rate * MET
+            and self.replicas(counts, model) >= need.least
+        )
+
+    def meets(self, counts: Sequence[int]) -> bool:
+        """Whether every model gets what it needs."""
+        return all(self.met(counts, model) for model in range(len(self.needs)))
+
+    def zones(self, model: int) -> tuple[str, ...]:
+        """Over which a model's replicas should be spread; none where there is no choice."""
+        zones = sorted({self.columns[index].zone for index in self.of_model(model)})
+        need = self.needs[model]
+        return tuple(zones) if need.spread and need.most > 1 and len(zones) > 1 else ()
+
+    def in_one_zone(self, counts: Sequence[int], model: int) -> bool:
+        """Whether the loss of one zone would take all of a model's replicas."""
+        used = {self.columns[index].zone for index in self.of_model(model) if counts[index]}
+        return len(used) <= 1
+
+    def load_factor(self, counts: Sequence[int]) -> float:
+        """How many times the demand could grow before the first model is full."""
+        return min(
+            (
+                self.rate(counts, model) / need.rate
+                for model, need in enumerate(self.needs)
+                if need.rate > 0
+            ),
+            default=math.inf,
+        )
+
+
+def score(problem: Problem, counts: Sequence[int]) -> float:
+    """The objective's value; less is better.
+
+    cost: the price per hour, and what new replicas cost to start. throughput: requests/s of all
+    models, negative. headroom: the demand's share of the capacity, of the fullest model.
+    """
+    if problem.objective == "headroom":
+        factor = problem.load_factor(counts)
+        return 1 / factor if factor > 0 else math.inf
+    moves = sum(
+        max(0, count - column.running) * column.move
+        for count, column in zip(counts, problem.columns, strict=True)
+    )
+    if problem.objective == "throughput":
+        rates = (count * c.rate for count, c in zip(counts, problem.columns, strict=True))
+        return moves - sum(rates)
+    prices = (count * c.price for count, c in zip(counts, problem.columns, strict=True))
+    return moves + sum(prices)

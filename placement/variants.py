@@ -1,0 +1,284 @@
+"""From counted replicas to variants: which checkpoint, which GPUs, what users will see."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from placement.assignment import Wanted, assign
+from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
+from placement.catalogue import Catalogue
+from placement.fleet import FleetModel, ReplicaBounds
+from placement.option import Option, quality, ranks, stressed
+from placement.performance import predict
+from placement.plan import NodeGpus, Plan, Predicted, Variant
+from placement.question import Question, running_here
+from placement.shape import make_shape
+
+ReplicaGpus = tuple[NodeGpus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """An option with the replicas that it gets."""
+
+    model: int
+    option: Option
+    replicas: int
+
+
+def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
+    """The options behind the counts; a model that needs nothing now keeps its best at 0 replicas.
+
+    The solver knows for each model, nodes and number of GPUs only the fastest checkpoint. Another
+    may carry the demand as well: then the one that also does so when engines are slower than
+    predicted, that has the longest context, that is nearest to the original weights.
+    """
+    used = [index for index, count in enumerate(counts) if count > 0]
+    picked = [
+        Picked(
+            question.problem.columns[index].model,
+            _best_checkpoint(question, counts, index),
+            counts[index],
+        )
+        for index in used
+    ]
+    there = {each.model for each in picked}
+    for model, options in enumerate(question.options):
+        quick = [option for option in options.legal if option.capacity.concurrency > 0]
+        if model not in there and quick and question.problem.needs[model].least == 0:
+            picked.append(Picked(model, quick[0], 0))
+    return tuple(picked)
+
+
+def _best_checkpoint(question: Question, counts: Sequence[int], index: int) -> Option:
+    problem, chosen = question.problem, question.choices[index]
+    column = problem.columns[index]
+    same = [
+        other
+        for other in problem.of_model(column.model)
+        if counts[other] > 0 and _alike(question.choices[other], chosen)
+    ]
+    if problem.objective != "cost" or column.running > 0 or len(same) > 1:
+        return chosen
+    options, need = question.options[column.model], problem.needs[column.model]
+    others = problem.rate(counts, column.model) - counts[index] * column.rate
+    enough = [
+        option
+        for option in options.legal
+        if _alike(option, chosen)
+        and option.capacity.concurrency > 0
+        and others + counts[index] * option.capacity.requests_per_s >= need.rate * (1 - 1e-9)
+    ]
+    if len(enough) < 2:
+        return chosen
+
+    def rank(option: Option) -> tuple[object, ...]:
+        slow = stressed(option, options.wish).requests_per_s
+        return (others + counts[index] * slow < need.rate, quality(option))
+
+    return min(enough, key=rank)
+
+
+def _alike(one: Option, other: Option) -> bool:
+    return one.group == other.group and one.gpus_per_replica == other.gpus_per_replica
+
+
+def make_variants(
+    question: Question,
+    picked: Sequence[Picked],
+    catalogue: Catalogue,
+    running: Plan | None,
+) -> tuple[Variant, ...]:
+    """Every variant of the plan, with the GPUs of its replicas, by name."""
+    placed = _placements(question, picked, running)
+    parts = [
+        (each, pool, placement)
+        for each, by_pool in zip(picked, placed, strict=True)
+        for pool, placement in by_pool.items()
+    ]
+    names = _names(question, parts)
+    total = [
+        sum(
+            each.replicas * each.option.capacity.requests_per_s
+            for each in picked
+            if each.model == m
+        )
+        for m in range(len(question.options))
+    ]
+    bounds = _bounds(question, parts)
+    variants = [
+        _variant(
+            question.options[each.model].wish,
+            each.option,
+            pool=pool,
+            placement=placement,
+            name=names[index],
+            bounds=bounds[index],
+            total_rate=total[each.model],
+            catalogue=catalogue,
+        )
+        for index, (each, pool, placement) in enumerate(parts)
+    ]
+    return tuple(sorted(variants, key=lambda variant: (variant.model, variant.variant)))
+
+
+_Part = tuple[Picked, str, tuple[ReplicaGpus, ...]]
+
+
+def _placements(
+    question: Question, picked: Sequence[Picked], running: Plan | None
+) -> list[dict[str, tuple[ReplicaGpus, ...]]]:
+    """For each picked option, by pool, the GPUs of its replicas."""
+    found: list[dict[str, list[ReplicaGpus]]] = [defaultdict(list) for _ in picked]
+    before = running.variants if running is not None else ()
+    busy = frozenset((node.node, gpu) for node in _all_gpus(before) for gpu in node.gpus)
+    for index, group in enumerate(question.groups):
+        pools = group.usable_nodes()
+        wanted = [
+            _wanted(question, at, each, before)
+            for at, each in enumerate(picked)
+            if each.option.group == index
+        ]
+        nodes = dict.fromkeys(pools, group.pool.gpus_per_node)
+        for at, replicas in assign(nodes, wanted, busy).items():
+            for node in replicas:
+                found[at][pools[node.node]].append((node,))
+    for at, each in enumerate(picked):
+        if not found[at]:
+            found[at][each.option.pool.name] = []
+    return [{pool: tuple(replicas) for pool, replicas in by_pool.items()} for by_pool in found]
+
+
+def _wanted(question: Question, key: int, picked: Picked, before: Sequence[Variant]) -> Wanted:
+    """The replicas to place; those whose engines need not start anew stay where they are."""
+    wish, option = question.options[picked.model].wish, picked.option
+    there = running_here(option, wish, before, question.groups)
+    if there:
+        flags = (
+            option.shape or make_shape(option.candidate, extra_args=wish.engine_args)
+        ).engine_args
+        there = [variant for variant in there if variant.shape.engine_args == flags]
+    return Wanted(
+        key=key,
+        model=wish.name,
+        gpus=option.gpus_per_replica,
+        replicas=picked.replicas,
+        spread=wish.spread,
+        running=tuple(_all_gpus(there)),
+    )
+
+
+def _all_gpus(variants: Sequence[Variant]) -> Iterator[NodeGpus]:
+    for variant in variants:
+        for replica in variant.placement:
+            yield from replica
+
+
+def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
+    safe = _safe_names(options.wish.name for options in question.options)
+    names = []
+    for each, pool, _ in parts:
+        name = f"{safe[question.options[each.model].wish.name]}@{pool}-{ranks(each.option)}"
+        names.append(name + ("-ep" if each.option.candidate.expert_parallel else ""))
+    return [
+        name if names.count(name) == 1 else f"{name}-{each.option.candidate.checkpoint.precision}"
+        for name, (each, _, _) in zip(names, parts, strict=True)
+    ]
+
+
+def _bounds(question: Question, parts: Sequence[_Part]) -> list[ReplicaBounds]:
+    """A model's replica bounds, shared out over its variants so that they add up.
+
+    What may still be added goes to the variant that carries a request at least price.
+    """
+    bounds = [question.options[each.model].wish.replicas for each, _, _ in parts]
+    for model in range(len(question.options)):
+        mine = [index for index, (each, _, _) in enumerate(parts) if each.model == model]
+        if len(mine) < 2:
+            continue
+        wish = question.options[model].wish.replicas
+        mine.sort(key=lambda index: _price_per_request(parts[index][0].option))
+        spare = wish.max - sum(len(parts[index][2]) for index in mine)
+        least = wish.min
+        for index in mine:
+            replicas = len(parts[index][2])
+            here = min(replicas, least)
+            bounds[index] = ReplicaBounds(min=here, max=replicas + spare)
+            least, spare = least - here, 0
+    return bounds
+
+
+def _price_per_request(option: Option) -> tuple[float, str]:
+    price = option.gpus_per_replica * option.price_per_gpu_hour
+    return price / option.capacity.requests_per_s, option.pool.name
+
+
+def _variant(
+    wish: FleetModel,
+    option: Option,
+    *,
+    pool: str,
+    placement: tuple[ReplicaGpus, ...],
+    name: str,
+    bounds: ReplicaBounds,
+    total_rate: float,
+    catalogue: Catalogue,
+) -> Variant:
+    candidate, model = option.candidate, catalogue.model(wish.model)
+    return Variant(
+        model=wish.name,
+        variant=name,
+        aliases=wish.aliases,
+        catalogue_model=model.name,
+        checkpoint=candidate.checkpoint.source,
+        checkpoint_format=candidate.checkpoint.format,
+        pool=pool,
+        gpu=option.gpu.name,
+        simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
+        shape=option.shape or make_shape(candidate, extra_args=wish.engine_args),
+        replicas=len(placement),
+        bounds=bounds,
+        scaling=wish.scaling,
+        slo=wish.slo,
+        gpus_per_replica=option.gpus_per_replica,
+        price_per_hour=len(placement) * option.gpus_per_replica * option.price_per_gpu_hour,
+        placement=placement,
+        capacity_requests_per_s=option.capacity.requests_per_s,
+        limited_by=option.capacity.broken_promise,
+        predicted=_predicted(wish, option, total_rate),
+        capabilities=model.capabilities,
+        routing=wish.routing,
+        fallback=wish.fallback,
+    )
+
+
+def _predicted(wish: FleetModel, option: Option, total_rate: float) -> Predicted:
+    """What users see when the demand is shared out by capacity; without one, one user alone."""
+    demand = wish.demand or DEFAULT_DEMAND
+    carried = option.capacity.requests_per_s
+    rate = demand.requests_per_s * carried / total_rate if total_rate else demand.requests_per_s
+    concurrency = concurrency_for(
+        option.speed, rate_per_s=rate, at_most=option.capacity.concurrency, demand=demand
+    )
+    prediction = predict(option.speed, load_at(demand, concurrency))
+    return Predicted(
+        ttft_p95_s=ttft_p95_s(option.speed, prediction, demand),
+        tpot_p95_ms=prediction.tpot_ms,
+        utilization=rate / carried,
+    )
+
+
+def _safe_names(names: Iterable[str]) -> dict[str, str]:
+    """The models' names as they may stand in a URL; a checksum where two would become one."""
+    safe = {name: re.sub(r"[^A-Za-z0-9._-]", "-", name) for name in names}
+    plain = list(safe.values())
+    return {
+        name: short
+        if name == short or plain.count(short) == 1
+        else f"{short}-{zlib.crc32(name.encode()):08x}"
+        for name, short in safe.items()
+    }

@@ -1,0 +1,203 @@
+"""Cluster files: those that are shipped, and those that `bora cluster init` writes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.cluster_file import (
+    HEAD_SETTINGS,
+    HEALTH_SETTINGS,
+    OnPremCluster,
+    onprem_yaml,
+    pools_of,
+    start_commands,
+)
+from cluster.names import GPU_LABEL, POOL_LABEL
+from cluster.provider_config import checked_cluster
+from placement.catalogue import CONFIGS, load_catalogue
+from placement.errors import ConfigError, UnknownName
+
+CATALOGUE = load_catalogue()
+FOLDER = CONFIGS / "clusters"
+LAUNCHED = ["aws-mixed", "gcp-mixed", "one-box", "onprem-mixed"]
+POOLS = [
+    "rtx4090=RTX-4090:4@10.0.0.11,10.0.0.12",
+    "a100=A100-80-SXM:8@10.0.0.21",
+    "h100=H100-SXM:8@10.0.0.31,10.0.0.32",
+]
+
+
+def shipped(name: str) -> dict[str, Any]:
+    cluster: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return cluster
+
+
+def init(out: Path, *arguments: str, answers: str = "") -> str:
+    result = CliRunner().invoke(app, ["cluster", "init", str(out), *arguments], input=answers)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return out.read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_accepts_every_file(name: str):
+    validate_config(prepare_config(shipped(name)))
+
+
+@pytest.mark.parametrize("name", ["one-box", "onprem-mixed"])
+def test_the_provider_accepts_the_files_for_hosts_of_ones_own(name: str):
+    assert checked_cluster(shipped(name))["provider"]["drain_s"] == 60
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_pools_are_labelled_with_types_that_the_catalogue_knows(name: str):
+    for pool, node_type in shipped(name)["available_node_types"].items():
+        labels, resources = node_type["labels"], node_type["resources"]
+        if pool == "head" and not labels:
+            continue
+        gpu = CATALOGUE.gpu(labels[GPU_LABEL])
+        assert labels[POOL_LABEL] in (pool, "local")
+        assert labels["ray.io/accelerator-type"] == gpu.ray_accelerator_type
+        assert resources[f"accelerator_type:{gpu.ray_accelerator_type}"] == 1
+        assert resources["GPU"] in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_every_file_ships_code_installs_the_lock_file_and_starts_with_a_token(name: str):
+    cluster = shipped(name)
+    own = cluster["provider"]["type"] == "external"
+    mounts = cluster["file_mounts"]
+    for remote, local in mounts.items():
+        if remote.startswith("~/bora/"):
+            assert (CONFIGS.parent / local).exists(), local
+    assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
+    for kind in ("head_setup_commands", "worker_setup_commands"):
+        assert "sh requirements/node.sh" in cluster[kind][-1]
+    settings = HEAD_SETTINGS if own else HEALTH_SETTINGS
+    head, worker = start_commands(cluster["cluster_name"], dict(settings))
+    assert cluster["head_start_ray_commands"] == head
+    assert cluster["worker_start_ray_commands"] == worker
+    assert "RAY_AUTH_MODE=token" in head[0]
+    assert "RAY_health_check_timeout_ms=2000" in head[0]
+
+
+@pytest.mark.parametrize("name", [*LAUNCHED, "kuberay"])
+def test_every_file_says_what_to_edit(name: str):
+    assert "EDIT" in (FOLDER / f"{name}.yaml").read_text()
+
+
+def test_the_shipped_file_is_what_init_writes():
+    wanted = OnPremCluster("onprem-mixed", "10.0.0.10", pools_of(POOLS, CATALOGUE))
+
+    assert (FOLDER / "onprem-mixed.yaml").read_text() == onprem_yaml(wanted, CATALOGUE)
+
+
+def test_kuberay_pools_are_labelled_and_authenticated():
+    cluster = shipped("kuberay")
+
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    spec = cluster["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["rayVersion"] in (CONFIGS.parent / "pyproject.toml").read_text()
+    for group in spec["workerGroupSpecs"]:
+        labels = dict(pair.split("=") for pair in group["rayStartParams"]["labels"].split(","))
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert labels[POOL_LABEL] == group["groupName"]
+        gpu = CATALOGUE.gpu(labels[GPU_LABEL])
+        assert labels["ray.io/accelerator-type"] == gpu.ray_accelerator_type
+        assert limits["nvidia.com/gpu"] == int(group["rayStartParams"]["num-gpus"])
+
+
+def test_init_takes_flags(tmp_path: Path):
+    flags = ["--kind", "onprem", "--name", "lab", "--head", "10.1.0.1", "--ssh-user", "me"]
+    flags += ["--ssh-key", "~/key", "--pool", "h100=h100-sxm:8@10.1.0.2, 10.1.0.3"]
+
+    cluster = yaml.safe_load(init(tmp_path / "c.yaml", *flags))
+
+    assert cluster["cluster_name"] == "lab"
+    assert cluster["max_workers"] == 2
+    assert cluster["provider"]["pools"] == {"h100": ["10.1.0.2", "10.1.0.3"]}
+    assert cluster["auth"] == {"ssh_user": "me", "ssh_private_key": "~/key"}
+    assert Path(cluster["file_mounts"]["~/bora/cluster"]).is_absolute()
+    checked_cluster(cluster)
+
+
+def test_init_asks_for_what_flags_leave_open(tmp_path: Path):
+    answers = "onprem\nlab\n10.1.0.1\na=A10:1@h1 b=L4:2@h2\nme\n~/key\n"
+
+    cluster = yaml.safe_load(init(tmp_path / "c.yaml", answers=answers))
+
+    assert cluster["provider"]["pools"] == {"a": ["h1"], "b": ["h2"]}
+
+
+@pytest.mark.parametrize("kind", ["aws", "gcp", "one-box", "kuberay"])
+def test_init_names_the_cluster_everywhere(tmp_path: Path, kind: str):
+    text = init(tmp_path / "c.yaml", "--kind", kind, "--name", "prod")
+
+    cluster = yaml.safe_load(text)
+    assert "prod" in (cluster.get("cluster_name"), cluster.get("metadata", {}).get("name"))
+    if kind != "kuberay":
+        assert "--cluster prod -- ray start --head" in cluster["head_start_ray_commands"][0]
+        assert Path(cluster["file_mounts"]["~/bora/cluster"]).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "said"),
+    [
+        (["--pool", "h100"], ConfigError, "NAME=GPU:COUNT@HOST,HOST is expected"),
+        (["--pool", "h=H100-SXM:x@a"], ConfigError, "NAME=GPU:COUNT@HOST,HOST is expected"),
+        (["--pool", "h=H100-SXX@a"], UnknownName, "H100-SXM"),
+        (["--pool", "h=L4@a", "--pool", "h=L4@b"], ConfigError, "two pools are called 'h'"),
+        (["--name", "Prod"], ConfigError, "a-z, 0-9 and dashes"),
+    ],
+)
+def test_init_refuses_wrong_flags(tmp_path: Path, flags: list[str], error: type, said: str):
+    whole = ["--kind", "onprem", "--head", "a", "--ssh-user", "u", "--ssh-key", "k", *flags]
+    whole += [] if "--name" in flags else ["--name", "lab"]
+
+    with pytest.raises(error, match=re.escape(said)):
+        init(tmp_path / "c.yaml", *whole)
+
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_init_does_not_replace_a_file(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("mine")
+
+    with pytest.raises(ConfigError, match="--force replaces it"):
+        init(tmp_path / "c.yaml", "--kind", "aws", "--name", "prod")
+
+    assert (tmp_path / "c.yaml").read_text() == "mine"
+
+
+def test_a_node_whose_lock_file_is_installed_is_left_alone(tmp_path: Path):
+    """`requirements/node.sh` ends before it looks for a Python."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "gpu.txt").write_text("ray==2.60.0\n")
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / ".venv").mkdir()
+    digest = "sha256sum requirements/gpu.txt | cut -c1-16"
+    stamp = subprocess.check_output(digest, shell=True, cwd=tmp_path, text=True).strip()  # noqa: S602
+    script = (CONFIGS.parent / "requirements" / "node.sh").read_text()
+    command = ["sh", "-c", script, "node.sh", "gpu"]
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable + "-missing"}
+
+    before = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+    (tmp_path / ".venv" / f"installed-gpu-{stamp}").touch()
+    after = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+
+    assert before.returncode != 0
+    assert after.returncode == 0
