@@ -39,10 +39,9 @@ from cluster.raylets import raylets
 from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
 from placement.canary import merged, with_canaries
 from placement.catalogue import CONFIGS, Catalogue
-from placement.errors import ConfigError
+from placement.errors import ConfigError, DoesNotFit
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
 from placement.inventory import Inventory
-from placement.mig import MARK
 from placement.node_facts import NodeFacts
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -114,11 +113,11 @@ def _run(spec: FleetSpec, started: Context, console: Console) -> None:
     planned = with_canaries(spec)
     catalogue = catalogue_for(planned, calibrated_catalogue())
     facts = probe(measure=False)
+    _require_one_kind(facts, catalogue)
     if facts.gpus:
         console.print("measuring this machine's GPUs", markup=False)
         facts = with_speeds(facts, lambda text: console.print(f"  {text}", markup=False))
     inventory = local_inventory(catalogue, facts)
-    _require_one_kind(inventory, facts, catalogue)
     plan = feasible(merged(make_plan(planned, inventory, catalogue), spec), console)
     require_truth(plan, inventory, [facts], catalogue, console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
@@ -145,18 +144,19 @@ def _run(spec: FleetSpec, started: Context, console: Console) -> None:
             ray.stop()
 
 
-def _require_one_kind(inventory: Inventory, facts: NodeFacts, catalogue: Catalogue) -> None:
+def _require_one_kind(facts: NodeFacts, catalogue: Catalogue) -> None:
     """`bora up` starts one Ray node, and all devices of a Ray node are of one kind.
 
     Raises:
-        ClusterError: they are not; with the commands that start a Ray node for each kind.
+        DoesNotFit: they are not; with the commands that start a Ray node for each kind.
     """
     kinds = raylets(facts, catalogue, POOL)
-    if len(kinds) < 2 and not any(MARK in pool.gpu for pool in inventory.pools):
+    if not any(each.environment for each in kinds):
         return
     commands = "\n".join(f"  {each.start_arguments()} --address HOST:PORT" for each in kinds)
-    raise ClusterError(
-        f"this machine has {', '.join(f'{p.gpus_per_node} x {p.gpu}' for p in inventory.pools)}. "
+    devices = ", ".join(f"{each.pool.gpus_per_node} x {each.pool.gpu}" for each in kinds)
+    raise DoesNotFit(
+        f"this machine has {devices}, and `bora up` serves on one kind. "
         f"Start Ray with a node for each kind, then `bora deploy FLEET --address HOST:PORT`:\n"
         f"  ray start --head --num-gpus 0\n{commands}"
     )

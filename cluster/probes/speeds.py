@@ -17,6 +17,7 @@ from placement.node_facts import GpuFacts, Measured, NodeFacts, PairFacts
 TIMEOUT_S = 120.0  # eight GPUs have 56 directions; NCCL alone takes ten seconds
 GPUS_VARIABLE = "BORA_GPUS"  # of a Ray node that owns some of a box's GPUs: their UUIDs
 _LAST_WORDS = 300
+_END_S = 5.0
 
 
 def with_speeds(
@@ -102,9 +103,10 @@ def _run(
     printed: list[str] = []
 
     def listen(stream: IO[str], into: list[str], tell: Callable[[str], None]) -> None:
-        for line in stream:
-            into.append(line.strip())
-            tell(line.strip())
+        with stream:
+            for line in stream:
+                into.append(line.strip())
+                tell(line.strip())
 
     assert process.stdout is not None  # noqa: S101 - pipes
     assert process.stderr is not None  # noqa: S101
@@ -120,8 +122,10 @@ def _run(
     except subprocess.TimeoutExpired:
         status = None
     _kill(process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)  # no longer: where a driver hangs, nothing can end the process
     for listener in listeners:
-        listener.join(5)  # no longer: where a driver hangs, nothing can end the process
+        listener.join(_END_S)
     return status, "\n".join(printed), " ".join(said)[-_LAST_WORDS:]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -197,3 +198,23 @@ def test_a_card_that_the_catalogue_lacks_is_named(tmp_path, monkeypatch):
 
     with pytest.raises(ClusterError, match="NVIDIA Z9 Ultra"):
         local_inventory(CATALOGUE)
+
+
+def test_up_on_a_mixed_box_says_how_to_start_ray_there(tmp_path, monkeypatch):
+    install(
+        tmp_path / "bin", monkeypatch,
+        log=smi_log(h100(0), rtx_4090(1)),
+        topology=topology(full(2, "SYS")),
+        peers=peers(full(2, "CNS")),
+    )  # fmt: skip
+
+    result = subprocess.run(
+        [sys.executable, "-m", "cluster", "up"],
+        env={**os.environ, "BORA_STATE": str(tmp_path / "state"), "COLUMNS": "500"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert result.returncode == 3
+    assert "1 x H100-SXM, 1 x RTX-4090" in result.stderr
+    assert "ray start --head --num-gpus 0" in result.stderr
+    assert "BORA_GPUS=GPU-00000001-aaaa ray start --num-gpus 1" in result.stderr
