@@ -1,4 +1,4 @@
-"""Lifecycle: replicas go and come with nothing lost: scale-down, drain, roll-out, death, places.
+"""Lifecycle: replicas go and come with nothing lost: scale-down, drain, roll-out, death.
 
 Serve can be told how many replicas there should be, not which one should go. So the one that bora
 chooses drains and ends its process, and only then is Serve's count lowered: the successor that Serve
@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from pydantic import ValidationError
@@ -24,10 +24,10 @@ from cluster.deployer import Deployer
 from cluster.errors import ClusterError
 from cluster.generations import RUNNING, Deployed, GenerationKey, key_of
 from cluster.messages import Drained, DrainRequest, ReplicaReport
-from cluster.placement_check import NodeFacts, differences, explain_waiting
+from cluster.placement_check import NodeFacts
+from cluster.places import Places
 from cluster.registry import Registry
 from cluster.rollout import Incoming, Outgoing, outgoing_targets
-from cluster.serve_apps import bundle
 from placement.errors import ConfigError, UnknownName
 from placement.plan import Variant
 
@@ -62,28 +62,19 @@ class Lifecycle:
         self._deployer = deployer
         self._variants = variants
         self._note = note
+        self.places = Places(registry, note)
         self._census: Census | None = None
         self._retiring: dict[str, _Retirement] = {}
         self._drained: set[str] = set()  # nodes that Ray will place nothing on
         self._failing: set[GenerationKey] = set()
         self._rollouts: dict[str, str] = {}  # by model
         self._freed_s: dict[str, float] = {}  # by model: when old replicas went last (monotonic)
-        self._waiting: dict[str, str] = {}  # by variant
-        self._misplaced: dict[str, tuple[str, ...]] = {}  # by variant
 
     # What others ask
 
     def rollout(self, model: str) -> str:
         """How far the model's roll-out is; empty: there is none."""
         return self._rollouts.get(model, "")
-
-    def waiting(self, variant: str) -> str:
-        """Why a replica of it has no place; empty: none waits."""
-        return self._waiting.get(variant, "")
-
-    def misplaced(self, variant: str) -> tuple[str, ...]:
-        """What is not as planned about its replicas' places."""
-        return self._misplaced.get(variant, ())
 
     def order_for(self, replica: str) -> float | None:
         """Seconds within which a replica must finish and go; None: it stays."""
@@ -206,7 +197,7 @@ class Lifecycle:
                 await self._roll(now)
             except (ray.exceptions.RayError, ValueError) as error:
                 log.warning("Serve is busy or restarting: %r", error)  # the next census comes
-        self._compare(now)
+        self.places.compare(self._variants(), now, self._drained)
         return changed
 
     def _bury(self, now: Census) -> bool:
@@ -313,26 +304,6 @@ class Lifecycle:
         elif model not in self._rollouts:
             self._note(model, "roll-out begun")
         self._rollouts[model] = text
-
-    def _compare(self, now: Census) -> None:
-        """Places: planned against actual, and who has none. What is new is logged."""
-        nodes = tuple(
-            replace(node, draining=node.node_id in self._drained) for node in now.nodes.values()
-        )
-        for variant in self._variants():
-            key = key_of(variant)
-            served = now.generations.get(key)
-            placeless = [r for r in served.replicas if r.replica in now.placeless] if served else []
-            waits = explain_waiting(variant, bundle(variant), nodes) if placeless else ""
-            if waits and not self._waiting.get(variant.variant):
-                self._note(variant.model, waits)
-            self._waiting[variant.variant] = waits
-            reports = self._registry.of_generation(key)
-            found = tuple(differences(variant, reports, now.nodes, self._registry.reports))
-            for text in set(found) - set(self._misplaced.get(variant.variant, ())):
-                log.warning("%s: not as planned: %s", variant.variant, text)
-                self._note(variant.model, f"not as planned: {text}")
-            self._misplaced[variant.variant] = found
 
 
 def _business(report: ReplicaReport) -> tuple[int, float]:
