@@ -18,13 +18,13 @@ from typing import Any
 
 import ray
 
-from cluster import serve_apps
+from cluster import census, serve_apps
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE, add_observation
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.files import replace_text
-from cluster.generations import key_of
+from cluster.generations import GenerationKey, key_of
 from cluster.key_keeper import KeyKeeper
 from cluster.lifecycle import Lifecycle
 from cluster.messages import Drained, DrainRequest, Event, FleetStatus, ReplicaReport
@@ -64,7 +64,7 @@ class Controller:
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events: deque[Event] = deque(maxlen=200)
-        self._failures: dict[str, str] = {}
+        self._failures: dict[GenerationKey, str] = {}
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
         )
@@ -74,6 +74,8 @@ class Controller:
             self._deployer,
             variants=self._variants,
             note=self._note,
+            take=census.take,
+            drain_node=census.drain_node,
         )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
@@ -126,10 +128,11 @@ class Controller:
             why = f": {report.log_tail.splitlines()[-1]}" if report.log_tail else ""
             self._note(report.model, f"replica {report.replica}: {report.state}{why}")
             self._lifecycle.heard(report)
+            key = GenerationKey(report.variant, report.version)
             if report.state == "failed":
-                self._failures[report.variant] = report.log_tail or report.stage
+                self._failures[key] = report.log_tail or report.stage
             elif report.state == "ready":
-                self._failures.pop(report.variant, None)
+                self._failures.pop(key, None)
                 self._compare(report)
             self._publish()
         return self._lifecycle.order_for(report.replica)
@@ -234,7 +237,7 @@ class Controller:
                     wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
                     load=self._autoscaler.load(variant.model),
                     events=self._events,
-                    failure=self._failures.get(variant.variant, ""),
+                    failure=self._failures.get(key_of(variant), ""),
                     lifecycle=self._lifecycle,
                     now_s=now_s,
                 )

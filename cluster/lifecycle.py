@@ -13,16 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import ray
 from pydantic import ValidationError
 
-from cluster import census
 from cluster.autoscaler import Autoscaler
-from cluster.census import Census
-from cluster.deployer import Deployer
 from cluster.errors import ClusterError
-from cluster.generations import RUNNING, Deployed, GenerationKey, key_of
+from cluster.generations import RUNNING, Census, Deployed, GenerationKey, key_of
 from cluster.messages import Drained, DrainRequest, ReplicaReport
 from cluster.placement_check import NodeFacts
 from cluster.places import Places
@@ -45,18 +43,37 @@ class _Retirement:
     replaced: bool  # the count stays: Serve starts a successor
 
 
+class Counts(Protocol):
+    """What Serve is asked for."""
+
+    async def scale(self, key: GenerationKey, replicas: int) -> None:
+        """Set a generation's replica count."""
+        ...
+
+    async def delete(self, key: GenerationKey) -> None:
+        """Let a generation finish what runs, and forget it."""
+        ...
+
+
 class Lifecycle:
-    """Holds the last census. `note(model, text)` writes an event; `variants()` are the plan's."""
+    """Holds the last census, which `take` makes; `drain_node` empties a node (`cluster.census`).
+
+    `note(model, text)` writes an event; `variants()` are the plan's.
+    """
 
     def __init__(
         self,
         registry: Registry,
         autoscaler: Autoscaler,
-        deployer: Deployer,
+        deployer: Counts,
         *,
         variants: Callable[[], tuple[Variant, ...]],
         note: Callable[[str, str], None],
+        take: Callable[[], Census],
+        drain_node: Callable[[str, str, float], None],
     ) -> None:
+        self._take = take
+        self._drain_node = drain_node
         self._registry = registry
         self._autoscaler = autoscaler
         self._deployer = deployer
@@ -158,7 +175,7 @@ class Lifecycle:
             )
         text = f"bora drain {request.target}"
         self._drained.add(node.node_id)
-        await asyncio.to_thread(census.drain_node, node.node_id, text, request.timeout_s)
+        await asyncio.to_thread(self._drain_node, node.node_id, text, request.timeout_s)
         self._note("", f"node {node.name}: draining")
         there = [each.replica for each in self._registry.reports if each.node_id == node.node_id]
         return Drained(node_id=node.node_id, replicas=tuple(there))
@@ -183,7 +200,7 @@ class Lifecycle:
         `act`: replicas have had the time to report, so that who is missing is missing.
         """
         try:
-            now = await asyncio.to_thread(census.take)
+            now = await asyncio.to_thread(self._take)
         except (ray.exceptions.RayError, ClusterError) as error:
             log.warning("Serve or Ray did not answer: %r", error)
             return False
@@ -226,6 +243,10 @@ class Lifecycle:
             # Serve has not taken one without a configuration over yet.
             if served and served.config and not served.deleting and served.target != count:
                 await self._deployer.scale(key, count)
+        models = {"", *(variant.model for variant in variants)}
+        for key, served in now.generations.items():
+            if served.model not in models and not served.deleting:
+                await self._deployer.delete(key)  # of a model that went before Serve knew it
 
     async def _roll(self, now: Census) -> None:
         """One step of every model's roll-out."""

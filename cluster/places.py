@@ -6,11 +6,9 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from cluster.census import Census
-from cluster.generations import key_of
+from cluster.generations import Census, bundle, key_of
 from cluster.placement_check import differences, explain_waiting
 from cluster.registry import Registry
-from cluster.serve_apps import bundle
 from placement.plan import Variant
 
 log = logging.getLogger("bora.places")
