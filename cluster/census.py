@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,22 +12,12 @@ from ray.util.placement_group import placement_group_table
 
 from cluster import serve_apps
 from cluster.errors import ClusterError
-from cluster.generations import Deployed, GenerationKey
+from cluster.generations import Census
 from cluster.names import POOL_LABEL
 from cluster.placement_check import NodeFacts
 from cluster.ray_inventory import node_name
 
 _NO_PLACE = ("PENDING", "RESCHEDULING")
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """`begun_s` (monotonic): it knows every replica that had reported by then and still lives."""
-
-    begun_s: float
-    generations: Mapping[GenerationKey, Deployed]
-    placeless: frozenset[str]  # replicas whose placement group waits for resources
-    nodes: Mapping[str, NodeFacts]  # by Ray's node id, those that live
 
 
 def take() -> Census:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from cluster import serve_apps
+from cluster import census, serve_apps
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
 from cluster.control_api import serve_control_api
@@ -26,7 +26,7 @@ from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gateway_host import gateway_actors
-from cluster.generations import key_of
+from cluster.generations import GenerationKey, key_of
 from cluster.key_keeper import KeyKeeper
 from cluster.lifecycle import Lifecycle
 from cluster.messages import (
@@ -81,7 +81,7 @@ class Controller:
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
-        self._failures: dict[str, str] = {}
+        self._failures: dict[GenerationKey, str] = {}
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
         )
@@ -91,6 +91,8 @@ class Controller:
             self._deployer,
             variants=self._variants,
             events=self._events,
+            take=census.take,
+            drain_node=census.drain_node,
         )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
@@ -143,10 +145,11 @@ class Controller:
         if self._registry.report(report, time.monotonic()):
             self._events.replica(time.time(), report)
             self._lifecycle.heard(report)
+            key = GenerationKey(report.variant, report.version)
             if report.state == "failed":
-                self._failures[report.variant] = report.log_tail or report.stage
+                self._failures[key] = report.log_tail or report.stage
             elif report.state == "ready":
-                self._failures.pop(report.variant, None)
+                self._failures.pop(key, None)
                 self._compare(report)
             self._publish()
         return self._lifecycle.order_for(report.replica)
@@ -270,7 +273,7 @@ class Controller:
                     wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
                     load=self._autoscaler.load(variant.model),
                     events=self._events,
-                    failure=self._failures.get(variant.variant, ""),
+                    failure=self._failures.get(key_of(variant), ""),
                     lifecycle=self._lifecycle,
                     now_s=now_s,
                 )

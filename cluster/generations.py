@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cluster.names import SLOT
+from cluster.placement_check import NodeFacts
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
@@ -53,3 +55,25 @@ class Deployed:
 def key_of(variant: Variant) -> GenerationKey:
     """Of the shape that `variant` has now."""
     return GenerationKey(variant.variant, shape_version(variant))
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """`begun_s` (monotonic): it knows every replica that had reported by then and still lives."""
+
+    begun_s: float
+    generations: Mapping[GenerationKey, Deployed]
+    placeless: frozenset[str]  # replicas whose placement group waits for resources
+    nodes: Mapping[str, NodeFacts]  # by Ray's node id, those that live
+
+
+def bundle(variant: Variant) -> dict[str, float]:
+    """Ray resources of one replica: all its GPUs (or slots) on one node."""
+    resource = SLOT if variant.gpu == "cpu" else "GPU"
+    return {resource: float(_devices(variant))}
+
+
+def _devices(variant: Variant) -> int:
+    if variant.placement:
+        return sum(len(node.gpus) for node in variant.placement[0])
+    return variant.shape.num_gpus

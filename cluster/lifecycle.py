@@ -1,4 +1,4 @@
-"""Lifecycle: replicas go and come with nothing lost: scale-down, drain, roll-out, death, places.
+"""Lifecycle: replicas go and come with nothing lost: scale-down, drain, roll-out, death.
 
 Serve can be told how many replicas there should be, not which one should go. So the one that bora
 chooses drains and ends its process, and only then is Serve's count lowered: the successor that Serve
@@ -12,23 +12,21 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import ray
 from pydantic import ValidationError
 
-from cluster import census
 from cluster.autoscaler import Autoscaler
-from cluster.census import Census
-from cluster.deployer import Deployer
 from cluster.errors import ClusterError
 from cluster.event_log import EventLog
-from cluster.generations import RUNNING, Deployed, GenerationKey, key_of
+from cluster.generations import RUNNING, Census, Deployed, GenerationKey, key_of
 from cluster.messages import Drained, DrainRequest, EventKind, ReplicaReport
-from cluster.placement_check import NodeFacts, differences, explain_waiting
+from cluster.placement_check import NodeFacts
+from cluster.places import Places
 from cluster.registry import Registry
 from cluster.rollout import Incoming, Outgoing, outgoing_targets
-from cluster.serve_apps import bundle
 from placement.errors import ConfigError, UnknownName
 from placement.plan import Variant
 
@@ -46,45 +44,55 @@ class _Retirement:
     replaced: bool  # the count stays: Serve starts a successor
 
 
+class Counts(Protocol):
+    """What Serve is asked for."""
+
+    async def scale(self, key: GenerationKey, replicas: int) -> None:
+        """Set a generation's replica count."""
+        ...
+
+    async def delete(self, key: GenerationKey) -> None:
+        """Let a generation finish what runs, and forget it."""
+        ...
+
+
 class Lifecycle:
-    """Holds the last census. What happens is told to `events`; `variants()` are the plan's."""
+    """Holds the last census, which `take` makes; `drain_node` empties a node (`cluster.census`).
+
+    What happens is told to `events`; `variants()` are the plan's.
+    """
 
     def __init__(
         self,
         registry: Registry,
         autoscaler: Autoscaler,
-        deployer: Deployer,
+        deployer: Counts,
         *,
         variants: Callable[[], tuple[Variant, ...]],
         events: EventLog,
+        take: Callable[[], Census],
+        drain_node: Callable[[str, str, float], None],
     ) -> None:
+        self._take = take
+        self._drain_node = drain_node
         self._registry = registry
         self._autoscaler = autoscaler
         self._deployer = deployer
         self._variants = variants
         self._events = events
+        self.places = Places(registry, events)
         self._census: Census | None = None
         self._retiring: dict[str, _Retirement] = {}
         self._drained: set[str] = set()  # nodes that Ray will place nothing on
         self._failing: set[GenerationKey] = set()
         self._rollouts: dict[str, str] = {}  # by model
         self._freed_s: dict[str, float] = {}  # by model: when old replicas went last (monotonic)
-        self._waiting: dict[str, str] = {}  # by variant
-        self._misplaced: dict[str, tuple[str, ...]] = {}  # by variant
 
     # What others ask
 
     def rollout(self, model: str) -> str:
         """How far the model's roll-out is; empty: there is none."""
         return self._rollouts.get(model, "")
-
-    def waiting(self, variant: str) -> str:
-        """Why a replica of it has no place; empty: none waits."""
-        return self._waiting.get(variant, "")
-
-    def misplaced(self, variant: str) -> tuple[str, ...]:
-        """What is not as planned about its replicas' places."""
-        return self._misplaced.get(variant, ())
 
     def order_for(self, replica: str) -> float | None:
         """Seconds within which a replica must finish and go; None: it stays."""
@@ -176,7 +184,7 @@ class Lifecycle:
             )
         text = f"bora drain {request.target}"
         self._drained.add(node.node_id)
-        await asyncio.to_thread(census.drain_node, node.node_id, text, request.timeout_s)
+        await asyncio.to_thread(self._drain_node, node.node_id, text, request.timeout_s)
         self._events.note(
             time.time(),
             "drained",
@@ -207,7 +215,7 @@ class Lifecycle:
         `act`: replicas have had the time to report, so that who is missing is missing.
         """
         try:
-            now = await asyncio.to_thread(census.take)
+            now = await asyncio.to_thread(self._take)
         except (ray.exceptions.RayError, ClusterError) as error:
             log.warning("Serve or Ray did not answer: %r", error)
             return False
@@ -221,7 +229,7 @@ class Lifecycle:
                 await self._roll(now)
             except (ray.exceptions.RayError, ValueError) as error:
                 log.warning("Serve is busy or restarting: %r", error)  # the next census comes
-        self._compare(now)
+        self.places.compare(self._variants(), now, self._drained)
         return changed
 
     def _bury(self, now: Census) -> bool:
@@ -250,6 +258,10 @@ class Lifecycle:
             # Serve has not taken one without a configuration over yet.
             if served and served.config and not served.deleting and served.target != count:
                 await self._deployer.scale(key, count)
+        models = {"", *(variant.model for variant in variants)}
+        for key, served in now.generations.items():
+            if served.model not in models and not served.deleting:
+                await self._deployer.delete(key)  # of a model that went before Serve knew it
 
     async def _roll(self, now: Census) -> None:
         """One step of every model's roll-out."""
@@ -328,25 +340,6 @@ class Lifecycle:
         elif model not in self._rollouts:
             self._note(model, "rollout", "begun")
         self._rollouts[model] = text
-
-    def _compare(self, now: Census) -> None:
-        """Places: planned against actual, and who has none. What is new is logged."""
-        nodes = tuple(
-            replace(node, draining=node.node_id in self._drained) for node in now.nodes.values()
-        )
-        for variant in self._variants():
-            key = key_of(variant)
-            served = now.generations.get(key)
-            placeless = [r for r in served.replicas if r.replica in now.placeless] if served else []
-            waits = explain_waiting(variant, bundle(variant), nodes) if placeless else ""
-            if waits and not self._waiting.get(variant.variant):
-                self._note(variant.model, "no-place", waits)
-            self._waiting[variant.variant] = waits
-            reports = self._registry.of_generation(key)
-            found = tuple(differences(variant, reports, now.nodes, self._registry.reports))
-            for text in set(found) - set(self._misplaced.get(variant.variant, ())):
-                self._note(variant.model, "mismatch", f"not as planned: {text}")
-            self._misplaced[variant.variant] = found
 
     def _note(self, model: str, kind: EventKind, text: str) -> None:
         self._events.note(time.time(), kind, text, model=model)

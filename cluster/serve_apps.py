@@ -18,8 +18,8 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
-from cluster.generations import Deployed, GenerationKey, ServedReplica, key_of
-from cluster.names import POOL_LABEL, SLOT
+from cluster.generations import Deployed, GenerationKey, ServedReplica, bundle, key_of
+from cluster.names import POOL_LABEL
 from cluster.replica import DRAIN_TIMEOUT_S, Replica, Site
 from placement.plan import Variant
 
@@ -99,12 +99,6 @@ def delete(key: GenerationKey, *, wait: bool) -> None:
     serve.delete(_application(key), _blocking=wait)
 
 
-def bundle(variant: Variant) -> dict[str, float]:
-    """Ray resources of one replica: all its GPUs (or slots) on one node."""
-    resource = SLOT if variant.gpu == "cpu" else "GPU"
-    return {resource: float(_devices(variant))}
-
-
 def _application(key: GenerationKey) -> str:
     return f"{_PREFIX}{key.variant}:{key.version}"
 
@@ -112,12 +106,6 @@ def _application(key: GenerationKey) -> str:
 def _key(application: str) -> GenerationKey:
     variant, _, version = application.removeprefix(_PREFIX).rpartition(":")
     return GenerationKey(variant, version)
-
-
-def _devices(variant: Variant) -> int:
-    if variant.placement:
-        return sum(len(node.gpus) for node in variant.placement[0])
-    return variant.shape.num_gpus
 
 
 def _deployment(variant: Variant, replicas: int) -> serve.Deployment:

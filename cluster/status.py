@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
+from cluster.lifecycle import Lifecycle
 from cluster.messages import Event, ReplicaReport, ReplicaStatus, VariantStatus
 from gateway.endpoints import ModelLoad
 from placement.plan import Variant
-
-
-class Places(Protocol):
-    """What is known of places and roll-outs."""
-
-    def waiting(self, variant: str) -> str:
-        """Why a replica has no place."""
-        ...
-
-    def misplaced(self, variant: str) -> tuple[str, ...]:
-        """What is not as planned."""
-        ...
-
-    def rollout(self, model: str) -> str:
-        """How far the replacement of an older shape is."""
-        ...
 
 
 def variant_status(
@@ -35,7 +19,7 @@ def variant_status(
     load: ModelLoad,
     events: Iterable[Event],
     failure: str,
-    lifecycle: Places,
+    lifecycle: Lifecycle,
     now_s: float,
 ) -> VariantStatus:
     """One variant, wanted and actual."""
@@ -60,8 +44,8 @@ def variant_status(
         gpu=variant.gpu,
         gpus_per_replica=variant.gpus_per_replica,
         failure=failure,
-        waiting=lifecycle.waiting(variant.variant),
-        misplaced=lifecycle.misplaced(variant.variant),
+        waiting=lifecycle.places.waiting(variant.variant),
+        misplaced=lifecycle.places.misplaced(variant.variant),
         rollout=lifecycle.rollout(variant.model),
     )
 

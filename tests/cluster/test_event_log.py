@@ -7,17 +7,34 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.autoscaler import Autoscaler
 from cluster.cli.events import event_table
 from cluster.cli.render import age, status_page
 from cluster.event_log import EventLog
+from cluster.generations import Census
+from cluster.lifecycle import Lifecycle
 from cluster.messages import FleetStatus, ReplicaState
+from cluster.registry import Registry
 from cluster.status import variant_status
 from gateway.endpoints import ModelLoad
 from tests.builders import a_report, a_variant
+from tests.cluster.recording_counts import RecordingCounts
 
 
 def a_log(tmp_path: Path, capacity: int = 100) -> EventLog:
     return EventLog(tmp_path / "events.jsonl", capacity)
+
+
+def a_lifecycle(log: EventLog) -> Lifecycle:
+    return Lifecycle(
+        Registry(),
+        Autoscaler(),
+        RecordingCounts(),
+        variants=lambda: (),
+        events=log,
+        take=lambda: Census(0.0, {}, frozenset(), {}),
+        drain_node=lambda *_: None,
+    )
 
 
 def test_events_are_numbered_and_told_from_where_one_stopped(tmp_path):
@@ -92,19 +109,6 @@ def test_ages_read_like_ages():
     ]  # fmt: skip
 
 
-class HalfRolledOut:
-    """A model in the middle of a roll-out, one replica of which finds no place."""
-
-    def waiting(self, variant: str) -> str:
-        return "a replica waits for 2 GPU" if variant else ""
-
-    def misplaced(self, variant: str) -> tuple[str, ...]:
-        return ("r1 runs elsewhere",) if variant else ()
-
-    def rollout(self, model: str) -> str:
-        return "1 of 3 in the new shape" if model == "chat" else ""
-
-
 def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(tmp_path):
     log = a_log(tmp_path)
     log.note(90.0, "deployed", "deployed", model="chat")
@@ -119,8 +123,15 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
         load=ModelLoad(requests_total=0, in_flight=1.5, queued=0),
         events=log,
         failure="",
-        lifecycle=HalfRolledOut(),
+        lifecycle=a_lifecycle(log),
         now_s=130.0,
+    )
+    variant = variant.model_copy(
+        update={
+            "waiting": "a replica waits for 2 GPU",
+            "misplaced": ("r1 runs elsewhere",),
+            "rollout": "1 of 3 in the new shape",
+        }
     )
     status = FleetStatus(
         fleet="test", table_version=1, variants=(variant,), gateways=("g",), events=tuple(log)

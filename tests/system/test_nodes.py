@@ -16,6 +16,7 @@ from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
 from loadtests.drill_processes import free_ports
 from loadtests.processes import CannotRun
 from loadtests.steady_streams import SteadyStreams
+from tests.system.harness import eventually
 
 pytestmark = pytest.mark.ray
 
@@ -49,6 +50,12 @@ def cluster() -> Iterator[tuple[DrillCluster, str]]:
         yield cluster, f"http://127.0.0.1:{http}"
 
 
+def num_slots(cluster: DrillCluster) -> int:
+    """Of the live cluster, as the planner sees it."""
+    [fleet] = Path(cluster.env["BORA_STATE"]).parent.glob("fleet.yaml")
+    return int(json.loads(cluster.bora("plan", str(fleet), "--json"))["gpus_total"])
+
+
 async def the_variant(cluster: DrillCluster) -> dict[str, Any]:
     text = await asyncio.to_thread(cluster.bora, "status", "--json")
     [variant] = json.loads(text)["variants"]
@@ -70,6 +77,7 @@ async def test_a_drained_node_is_empty_and_nothing_was_lost_or_missing(
     assert drained not in {replica["node_id"] for replica in after["replicas"]}
     assert load.failures() == []
     assert load.least_ready() >= 2
+    await asyncio.to_thread(eventually, lambda: num_slots(nodes) == 3, 30)  # the node has left
 
 
 async def test_a_replica_without_a_place_says_what_is_missing_where(

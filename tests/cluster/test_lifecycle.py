@@ -1,0 +1,178 @@
+"""Who goes when fewer are wanted, when a roll-out runs, and when a process is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.autoscaler import Autoscaler
+from cluster.event_log import EventLog
+from cluster.generations import Census, Deployed, GenerationKey, ServedReplica, key_of
+from cluster.lifecycle import Lifecycle
+from cluster.messages import DrainRequest
+from cluster.placement_check import NodeFacts
+from cluster.registry import Registry
+from placement.errors import UnknownName
+from placement.plan import Variant
+from tests.builders import a_report, a_shape, a_variant
+from tests.cluster.recording_counts import RecordingCounts
+
+NODE = NodeFacts("id-a", "a", "local", {"bora_slot": 4.0}, {"bora_slot": 0.0})
+
+
+class Fleet:
+    """One variant with replicas r0, r1, ... that Serve runs and that report."""
+
+    def __init__(self, *running: int, variant: Variant | None = None) -> None:
+        self.variant = variant or a_variant(replicas=len(running))
+        self.registry, self.autoscaler = Registry(), Autoscaler()
+        self.deployer = RecordingCounts()
+        self.events = EventLog(Path(os.devnull))
+        self.drained: list[tuple[Any, ...]] = []
+        self.served: dict[GenerationKey, Deployed] = {}
+        self.placeless: frozenset[str] = frozenset()
+        self.lifecycle = Lifecycle(
+            self.registry,
+            self.autoscaler,
+            self.deployer,
+            variants=lambda: (self.variant,),
+            events=self.events,
+            take=self.census,
+            drain_node=lambda *request: self.drained.append(request),
+        )
+        for number, requests in enumerate(running):
+            report = a_report(
+                replica=f"r{number}", running=requests, version=key_of(self.variant).version
+            )
+            self.registry.report(report, time.monotonic() - 5)
+        self.serve(self.variant, *(f"r{number}" for number in range(len(running))))
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Kinds and texts of what was told."""
+        return [(event.kind, event.text) for event in self.events]
+
+    def serve(self, variant: Variant, *replicas: str, **changes: Any) -> None:
+        """What Serve runs of it from now on."""
+        fields = {"config": variant.model_dump(mode="json"), "target": len(replicas)}
+        served = tuple(ServedReplica(name, "RUNNING", "id-a") for name in replicas)
+        self.served[key_of(variant)] = Deployed(**{**fields, "replicas": served, **changes})
+
+    def census(self) -> Census:
+        return Census(time.monotonic(), dict(self.served), self.placeless, {"id-a": NODE})
+
+
+async def test_the_idlest_replica_goes_and_serves_count_follows_when_it_is_gone():
+    fleet = Fleet(3, 0, 5)
+    key = key_of(fleet.variant)
+
+    await fleet.lifecycle.scale(fleet.variant, 2)
+
+    assert [fleet.lifecycle.order_for(name) is None for name in ("r0", "r1", "r2")] == [
+        True,
+        False,
+        True,
+    ]
+    assert fleet.deployer.calls == [("scale", key, 3)]
+    fleet.serve(fleet.variant, "r0", "r2", target=3)
+    await fleet.lifecycle.look(act=True)
+    assert fleet.deployer.calls[1:] == [("scale", key, 2)]
+
+
+async def test_those_that_still_start_go_before_any_that_serves():
+    fleet = Fleet(0, 0)
+    fleet.autoscaler.set(fleet.variant, 4)
+
+    await fleet.lifecycle.scale(fleet.variant, 2)
+
+    assert fleet.deployer.calls == [("scale", key_of(fleet.variant), 2)]
+    assert fleet.registry.ready(fleet.variant) == 2
+
+
+async def test_a_drained_replica_is_replaced():
+    fleet = Fleet(1, 1)
+
+    await fleet.lifecycle.drain(DrainRequest(target="r0", timeout_s=30))
+    fleet.serve(fleet.variant, "r1", "its-successor")
+    await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == []
+    assert fleet.registry.ready(fleet.variant) == 1
+
+
+async def test_draining_what_is_not_there_names_what_is():
+    fleet = Fleet(1)
+    await fleet.lifecycle.look(act=True)
+
+    with pytest.raises(UnknownName, match="r0"):
+        await fleet.lifecycle.drain(DrainRequest(target="r9"))
+
+
+async def test_a_replica_that_serve_does_not_know_leaves_the_table():
+    fleet = Fleet(1, 1)
+    fleet.serve(fleet.variant, "r1", target=2)
+
+    assert await fleet.lifecycle.look(act=True)
+
+    assert {report.replica for report in fleet.registry.reports} == {"r1"}
+    assert ("replica-lost", "replica r0: its process is gone") in fleet.notes
+
+
+async def test_nobody_is_missed_before_all_could_report():
+    fleet = Fleet(1, 1)
+    fleet.serve(fleet.variant, "r1", target=2)
+
+    await fleet.lifecycle.look(act=False)
+
+    assert len(fleet.registry.reports) == 2
+
+
+async def test_the_old_shape_goes_when_the_new_one_serves():
+    new = a_variant(shape=a_shape(max_model_len=8192), replicas=1)
+    fleet = Fleet(0, variant=new)
+    fleet.serve(a_variant(), "old")
+    fleet.registry.report(a_report(replica="old"), time.monotonic() - 5)
+
+    await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == [("delete", key_of(a_variant()))]
+
+
+async def test_a_roll_out_whose_engine_fails_stops_and_says_so():
+    new = a_variant(shape=a_shape(max_model_len=8192), replicas=1)
+    fleet = Fleet(variant=new)
+    fleet.serve(a_variant(), "old")
+    fleet.registry.report(a_report(replica="old"), time.monotonic() - 5)
+    fleet.serve(new, target=1)
+    failed = a_report(replica="new", state="failed", version=key_of(new).version)
+    fleet.lifecycle.heard(failed)
+
+    await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == []
+    assert fleet.lifecycle.rollout("chat").startswith("stopped, its engine does not start")
+
+
+async def test_a_replica_without_a_place_is_explained_once():
+    fleet = Fleet(1)
+    fleet.placeless = frozenset({"r0"})
+
+    await fleet.lifecycle.look(act=True)
+    await fleet.lifecycle.look(act=True)
+
+    assert "a has 0 of 4 free" in fleet.lifecycle.places.waiting(fleet.variant.variant)
+    assert len([text for kind, text in fleet.notes if kind == "no-place"]) == 1
+
+
+async def test_a_generation_of_no_model_of_the_plan_is_ended():
+    fleet = Fleet(1)
+    gone = a_variant(model="gone", variant="gone@local")
+    fleet.serve(gone, "g1")
+
+    await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == [("delete", key_of(gone))]
