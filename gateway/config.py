@@ -51,7 +51,7 @@ class Limits(Spec):
     )
     heartbeat_s: PositiveFloat = Field(
         default=10.0,
-        description="A stream without a first token gets a comment this often, so that it stays open.",
+        description="A stream that waits for an engine gets a comment this often, so that it stays open.",
     )
     suspect_s: NonNegativeFloat = Field(
         default=2.0,

@@ -95,8 +95,7 @@ class Exchange:
             self._fail(error)
             return
         if call.is_stream:
-            beat_s = plant.admission.limits.heartbeat_s
-            self._heartbeat = plant.loop.call_later(beat_s, self._beat, beat_s)
+            self._start_heartbeat()
         if lease is not None:
             self._occupy(lease)
             self._ask()
@@ -202,6 +201,7 @@ class Exchange:
             self._relay = relay
         elif self._recovery is not None:
             self._recovery.goes_on(relay)
+            self._stop_heartbeat()
         self.received = self._write_first if relay is None else relay.feed
 
     def ended(self) -> None:
@@ -350,6 +350,11 @@ class Exchange:
         if transcript is not None and not self._over:
             self.give_up(transcript.fault or "")
 
+    def _start_heartbeat(self) -> None:
+        if self._heartbeat is None:
+            beat_s = self._plant.admission.limits.heartbeat_s
+            self._heartbeat = self._plant.loop.call_later(beat_s, self._beat, beat_s)
+
     def _beat(self, beat_s: float) -> None:
         """Tell a client of a stream that nothing has come yet, so that no proxy hangs up."""
         if not self._started:
@@ -389,6 +394,7 @@ class Exchange:
         if pause_s is None:
             self._complete()
         else:
+            self._start_heartbeat()
             self._run(partial(self._take_place, pause_s))
 
     def _moved_after_status(self, status: int) -> bool:

@@ -186,6 +186,21 @@ async def test_an_engine_that_falls_silent_in_a_stream_is_left() -> None:
         assert await events_of(client, CHAT, a_request(CHAT)) == expected
 
 
+async def test_a_stream_that_waits_for_its_next_engine_is_kept_open_by_comments() -> None:
+    async with two_engines(heartbeat_s=0.05) as (first, second, client, _):
+        await first.fail(kind="reset", after_tokens=9)
+        await second.fail(kind="status", status=503)
+        asked = asyncio.create_task(client.post(CHAT, json=a_request(CHAT)))
+        await asyncio.sleep(0.5)
+        await first.fail(kind="none")
+        async with asyncio.timeout(30):
+            text = await (await asked).text()
+
+        assert text.count(": the request waits\n\n") >= 3
+        assert text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in text
+
+
 async def test_clients_that_ask_for_token_ids_get_all_of_them() -> None:
     async with two_engines() as (first, second, client, _):
         asked = a_request(CHAT, return_token_ids=True)
