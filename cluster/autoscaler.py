@@ -65,7 +65,7 @@ class Autoscaler:
     ) -> scaling.Decision | None:
         """The new target if it differs from the current one.
 
-        `siblings` are all variants of the model: each takes its share of the load, by its slots.
+        `siblings` are all variants of the model: each takes its share of the load.
         """
         if not self.gateways(now_s):
             return None  # nobody tells about the load: leave everything as it is
@@ -84,7 +84,13 @@ class Autoscaler:
         return None if decision.target == self.target(variant) else decision
 
     def _share(self, variant: Variant, siblings: Sequence[Variant]) -> float:
-        """Of the model's load; a variant without replicas counts as one, so that it may come back."""
+        """Of the model's load: by routing weights (of a canary), else by slots.
+
+        A variant without replicas counts as one, so that it may come back.
+        """
+        weights = {each.variant: variant.routing.weights.get(each.variant, 0) for each in siblings}
+        if total := sum(weights.values()):
+            return weights[variant.variant] / total
         slots = {
             each.variant: max(1, self.target(each)) * each.shape.max_num_seqs for each in siblings
         }

@@ -6,6 +6,7 @@ from cluster.autoscaler import Autoscaler
 from gateway.endpoints import ModelLoad
 from placement.fleet import ReplicaBounds, ScalingPolicy
 from placement.plan import Variant
+from placement.routing_policy import RoutingPolicy
 from tests.builders import a_shape, a_variant
 
 QUICK = ScalingPolicy(scale_up_delay_s=0, scale_down_delay_s=5, scale_to_zero_delay_s=10)
@@ -82,3 +83,18 @@ def test_variants_of_one_model_share_its_load_by_their_slots():
 
     # 44 / 0.7 slots are wanted, a quarter of them at 8 a replica, the others at 24
     assert [decision.target for decision in decisions if decision] == [2, 2]
+
+
+def test_weighted_variants_share_the_load_by_their_weights():
+    scaler = Autoscaler()
+    routing = RoutingPolicy(weights={"chat@local-tp1": 0.75, "chat.canary@local-tp1": 0.25})
+    stable = a_sleeper().model_copy(update={"routing": routing, "variant": "chat@local-tp1"})
+    canary = stable.model_copy(update={"variant": "chat.canary@local-tp1"})
+    for variant in (stable, canary):
+        scaler.adopt(variant, running=False)
+    scaler.observe("g1", {"chat": a_load(16)}, now_s=0)
+
+    decisions = [scaler.decide(v, 1, 0, (stable, canary)) for v in (stable, canary)]
+
+    # three quarters of 16 / 0.7 slots at 8 a replica; the canary has enough with the one it has
+    assert [decision.target if decision else None for decision in decisions] == [3, None]
