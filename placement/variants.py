@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.assignment import Wanted, assign
@@ -37,15 +37,15 @@ def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
     may carry the demand as well: then the one that also does so when engines are slower than
     predicted, that has the longest context, that is nearest to the original weights.
     """
+    columns = question.problem.columns
     used = [index for index, count in enumerate(counts) if count > 0]
-    picked = [
-        Picked(
-            question.problem.columns[index].model,
-            _best_checkpoint(question, counts, index),
-            counts[index],
-        )
-        for index in used
-    ]
+    carried = {index: counts[index] * columns[index].rate for index in used}
+    picked = []
+    for index in used:
+        option = _best_checkpoint(question, counts, index, carried)
+        # The next of the same model must not count on speed that is given away here.
+        carried[index] = counts[index] * option.capacity.requests_per_s
+        picked.append(Picked(columns[index].model, option, counts[index]))
     there = {each.model for each in picked}
     for model, options in enumerate(question.options):
         quick = [option for option in options.legal if option.capacity.concurrency > 0]
@@ -54,7 +54,10 @@ def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
     return tuple(picked)
 
 
-def _best_checkpoint(question: Question, counts: Sequence[int], index: int) -> Option:
+def _best_checkpoint(
+    question: Question, counts: Sequence[int], index: int, carried: Mapping[int, float]
+) -> Option:
+    """Of the options like the chosen one; `carried` is what each one in use carries now."""
     problem, chosen = question.problem, question.choices[index]
     column = problem.columns[index]
     same = [
@@ -65,7 +68,7 @@ def _best_checkpoint(question: Question, counts: Sequence[int], index: int) -> O
     if problem.objective != "cost" or column.running > 0 or len(same) > 1:
         return chosen
     options, need = question.options[column.model], problem.needs[column.model]
-    others = problem.rate(counts, column.model) - counts[index] * column.rate
+    others = sum(carried[i] for i in problem.of_model(column.model) if i in carried and i != index)
     enough = [
         option
         for option in options.legal
