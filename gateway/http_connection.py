@@ -13,7 +13,7 @@ from gateway.config import Limits
 from gateway.errors import BadRequest, TooSlow
 from gateway.head_cache import HeadCache
 from gateway.http_parser import Request, RequestParser, Stage
-from gateway.http_response import CONTINUE, LAST_CHUNK, NO_BODY, chunk, head, head_until_close
+from gateway.http_response import CONTINUE, LAST_CHUNK, NO_BODY, head, head_until_close
 
 _LINGER_S = 2.0  # for a client that still sends what was refused
 _BODY_BYTES_PER_S = 64 * 1024
@@ -126,7 +126,7 @@ class HttpConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a part of a body, which is not empty."""
-        self._write(chunk(data) if self._chunked else data)
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def finish(self) -> None:
         """The body is complete."""

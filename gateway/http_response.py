@@ -56,11 +56,6 @@ def head_until_close(status: int, headers: bytes) -> bytes:
     return b"".join((line, _date_line(), headers, b"connection: close\r\n\r\n"))
 
 
-def chunk(data: bytes) -> bytes:
-    """`data`, which is not empty, as one chunk of a body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
 def json_body(value: Any) -> bytes:
     """A JSON document."""
     return json.dumps(value).encode()

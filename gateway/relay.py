@@ -10,7 +10,7 @@ from gateway.record import GAP_BUCKETS_S, Gaps, Record
 from gateway.reply import Renamer
 from gateway.sse import EventAligner
 from gateway.transcript import Transcript
-from gateway.usage import Usage, find_usage, has_usage
+from gateway.usage import USAGE_KEY, Usage, find_usage
 
 
 class Relay:
@@ -46,9 +46,11 @@ class Relay:
 
     def feed(self, data: bytes) -> None:
         """One read of the stream: whole events go on, and cost little when they came whole."""
-        events = self._aligner.feed(data)
-        if events:
-            self._pass_on(events)
+        if self._aligner.tail or not data.endswith(b"\n\n"):
+            data = self._aligner.feed(data)
+            if not data:
+                return
+        self._pass_on(data)
 
     def end(self) -> None:
         """The engine has said all: what is left of it goes on too."""
@@ -79,9 +81,8 @@ class Relay:
         now = time.monotonic()
         if self.wrote:
             gap = now - self.last_at
-            gaps = self._gaps
-            gaps.counts[bisect_left(GAP_BUCKETS_S, gap)] += 1
-            gaps.sum_s += gap
+            self._gaps.counts[bisect_left(GAP_BUCKETS_S, gap)] += 1
+            self._gaps.sum_s += gap
         self.last_at = now
         transcript = self.transcript
         if transcript is not None:
@@ -91,7 +92,7 @@ class Relay:
         if self._rename is not None:
             events = self._rename(events)
         if events:
-            if has_usage(events):
+            if USAGE_KEY in events:
                 self._record.usage = find_usage(events) or self._record.usage
             self.write(events)
             self.wrote = True

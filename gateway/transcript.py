@@ -112,7 +112,12 @@ class Transcript:
         said = events[start:end]
         at = events.find(self._ids_mark, end)
         if at < 0:
-            self.add(b"", said)
+            if self._num_held:
+                self.add(b"", said)
+            else:  # as `add`, which this is too often called for
+                self._said += said
+                self.num_tokens += 1
+                self.num_pending = 0
             return events
         start = at + len(self._ids_mark)
         end = events.find(b"]", start)

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-_KEY = b'"usage"'
+USAGE_KEY = b'"usage"'
 _LONGEST_USAGE_BYTES = 4096
 # As OpenAI and vLLM write it; all else goes through the decoder.
 _USUAL = re.compile(
@@ -28,26 +28,21 @@ def find_usage(data: bytes) -> Usage | None:
 
     Quotes inside of JSON strings are escaped, so that text of the model is never taken for it.
     """
-    end = data.rfind(_KEY)
+    end = data.rfind(USAGE_KEY)
     if end < 0:
         return None
     usual = _USUAL.match(data, end)
     if usual is not None:
         return Usage(int(usual[1]), int(usual[2]))
     end = len(data)
-    while (at := data.rfind(_KEY, 0, end)) >= 0:
+    while (at := data.rfind(USAGE_KEY, 0, end)) >= 0:
         end = at
-        start = at + len(_KEY)
+        start = at + len(USAGE_KEY)
         rest = data[start : start + _LONGEST_USAGE_BYTES].decode(errors="replace").lstrip()
         usage = _usage_of(rest[1:].lstrip()) if rest.startswith(":") else None
         if usage:
             return usage
     return None
-
-
-def has_usage(chunk: bytes) -> bool:
-    """Whether `find_usage` is worth a try."""
-    return _KEY in chunk
 
 
 def _usage_of(text: str) -> Usage | None:
