@@ -159,7 +159,10 @@ class Admission:
 
     def recheck(self, model: str) -> None:
         """An endpoint of `model` may take requests again: let those who wait go on."""
-        if model in self._lanes:
+        lane = self._lanes.get(model)
+        if lane is not None:
+            for waiter in lane.aside:
+                waiter.tried = frozenset()  # what failed it may be what is well again
             self._pump(model)
 
     def may_retry(self, model: str) -> bool:
