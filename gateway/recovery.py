@@ -105,8 +105,10 @@ class Recovery:
         # Whoever failed before may be well again: only the last one is passed over.
         self.tried = {self._lost}
         elsewhere = admission.router.can_serve(record.model, self.tried)
-        if not elsewhere and not admission.resolve(record.model).managed:
-            raise error
+        if not elsewhere:
+            if not admission.resolve(record.model).managed:
+                raise error
+            self.tried = set()  # there is no other: ask it again and again, with pauses
         if now > self._stranded_at + limits.replacement_timeout_s:
             raise error
         if not self._num_misses:
