@@ -95,10 +95,6 @@ class SteadyStreams:
         lately = Counter(each.endpoint for each in self.outcomes[-100:] if each.endpoint)
         return lately.most_common(1)[0][0] if lately else ""
 
-    def is_full(self, replicas: int) -> bool:
-        """So many endpoints take requests now."""
-        return bool(self.samples) and len(self.samples[-1].usable) >= replicas
-
     def full_since(self, replicas: int, since_s: float, *, without: str = "") -> float | None:
         """From when on so many endpoints have taken requests, not before `since_s`.
 
