@@ -24,17 +24,6 @@ def interrupt_on_signals() -> None:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """They arrive when the block is done, which may set handlers of its own (Ray's driver does)."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    try:
-        yield
-    finally:
-        interrupt_on_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
     """For an end that takes two seconds at most and must be complete."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}

@@ -27,8 +27,9 @@ from cluster.control_api import ControlClient
 from cluster.errors import AlreadyRunning, ClusterError
 from cluster.facts_file import FACTS_FILE, keep_facts
 from cluster.gateway_ports import checked_ports
+from cluster.installation import Installation, install
 from cluster.local_inventory import POOL, local_inventory
-from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray, use
+from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray
 from cluster.models import catalogue_for
 from cluster.names import SLOT
 from cluster.probes.node import probe
@@ -36,7 +37,7 @@ from cluster.probes.speeds import with_speeds
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_labels
 from cluster.raylets import raylets
-from cluster.signals import interrupt_on_signals, signals_held, signals_ignored
+from cluster.signals import interrupt_on_signals, signals_ignored
 from placement.canary import merged, with_canaries
 from placement.catalogue import CONFIGS, Catalogue
 from placement.errors import ConfigError, DoesNotFit
@@ -92,6 +93,11 @@ def _fleet(
         gateway = GatewaySpec.model_validate({**spec.gateway.model_dump(), **given})
     except ValidationError as error:
         raise ConfigError(f"--http-port, --grpc-port: {error.errors()[0]['msg']}") from None
+    if gateway.replicas > 1:
+        raise ConfigError(
+            f"gateway.replicas: {gateway.replicas} gateways need a host each, and `bora up` serves "
+            f"on this one; say 1, or bring hosts together (`bora cluster init`) and `bora deploy`"
+        )
     return spec.model_copy(update={"gateway": gateway})
 
 
@@ -174,22 +180,17 @@ def _start_ray(inventory: Inventory, run_dir: Path) -> LocalRay:
 
 
 def _start_bora(ray: LocalRay, plan: Plan, started: Context) -> ControlClient:
-    use(ray.env)  # before Ray is imported: it reads the environment then
-    from cluster import bootstrap  # noqa: PLC0415 - takes a second
-
     token = secrets.token_urlsafe(32)
     [port] = free_ports(1, HOST)
-    with signals_held():
-        bootstrap.connect(ray.address)
-    bootstrap.start(
+    wanted = Installation(
+        address=ray.address,
         run_dir=Path(started.run_dir),
         token=token,
-        control=(HOST, port),
+        host=HOST,
+        control_port=port,
         gateway=plan.gateway,
-        engine_host=HOST,
     )
-    with signals_held():
-        bootstrap.disconnect()
+    install(wanted, ray.env)
     url = f"http://{HOST}:{port}"
     changes = {
         "ray_address": ray.address,

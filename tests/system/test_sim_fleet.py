@@ -310,7 +310,7 @@ def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path, fleet_file: Pat
 def test_ending_it_while_it_starts_is_clean(
     tmp_path: Path, fleet_file: Path, end: str, after_s: float
 ):
-    """Before Ray, and while Ray's driver with its own signal handlers is at work."""
+    """Before Ray, and while controller and gateway are put on it."""
     with running_bora(tmp_path / "state", str(fleet_file)) as bora:
         eventually((bora.state / "context.json").exists, 30)
         time.sleep(after_s)
