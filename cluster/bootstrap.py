@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
@@ -42,6 +41,8 @@ class GatewayActor(GatewayHost):
         super().__init__(*arguments)
         await self.start()
 
+
+HEAD = "node:__internal_head__"  # resource of the head alone, which may share its address
 
 # Neither takes a CPU away from engines, and both come back when their process dies.
 _ACTOR = {"num_cpus": 0, "lifetime": "detached", "max_restarts": -1, "namespace": NAMESPACE}
@@ -148,11 +149,11 @@ def start(
         ConfigError: more gateways are wanted than there are nodes.
     """
     host, port = control
-    nodes = _nodes_for_gateways(gateway.replicas)
+    hosts = _hosts_for_gateways(gateway.replicas)
     controller = _actor(
         ControllerActor,
         CONTROLLER,
-        nodes[0],
+        hosts[0],
         *(str(run_dir), token, host, port, engine_host),
         max_concurrency=1000,
     )
@@ -161,8 +162,8 @@ def start(
     arguments += ["--auth", gateway.auth]
     log_file = str(run_dir / "logs" / "gateway.log")
     gateways = [
-        _actor(GatewayActor, gateway_name(index), node, arguments, token, log_file)
-        for index, node in enumerate(nodes)
+        _actor(GatewayActor, gateway_name(index), place, arguments, token, log_file)
+        for index, place in enumerate(hosts)
     ]
     ray.get([controller.start.remote(), *(each.start.remote() for each in gateways)])
 
@@ -178,20 +179,28 @@ def stop() -> None:
         serve.shutdown()
 
 
-def _nodes_for_gateways(count: int) -> list[str]:
-    """Ids of nodes: this one, whose address the command line knows, then others by address."""
+def _hosts_for_gateways(count: int) -> list[str]:
+    """Ray resources that stand for hosts: this one, which the command line knows, then others.
+
+    A node that comes back has another id, and an actor that waits for the old one is given up by
+    Ray for ever; the resource comes back with the host.
+    """
     own = ray.get_runtime_context().get_node_id()
-    alive = sorted((node["NodeManagerAddress"], node["NodeID"]) for node in ray.nodes()
-                   if node["Alive"])  # fmt: skip
-    nodes = [own, *(node for _, node in alive if node != own)]
-    if count > len(nodes):
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    first = HEAD if HEAD in alive[own]["Resources"] else _host(alive[own])
+    others = sorted({_host(node) for node in alive.values()} - {_host(alive[own])})
+    hosts = [first, *others]
+    if count > len(hosts):
         raise ConfigError(
-            f"gateway.replicas: {count} gateways need a host each, the Ray cluster has {len(nodes)}"
+            f"gateway.replicas: {count} gateways need a host each, the Ray cluster has {len(hosts)}"
         )
-    return nodes[:count]
+    return hosts[:count]
 
 
-def _actor(kind: type, name: str, node: str, *arguments: Any, **options: Any) -> Any:
-    pinned = NodeAffinitySchedulingStrategy(node, soft=False)
-    remote = ray.remote(kind).options(name=name, scheduling_strategy=pinned, **_ACTOR, **options)
+def _host(node: Mapping[str, Any]) -> str:
+    return f"node:{node['NodeManagerAddress']}"
+
+
+def _actor(kind: type, name: str, host: str, *arguments: Any, **options: Any) -> Any:
+    remote = ray.remote(kind).options(name=name, resources={host: 0.001}, **_ACTOR, **options)
     return remote.remote(*arguments)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from cluster.head_store import ADDRESS_VARIABLE, NAMESPACE_VARIABLE
 from cluster.names import GPU_LABEL, POOL_LABEL
 from placement.catalogue import Catalogue, GpuType
 from placement.errors import ConfigError
@@ -26,6 +27,20 @@ HEALTH_SETTINGS = {
 _SILENT = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"
 # Where hosts are there already: how long they, and the head's own start, may take to answer.
 HEAD_SETTINGS = {**HEALTH_SETTINGS, "AUTOSCALER_UPDATE_INTERVAL_S": 1, _SILENT: 30}
+# With Redis, on every host: how long to wait for a head that is down, engines serving; and after how
+# long a connection to a dead host is given up, without which some notice a new head a minute late.
+KEPT_SETTINGS = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": 86400,
+    "RAY_grpc_client_keepalive_timeout_ms": 5000,
+}
+# On the head: its predecessor's node is known as dead after 4 s, and then the controller moves; a
+# replica that Serve has not found again after 30 s, which is its own setting, would be restarted.
+KEPT_HEAD_SETTINGS = {
+    **KEPT_SETTINGS,
+    "RAY_health_check_initial_delay_ms": 1000,
+    "RAY_SERVE_SLOW_STARTUP_WARNING_S": 300,
+}
+REDIS_PASSWORD_FILE = "~/.ray/redis_password"  # noqa: S105 - a path
 _DEFAULTS: dict[str, Any] = {
     "cluster_synced_files": [],
     "file_mounts_sync_continuously": False,
@@ -38,6 +53,12 @@ _HEAD = """\
 # Ray on hosts of your own: `ray up -y FILE` starts the head over ssh, and the head starts the pools.
 # On the head then `bora deploy FLEET --address HEAD:6379`; `ray down -y FILE` ends it all.
 # Before: Python 3.11, rsync and an ssh key on every host; `ray get-auth-token --generate` here.
+"""
+_KEPT = """\
+# Engines and gateways serve on while the head is down; `ray up -y FILE` again brings it back, on its
+# host or one that took over its address and bora's state folder. EDIT: the address of a Redis server
+# (not on the head, `appendonly yes`) in the head's start command; its password is in
+# ~/.ray/redis_password here.
 """
 _SIZES = "# All hosts of a pool start at once; those beyond min_workers go when idle.\n"
 _PROVIDER = """\
@@ -83,6 +104,7 @@ class OnPremCluster:
     ssh_key: str = "~/.ssh/id_ed25519"
     code: str = "."  # folder of bora's code on the operator's machine
     settings: dict[str, int] = field(default_factory=lambda: dict(HEAD_SETTINGS))
+    redis: str = ""  # HOST:PORT where the head's state outlives it
 
 
 def parse_pool(text: str, catalogue: Catalogue) -> HostPool:
@@ -124,6 +146,7 @@ def onprem_yaml(cluster: OnPremCluster, catalogue: Catalogue) -> str:
     return "".join(
         [
             _HEAD,
+            _KEPT if cluster.redis else "",
             _block("cluster_name", cluster.name),
             _SIZES,
             *(_block(key, value) for key, value in sizes.items()),
@@ -134,7 +157,7 @@ def onprem_yaml(cluster: OnPremCluster, catalogue: Catalogue) -> str:
             _TYPES,
             _block("available_node_types", types),
             _block("head_node_type", "head"),
-            _shared(cluster.code, cluster.name, cluster.settings),
+            _shared(cluster),
             "# An external provider has no defaults of its own.\n",
             *(_block(key, value) for key, value in _DEFAULTS.items()),
         ]
@@ -158,33 +181,46 @@ def node_type(pool: HostPool, gpu: GpuType) -> dict[str, Any]:
     }
 
 
-def start_commands(cluster: str, settings: dict[str, int]) -> tuple[list[str], list[str]]:
+def start_commands(
+    cluster: str, settings: dict[str, int], redis: str = ""
+) -> tuple[list[str], list[str]]:
     """For the head and for the others: nothing restarts where nothing has changed."""
     node = "~/bora/.venv/bin/python -m cluster.ray_node start --cluster " + cluster
-    start = f"cd ~/bora && RAY_AUTH_MODE=token {node} -- ray start"
-    told = " ".join(f"{name}={value}" for name, value in settings.items())
+    start = "cd ~/bora && RAY_AUTH_MODE=token"
+    kept = f"{ADDRESS_VARIABLE}={redis} {NAMESPACE_VARIABLE}={cluster} " if redis else ""
+    password = f"--redis-password=$(cat {REDIS_PASSWORD_FILE}) " if redis else ""
+    told = _told({**settings, **(KEPT_HEAD_SETTINGS if redis else {})})
     head = (
-        f"cd ~/bora && RAY_AUTH_MODE=token {told} {node} -- ray start --head --port=6379 "
+        f"{start} {kept}{told}{node} -- ray start --head --port=6379 {password}"
         "--dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml"
         f" {_OBJECT_STORE}"
     )
-    return [head], [f"{start} --address=$RAY_HEAD_IP:6379 {_OBJECT_STORE}"]
+    worker = f"{start} {_told(KEPT_SETTINGS if redis else {})}{node} -- ray start"
+    return [head], [f"{worker} --address=$RAY_HEAD_IP:6379 {_OBJECT_STORE}"]
 
 
-def _shared(code: str, cluster: str, settings: dict[str, int]) -> str:
-    mounts = {f"~/bora/{name}": str(Path(code) / name) for name in (*SHIPPED, *SHIPPED_FILES)}
-    head, worker = start_commands(cluster, settings)
+def _told(settings: dict[str, int]) -> str:
+    return "".join(f"{name}={value} " for name, value in settings.items())
+
+
+def _shared(cluster: OnPremCluster) -> str:
+    mounts = {
+        f"~/bora/{name}": str(Path(cluster.code) / name) for name in (*SHIPPED, *SHIPPED_FILES)
+    }
+    secrets = ["~/.ray/auth_token", *([REDIS_PASSWORD_FILE] if cluster.redis else [])]
+    mounts |= {path: path for path in secrets}
+    head, worker = start_commands(cluster.name, cluster.settings, cluster.redis)
     return "".join(
         [
             _CODE,
-            _block("file_mounts", {**mounts, "~/.ray/auth_token": "~/.ray/auth_token"}, flow=False),
+            _block("file_mounts", mounts, flow=False),
             _block("rsync_exclude", ["**/__pycache__"]),
             _SETUP,
             _block("head_setup_commands", ["cd ~/bora && sh requirements/node.sh cpu"], flow=False),
             _block(
                 "worker_setup_commands", ["cd ~/bora && sh requirements/node.sh gpu"], flow=False
             ),
-            _START + (_START_SILENT if _SILENT in settings else ""),
+            _START + (_START_SILENT if _SILENT in cluster.settings else ""),
             _block("head_start_ray_commands", head, flow=False),
             _block("worker_start_ray_commands", worker, flow=False),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Collection
@@ -26,7 +27,7 @@ from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gateway_host import gateway_actors
-from cluster.generations import GenerationKey, key_of
+from cluster.generations import GenerationKey, key_of, plan_of
 from cluster.key_keeper import KeyKeeper
 from cluster.lifecycle import Lifecycle
 from cluster.messages import (
@@ -57,6 +58,7 @@ from placement.spec import dump_yaml, parse_yaml
 SCALE_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.5  # a census costs Serve and the controller some milliseconds each
 SETTLE_S = 3.0  # after a restart every replica has sent a heartbeat by then
+SETTLE_LONGEST_S = 30.0  # or by then, when Ray's head went down too and finds its nodes again
 PLAN_FILE = "plan.yaml"
 EVENTS_FILE = "events.jsonl"
 SHOWN_EVENTS = 200  # in a status; `bora events` has all
@@ -94,7 +96,7 @@ class Controller:
             take=census.take,
             drain_node=census.drain_node,
         )
-        self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
+        self._recovered_s = -math.inf  # when (monotonic) this took over from one that died
         self._gateway_failure = ""
         self._loops: list[asyncio.Task[None]] = []
         self._starting = asyncio.Lock()
@@ -119,18 +121,19 @@ class Controller:
         return f"http://{host}:{port}"
 
     async def _recover(self) -> None:
-        """After a restart: the plan from disk, the counts from Serve, replicas from heartbeats."""
-        plan_file = self._run_dir / PLAN_FILE
-        if not plan_file.exists():
-            return
-        text = await asyncio.to_thread(plan_file.read_text, encoding="utf-8")
-        plan = parse_yaml(text, Plan, source=str(plan_file))
+        """After a restart: the plan from disk, the counts from Serve, replicas from heartbeats.
+
+        Where the disk is gone with the head, Serve knows what it was told of the plan.
+        """
         served = await self._deployer.deployed()
+        plan = await asyncio.to_thread(_kept_plan, self._run_dir / PLAN_FILE) or plan_of(served)
+        if plan is None:
+            return
         counts = {
             v.variant: served[key].target for v in plan.variants if (key := key_of(v)) in served
         }
         self._autoscaler.restore(counts)
-        self._settled_s = time.monotonic() + SETTLE_S
+        self._recovered_s = time.monotonic()
         self._adopt(plan, {variant.model for variant in plan.variants})
         await self._reconcile()
         log.info("recovered the fleet %s", plan.fleet)
@@ -349,7 +352,9 @@ class Controller:
         self._note(variant.model, text, kind="scaled", reason=reason)
 
     def _settling(self) -> bool:
-        return time.monotonic() < self._settled_s
+        """Until then gateways keep the table that they have."""
+        since_s = time.monotonic() - self._recovered_s
+        return since_s < SETTLE_S or (since_s < SETTLE_LONGEST_S and self._lifecycle.unheard())
 
     def _adopt(self, plan: Plan, running: Collection[str]) -> None:
         """Take `plan` for what is wanted; models that are `running` keep their replica counts."""
@@ -386,6 +391,12 @@ class Controller:
         if not found:
             raise UnknownName("model", model, {variant.model for variant in self._variants()})
         return found
+
+
+def _kept_plan(path: Path) -> Plan | None:
+    if not path.exists():
+        return None
+    return parse_yaml(path.read_text(encoding="utf-8"), Plan, source=str(path))
 
 
 def _log_to(path: Path) -> None:

@@ -17,6 +17,7 @@ from cluster.processes import start_guarded, stop_guarded, tail
 DRAIN_TIMEOUT_S = 35.0
 RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)  # for one that ends again and again
 SETTLED_S = 30.0  # one that has served for so long is started again at once
+_TELL_S = 1.0
 
 
 def gateway_name(index: int) -> str:
@@ -72,6 +73,8 @@ class GatewayHost:
             await asyncio.sleep(RESTART_DELAYS_S[min(ends, len(RESTART_DELAYS_S) - 1)])
 
     async def _tell_controller(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-            await controller.gateway_ended.remote(tail(self._log_file, 10))
+        """Within a second: while Ray's head is down nobody can be asked, and clients wait here."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                controller = await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE)
+                await controller.gateway_ended.remote(tail(self._log_file, 10))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cluster.names import SLOT
 from cluster.placement_check import NodeFacts
 from cluster.shape_version import shape_version
-from placement.plan import Variant
+from placement.plan import Plan, Variant
 
 # Serve's names for replicas that it counts as running or as about to be found running again.
 RUNNING = ("RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")
@@ -65,6 +65,23 @@ class Census:
     generations: Mapping[GenerationKey, Deployed]
     placeless: frozenset[str]  # replicas whose placement group waits for resources
     nodes: Mapping[str, NodeFacts]  # by Ray's node id, those that live
+
+
+def plan_of(served: Mapping[GenerationKey, Deployed]) -> Plan | None:
+    """What a cluster serves whose plan was lost with its head's disk; None: nothing.
+
+    Of two shapes of a variant, one of which was replacing the other, the larger one counts.
+    """
+    found: dict[str, Variant] = {}
+    for each in sorted(served.values(), key=lambda each: each.target):
+        if each.config:
+            variant = Variant.model_validate(each.config)
+            found[variant.variant] = variant
+    if not found:
+        return None
+    return Plan.empty().model_copy(
+        update={"fleet": "recovered", "status": "feasible", "variants": tuple(found.values())}
+    )
 
 
 def bundle(variant: Variant) -> dict[str, float]:

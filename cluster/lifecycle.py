@@ -111,6 +111,14 @@ class Lifecycle:
         """A new plan: what failed may be tried again."""
         self._failing.clear()
 
+    def unheard(self) -> bool:
+        """Whether replicas run, as Serve says, that have not reported; true before a census."""
+        if self._census is None:
+            return True
+        served = self._census.generations.values()
+        running = (each for one in served for each in one.replicas if each.state in RUNNING)
+        return any(self._registry.get(each.replica) is None for each in running)
+
     def outgoing(self) -> list[Variant]:
         """Shapes that still run although the plan has others for their models."""
         wanted = {key_of(variant) for variant in self._variants()}

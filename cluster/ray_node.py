@@ -26,6 +26,7 @@ import psutil
 
 from cluster.context import made_state_dir
 from cluster.files import write_private
+from cluster.head_store import HeadStore, is_kept, store_of
 
 CLUSTER_VARIABLE = "BORA_CLUSTER"
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
@@ -54,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, command = given[:at], given[at + 1 :]
     options = parser.parse_args(given)
     if options.action == "stop":
+        store = _store(options.cluster)
         stop(options.cluster, drain_s=options.drain_s)
+        head_state_file(options.cluster).unlink(missing_ok=True)
+        if store is not None:  # otherwise the next head would take up what was just stopped
+            store.forget()
         return 0
     return start(options.cluster, command)
 
@@ -69,17 +74,19 @@ def start(cluster: str, command: Sequence[str]) -> int:
         _say("Ray runs here as it should: nothing changed")
         return 0
     stop(cluster, drain_s=0)
-    head_state_file(cluster).unlink(missing_ok=True)  # what was launched from here is gone
+    if not is_kept():
+        head_state_file(cluster).unlink(missing_ok=True)  # what was launched from here is gone
     _raise_limits()
     environment = {**os.environ, CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
     ray = [sys.executable, "-m", "ray.scripts.scripts", *command[1:]]
     status = subprocess.run(ray, env=environment, check=False).returncode
-    raylet = next(_like(_of_cluster(cluster), _RAYLET), None)
+    here = _of_cluster(cluster)
+    raylet = next(_like(here, _RAYLET), None)
     if status == 0 and raylet is not None:
+        needed = [raylet, *_like(here, _GCS)]
         node = {
             "digest": wanted,
-            "pid": raylet.pid,
-            "started_s": raylet.create_time(),
+            "needed": [(process.pid, process.create_time()) for process in needed],
             "session": _option(raylet.cmdline(), "session-dir"),
         }
         write_private(record, json.dumps(node))
@@ -107,6 +114,14 @@ def stop(cluster: str, *, drain_s: float) -> None:
     _end(left)
     _record_file(cluster).unlink(missing_ok=True)
     _say(f"{len(found)} processes of {cluster} were running here, none is left")
+
+
+def _store(cluster: str) -> HeadStore | None:
+    """Where the head that runs on this host keeps its state, if it survives it."""
+    for gcs in _like(_of_cluster(cluster), _GCS):
+        with contextlib.suppress(psutil.Error):
+            return store_of(gcs.cmdline(), gcs.environ())
+    return None
 
 
 def head_state_file(cluster: str) -> Path:
@@ -213,13 +228,17 @@ def _digest(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def _running(record: Path) -> str:
-    """What the node was started with, if its raylet lives."""
+    """What the node was started with, if its raylet lives, and on the head the GCS."""
     node = _recorded(record)
     with contextlib.suppress(KeyError, psutil.NoSuchProcess):
-        process = psutil.Process(node["pid"])
-        if abs(process.create_time() - node["started_s"]) < 1 and _alive([process]):
+        if all(_is(psutil.Process(pid), started_s) for pid, started_s in node["needed"]):
             return str(node["digest"])
     return ""
+
+
+def _is(process: psutil.Process, started_s: float) -> bool:
+    """Whether it lives and is the one of then: numbers are given out again."""
+    return abs(process.create_time() - started_s) < 1 and bool(_alive([process]))
 
 
 def _recorded(record: Path) -> dict[str, Any]:

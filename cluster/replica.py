@@ -189,7 +189,9 @@ class Replica:
     async def _report(self) -> None:
         """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
         with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-            reference = _controller().report.remote(self._snapshot().model_dump_json())
+            # In a thread: while Ray's head is down this waits, and the engine is watched meanwhile.
+            controller = await asyncio.to_thread(_controller)
+            reference = controller.report.remote(self._snapshot().model_dump_json())
             retire_within_s = await asyncio.wait_for(reference, 5)
             if retire_within_s is not None and self._retiring is None:
                 self._retiring = asyncio.create_task(self._retire(retire_within_s))

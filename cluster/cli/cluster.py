@@ -58,6 +58,9 @@ def init(
     ] = None,
     ssh_user: Annotated[str | None, typer.Option(help="onprem: who logs in.")] = None,
     ssh_key: Annotated[str | None, typer.Option(help="onprem: path of the private key.")] = None,
+    redis: Annotated[
+        str, typer.Option(help="onprem: HOST:PORT of a Redis where the head's state outlives it.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a cluster file for `ray up`; what flags leave open is asked."""
@@ -67,7 +70,7 @@ def init(
     name = name or typer.prompt("name of the cluster", default=f"bora-{kind.value}")
     _require_name(name)
     if kind is Kind.ONPREM:
-        text = _onprem(name, head, pool or [], ssh_user, ssh_key)
+        text = _onprem(name, head, pool or [], (ssh_user, ssh_key), redis)
     else:
         text = _shipped(kind, name)
     try:
@@ -81,9 +84,15 @@ def init(
 
 
 def _onprem(
-    name: str, head: str | None, pools: list[str], ssh_user: str | None, ssh_key: str | None
+    name: str,
+    head: str | None,
+    pools: list[str],
+    ssh: tuple[str | None, str | None],
+    redis: str,
 ) -> str:
     catalogue = load_catalogue()
+    if redis and re.fullmatch(r"[^\s:]+:\d+", redis) is None:
+        raise ConfigError(f"--redis {redis}: HOST:PORT is expected, as in 10.0.0.5:6379")
     head = head or typer.prompt("address of the head")
     if not pools:
         pools = typer.prompt("pools, as h100=H100-SXM:8@10.0.0.21,10.0.0.22; more after a space")
@@ -92,9 +101,10 @@ def _onprem(
         name=name,
         head=head,
         pools=pools_of(pools, catalogue),
-        ssh_user=ssh_user or typer.prompt("ssh user", default="ubuntu"),
-        ssh_key=ssh_key or typer.prompt("ssh key", default="~/.ssh/id_ed25519"),
+        ssh_user=ssh[0] or typer.prompt("ssh user", default="ubuntu"),
+        ssh_key=ssh[1] or typer.prompt("ssh key", default="~/.ssh/id_ed25519"),
         code=str(CONFIGS.parent),
+        redis=redis,
     )
     return onprem_yaml(cluster, catalogue)
 

@@ -29,7 +29,8 @@ from placement.errors import ConfigError, UnknownName
 
 CATALOGUE = load_catalogue()
 FOLDER = CONFIGS / "clusters"
-LAUNCHED = ["aws-mixed", "gcp-mixed", "one-box", "onprem-mixed"]
+LAUNCHED = ["aws-mixed", "gcp-mixed", "one-box", "onprem-mixed", "onprem-redis"]
+REDIS = {"onprem-redis": "10.0.0.5:6379"}
 POOLS = [
     "rtx4090=RTX-4090:4@10.0.0.11,10.0.0.12",
     "a100=A100-80-SXM:8@10.0.0.21",
@@ -56,7 +57,7 @@ def test_ray_accepts_every_file(name: str):
     validate_config(prepare_config(shipped(name)))
 
 
-@pytest.mark.parametrize("name", ["one-box", "onprem-mixed"])
+@pytest.mark.parametrize("name", ["one-box", "onprem-mixed", "onprem-redis"])
 def test_the_provider_accepts_the_files_for_hosts_of_ones_own(name: str):
     assert checked_cluster(shipped(name))["provider"]["drain_s"] == 60
 
@@ -86,7 +87,8 @@ def test_every_file_ships_code_installs_the_lock_file_and_starts_with_a_token(na
     for kind in ("head_setup_commands", "worker_setup_commands"):
         assert "sh requirements/node.sh" in cluster[kind][-1]
     settings = HEAD_SETTINGS if own else HEALTH_SETTINGS
-    head, worker = start_commands(cluster["cluster_name"], dict(settings))
+    redis = REDIS.get(name, "")
+    head, worker = start_commands(cluster["cluster_name"], dict(settings), redis)
     assert cluster["head_start_ray_commands"] == head
     assert cluster["worker_start_ray_commands"] == worker
     assert "RAY_AUTH_MODE=token" in head[0]
@@ -98,10 +100,32 @@ def test_every_file_says_what_to_edit(name: str):
     assert "EDIT" in (FOLDER / f"{name}.yaml").read_text()
 
 
-def test_the_shipped_file_is_what_init_writes():
-    wanted = OnPremCluster("onprem-mixed", "10.0.0.10", pools_of(POOLS, CATALOGUE))
+@pytest.mark.parametrize("name", ["onprem-mixed", "onprem-redis"])
+def test_the_shipped_file_is_what_init_writes(name: str):
+    redis = REDIS.get(name, "")
+    wanted = OnPremCluster(name, "10.0.0.10", pools_of(POOLS, CATALOGUE), redis=redis)
 
-    assert (FOLDER / "onprem-mixed.yaml").read_text() == onprem_yaml(wanted, CATALOGUE)
+    assert (FOLDER / f"{name}.yaml").read_text() == onprem_yaml(wanted, CATALOGUE)
+
+
+def test_with_redis_hosts_wait_for_a_head_that_is_down_and_the_password_is_in_no_file():
+    cluster = shipped("onprem-redis")
+
+    [head], [worker] = cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]
+    assert "RAY_REDIS_ADDRESS=10.0.0.5:6379" in head
+    assert "RAY_external_storage_namespace=onprem-redis" in head
+    assert "--redis-password=$(cat ~/.ray/redis_password)" in head
+    assert cluster["file_mounts"]["~/.ray/redis_password"] == "~/.ray/redis_password"
+    for command in (head, worker):
+        assert "RAY_gcs_rpc_server_reconnect_timeout_s=86400" in command
+    assert "RAY_REDIS" not in worker
+
+
+def test_a_redis_without_a_port_is_refused(tmp_path: Path):
+    flags = ["--kind", "onprem", "--name", "lab", "--head", "h", "--redis", "10.0.0.5"]
+
+    with pytest.raises(ConfigError, match=r"--redis 10\.0\.0\.5: HOST:PORT is expected"):
+        init(tmp_path / "cluster.yaml", *flags, "--pool", "a=L4@h1")
 
 
 def test_kuberay_pools_are_labelled_and_authenticated():
@@ -112,7 +136,11 @@ def test_kuberay_pools_are_labelled_and_authenticated():
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["autoscalerOptions"]["version"] == "v2"
     assert spec["rayVersion"] in (CONFIGS.parent / "pyproject.toml").read_text()
+    assert "redisAddress" in spec["gcsFaultToleranceOptions"]
     for group in spec["workerGroupSpecs"]:
+        settings = group["template"]["spec"]["containers"][0]["env"]
+        told = {setting["name"]: setting["value"] for setting in settings}
+        assert int(told["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 600  # a pod takes minutes
         labels = dict(pair.split("=") for pair in group["rayStartParams"]["labels"].split(","))
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert labels[POOL_LABEL] == group["groupName"]

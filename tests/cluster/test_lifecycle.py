@@ -11,7 +11,7 @@ import pytest
 
 from cluster.autoscaler import Autoscaler
 from cluster.event_log import EventLog
-from cluster.generations import Census, Deployed, GenerationKey, ServedReplica, key_of
+from cluster.generations import Census, Deployed, GenerationKey, ServedReplica, key_of, plan_of
 from cluster.lifecycle import Lifecycle
 from cluster.messages import DrainRequest
 from cluster.placement_check import NodeFacts
@@ -129,6 +129,39 @@ async def test_nobody_is_missed_before_all_could_report():
     await fleet.lifecycle.look(act=False)
 
     assert len(fleet.registry.reports) == 2
+
+
+async def test_a_new_controller_knows_whom_it_has_not_heard_yet():
+    fleet = Fleet(1, 2)
+    fleet.serve(fleet.variant, "r0", "r1", "r2")
+    assert fleet.lifecycle.unheard()  # before it has asked Serve
+
+    await fleet.lifecycle.look(act=False)
+
+    assert fleet.lifecycle.unheard()
+    report = a_report(replica="r2", version=key_of(fleet.variant).version)
+    fleet.registry.report(report, time.monotonic())
+    assert not fleet.lifecycle.unheard()
+
+
+def test_a_lost_plan_is_made_from_what_serve_was_told():
+    old, new = a_variant(), a_variant(shape=a_shape(max_num_seqs=7))
+    other = a_variant(model="other", variant="other@sim")
+    served = {
+        key_of(new): Deployed(new.model_dump(mode="json"), target=2),
+        key_of(old): Deployed(old.model_dump(mode="json"), target=1),
+        key_of(other): Deployed(other.model_dump(mode="json"), target=0),
+        GenerationKey("unknown", "1"): Deployed({}, target=5),
+    }
+
+    plan = plan_of(served)
+
+    assert plan is not None
+    assert {variant.variant: variant for variant in plan.variants} == {
+        new.variant: new,
+        "other@sim": other,
+    }
+    assert plan_of({}) is None
 
 
 async def test_the_old_shape_goes_when_the_new_one_serves():
