@@ -43,7 +43,7 @@ test-drill: install  ## a minute: engines that fail under streams, which no clie
 test-system: install  ## minutes: all of bora, as a user starts it
 	$(BIN)/python -m pytest -m system
 
-test-multihost: install  ## minutes: ray up on hosts with networks of their own (root; needs sshd, rsync)
+test-multihost: install  ## minutes: ray up on hosts with networks of their own (root; installs sshd, rsync, redis)
 	$(BIN)/python -m pytest -m multihost
 
 format: install  ## write the code the way `check` wants it
@@ -82,8 +82,8 @@ bench-fairness: install  ## one tenant at 50 times the load: what another one wa
 drill-gateway: install  ## engines die, freeze and talk nonsense under streams: does a client notice?
 	$(BIN)/python -m loadtests.drill_gateway
 
-drill-cluster: install  ## engines, replicas, gateway, controller and a node die: what it costs
-	$(BIN)/python -m loadtests.drill_cluster
+drill-cluster: install  ## engines, gateway, controller, head, hosts and cables die: what it costs (all rows: root)
+	$(BIN)/python -m tests.multihost.drill
 
 lock: install  ## requirements/*.txt from pyproject.toml
 	BIN="$(BIN)" sh requirements/lock.sh

@@ -6,6 +6,7 @@ Also samples, from the gateway itself, how many endpoints of the model take requ
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -113,12 +114,15 @@ class SteadyStreams:
         first = next(sample.at_s for sample in self.samples if sample.at_s >= since_s)
         return since_s if begun_s == first else begun_s
 
-    def last_sent(self, endpoint: str, since_s: float) -> float:
-        """Seconds after `since_s` when a request was last sent to `endpoint`; 0: none was."""
+    def last_sent(self, endpoint: str, since_s: float, until_s: float = math.inf) -> float:
+        """Seconds after `since_s` when a request was last sent to `endpoint`; 0: none was.
+
+        What is sent after `until_s` does not count.
+        """
         sent, last_s = None, since_s
         for sample in self.samples:
             count = sample.requests.get(endpoint)
-            if count is None:
+            if count is None or sample.at_s > until_s:
                 continue
             if sent is not None and count > sent and sample.at_s > since_s:
                 last_s = sample.at_s

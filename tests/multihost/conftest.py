@@ -21,7 +21,13 @@ from tests.multihost.lab import OPERATOR, Host, Lab, running_lab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = "~/bora/.venv/bin/python"
-_PACKAGES = {"sshd": "openssh-server", "rsync": "rsync", "ip": "iproute2", "ps": "procps"}
+_PACKAGES = {
+    "sshd": "openssh-server",
+    "rsync": "rsync",
+    "ip": "iproute2",
+    "ps": "procps",
+    "redis-server": "redis-server",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +51,10 @@ def cluster() -> Iterator[Cluster]:
     """Pools of 4090, A100 and H100; of the two H100 hosts one is down."""
     if os.geteuid() != 0:
         pytest.fail("hosts with their own networks need root: sudo make test-multihost")
-    _install_missing()
+    install_missing()
     with running_lab("head", "r1", "a1", "h1", "h2", shown=[ROOT]) as lab:
         for host in lab.hosts.values():
-            _install_bora(host)
+            install_bora(host)
         home = lab.hosts[OPERATOR].folder / "root"
         (home / ".ray").mkdir()
         (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
@@ -57,7 +63,8 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(lab)
 
 
-def _install_missing() -> None:
+def install_missing() -> None:
+    """Programs of Debian's that hosts run."""
     missing = [package for program, package in _PACKAGES.items() if not _found(program)]
     if missing:
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts nothing
@@ -95,7 +102,7 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
     return cluster
 
 
-def _install_bora(host: Host) -> None:
+def install_bora(host: Host) -> None:
     """An environment as `requirements/node.sh` leaves it: this one, and the code by file_mounts."""
     home, here = host.folder / "root", Path(sys.prefix)
     venv = home / "bora" / ".venv"

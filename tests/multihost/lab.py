@@ -9,6 +9,7 @@ util-linux, openssh-server and rsync.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shlex
@@ -18,15 +19,20 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 NET = "10.78.0"
 OPERATOR = "operator"
 _SWITCH = "switch"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CLONE_NEWNET = 0x40000000
 _LOCK = Path("/var/tmp/bora-lab.lock")  # noqa: S108 - /tmp is hidden in the hosts
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -102,6 +108,33 @@ class Lab:
         host.process.kill()  # --kill-child: the kernel ends the whole process table with it
         host.process.wait(10)
         host.init, host.process = 0, None
+
+    def unplug(self, name: str) -> None:
+        """Cut its cable at the switch; the host goes on."""
+        self._link(self.hosts[name], "down")
+
+    def plug(self, name: str) -> None:
+        """The cable works again."""
+        self._link(self.hosts[name], "up")
+
+    def part(self, one: str, other: str) -> None:
+        """Let what these two send each other get lost; everybody else reaches both."""
+        for here, there in ((one, other), (other, one)):
+            nobody = ["lladdr", "02:00:00:00:00:01", "nud", "permanent"]
+            _run(*self._neighbour(here, "replace"), self.address(there), *nobody, "dev", "eth0")
+
+    def join(self, one: str, other: str) -> None:
+        """They reach each other again."""
+        for here, there in ((one, other), (other, one)):
+            _run(*self._neighbour(here, "del"), self.address(there), "dev", "eth0")
+
+    def _neighbour(self, name: str, action: str) -> list[str]:
+        return ["ip", "-n", self.hosts[name].namespace, "neigh", action]
+
+    def inside(self, name: str, work: Callable[[], T]) -> T:
+        """What `work` returns, in a thread that is on that host's network, and only there."""
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(lambda: _entered(self.hosts[name], work)).result()
 
     def command(self, name: str, shell: str, env: Mapping[str, str] | None = None) -> list[str]:
         """What runs `shell` on a host."""
@@ -234,6 +267,14 @@ def running_lab(*names: str, shown: Sequence[Path]) -> Iterator[Lab]:
         finally:
             lab.down()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _entered(host: Host, work: Callable[[], T]) -> T:
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path(f"/proc/{host.init}/ns/net").open("rb") as network:
+        if libc.setns(network.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network of {host.name}")
+    return work()
 
 
 def _run(*command: str) -> None:
