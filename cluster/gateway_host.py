@@ -41,7 +41,9 @@ class GatewayHost:
         token_file.parent.mkdir(parents=True, exist_ok=True)
         write_private(token_file, token)
         self._command = [sys.executable, "-m", "gateway", *arguments]
-        self._command += ["--token-file", str(token_file)]
+        kept = self._log_file.with_suffix(".kept")
+        kept.unlink(missing_ok=True)  # Ray's head is up: the controller tells what is true now
+        self._command += ["--token-file", str(token_file), "--kept-file", str(kept)]
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 

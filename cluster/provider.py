@@ -22,10 +22,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from ray.autoscaler._private.command_runner import SSHCommandRunner
@@ -44,6 +43,7 @@ from ray.autoscaler.tags import (
 from cluster.context import made_state_dir
 from cluster.files import write_private
 from cluster.provider_config import checked_cluster
+from cluster.provider_nodes import Node, adopted, host_of, old_nodes, read_nodes
 from cluster.ray_node import head_state_file
 
 _CONNECT_S = 1.0
@@ -52,22 +52,19 @@ _AT_ONCE = 32
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Node:
-    """A host while it belongs to the cluster. Each start has an id of its own."""
-
-    host: str
-    tags: dict[str, str] = field(default_factory=dict)
-    answered: bool = False
-
-
 class OnPremProvider(NodeProvider):  # type: ignore[misc]
     """One per process: on the operator's machine during `ray up` and `ray down`, and on the head.
 
     The first knows the head; the second, which scales, knows itself and the hosts it has started.
     """
 
-    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+    def __init__(
+        self,
+        provider_config: dict[str, Any],
+        cluster_name: str,
+        *,
+        found: Callable[[str, int], Mapping[str, str]] = old_nodes,
+    ) -> None:
         super().__init__(provider_config, cluster_name)
         self._lock = threading.RLock()
         self._on_head = bool(provider_config.get("on_head"))
@@ -76,12 +73,16 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
             if self._on_head
             else made_state_dir() / f"cluster-{cluster_name}.json"
         )
-        self._nodes = _read(self._file)
+        self._nodes = read_nodes(self._file)
         self._last_start_s: dict[str, float] = {}
         self._last_failure_s: dict[str, float] = {}
         self._leaving: set[str] = set()
         self._torn_down = False
         if self._on_head:
+            if not self._nodes:  # of a head that took over without its predecessor's disk
+                port = int(provider_config["gcs_port"])
+                old = found(self._head, port)
+                self._nodes = {node_id: adopted(node_id, kind) for node_id, kind in old.items()}
             self._nodes.setdefault(self._head, Node(self._head, self._head_tags(), answered=True))
 
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
@@ -133,7 +134,7 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
 
     def internal_ip(self, node_id: str) -> str:
         """The host's address."""
-        return self._nodes[node_id].host if node_id in self._nodes else _host_of(node_id)
+        return self._nodes[node_id].host if node_id in self._nodes else host_of(node_id)
 
     def external_ip(self, node_id: str) -> str:
         """The same: there is one network."""
@@ -180,11 +181,13 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         """Stop the cluster's processes on these hosts, all at once.
 
         On the head this goes on in the background, since the autoscaler waits for the call; until
-        it is done the hosts are not taken again. The head itself is none of the autoscaler's.
+        it is done the hosts are not taken again. The head itself is none of the autoscaler's, and
+        one that was started anew also ends nodes of old, whose hosts run others by now.
         """
-        node_ids = [each for each in node_ids if not (self._on_head and each == self._head)]
         with self._lock:
-            hosts = [_host_of(node_id) for node_id in node_ids]
+            if self._on_head:
+                node_ids = [each for each in node_ids if each in self._nodes and each != self._head]
+            hosts = [host_of(node_id) for node_id in node_ids]
             for node_id in node_ids:
                 self._nodes.pop(node_id, None)
             self._save()
@@ -288,14 +291,3 @@ class _Runner(SSHCommandRunner):  # type: ignore[misc]
     def run(self, cmd: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As its base class."""
         return super().run(self._stop if cmd == "ray stop" else cmd, *args, **kwargs)
-
-
-def _host_of(node_id: str) -> str:
-    return node_id.partition("@")[0]
-
-
-def _read(file: Path) -> dict[str, Node]:
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return {key: Node(**node) for key, node in kept.items()}
-    return {}

@@ -23,6 +23,7 @@ class OnPremConfig(Spec):
     folder: str = Field(default="~/bora", description="Where file_mounts put bora's code.")
     python: str = Field(default="~/bora/.venv/bin/python", description="On every host.")
     probe_port: int = Field(default=22, ge=1, le=65535, description="Asked whether a host is up.")
+    gcs_port: int = Field(default=6379, ge=1, le=65535, description="Of `ray start --head`.")
     drain_s: NonNegativeFloat = Field(
         default=60.0, description="How long streams may go on when a host is stopped."
     )

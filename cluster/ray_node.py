@@ -80,6 +80,9 @@ def start(cluster: str, command: Sequence[str]) -> int:
     environment = {**os.environ, CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
     ray = [sys.executable, "-m", "ray.scripts.scripts", *command[1:]]
     status = subprocess.run(ray, env=environment, check=False).returncode
+    if status != 0:  # Ray's own time limit is short for a host that is just booting
+        stop(cluster, drain_s=0)
+        status = subprocess.run(ray, env=environment, check=False).returncode
     here = _of_cluster(cluster)
     raylet = next(_like(here, _RAYLET), None)
     if status == 0 and raylet is not None:

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             endpoints=options.endpoints,
             controller=options.controller,
             token_file=options.token_file,
+            kept_file=options.kept_file,
             host=options.host,
             http_port=options.http_port,
             grpc_port=None if options.no_grpc else options.grpc_port,
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--endpoints", type=Path, metavar="FILE", help="YAML list of endpoints")
     source.add_argument("--controller", metavar="URL", help="follow a cluster's controller")
     parser.add_argument("--token-file", type=Path, help="the controller's bearer token")
+    parser.add_argument(
+        "--kept-file", type=Path, help="the controller's last answer, for a restart"
+    )
     parser.add_argument("--keys", type=Path, metavar="FILE", help="tenants and API keys")
     parser.add_argument(
         "--auth", choices=("none", "keys"), default="none", help="keys: from the controller"

@@ -108,6 +108,9 @@ class GatewayConfig(Spec):
     endpoints_file: Path | None = None
     controller_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
     controller_token: str | None = Field(default=None, repr=False)
+    kept_file: Path | None = Field(
+        default=None, description="Where the controller's last answer outlives the gateway."
+    )
     auth: Literal["none", "keys"] = Field(
         default="none", description="`keys`: only with an API key, see `bora keys`."
     )

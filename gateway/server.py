@@ -34,6 +34,7 @@ from gateway.grpc_server import GrpcServer
 from gateway.health import HealthChecker
 from gateway.http_api import HttpApi
 from gateway.http_server import HttpServer
+from gateway.kept_answer import KeptAnswer
 from gateway.key_feed import KeyFeed
 from gateway.metering import Meter
 from gateway.ports import cannot_listen, require_free_port
@@ -182,6 +183,7 @@ class Gateway:
             gateway_id=f"{socket.gethostname()}-{os.getpid()}-{id(self):x}",
             loads=self.admission.loads,
             access=self.access,
+            kept=KeptAnswer(config.kept_file) if config.kept_file else None,
         )
 
     async def _listen_http(self, forwarder: Forwarder) -> None:
@@ -248,6 +250,7 @@ def run(
     endpoints: Path | None = None,
     controller: str | None = None,
     token_file: Path | None = None,
+    kept_file: Path | None = None,
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int | None = 8001,
@@ -261,8 +264,9 @@ def run(
     """Run a gateway until SIGTERM or SIGINT, with logs on standard error. Blocks.
 
     The endpoint table comes from the file `endpoints`, or from `controller` (a URL; `token_file`
-    holds its bearer token). `grpc_port=None` leaves gRPC out. With the key file `keys`, or `auth:
-    keys` and a controller, clients need API keys.
+    holds its bearer token, `kept_file` what it told last, for a start while it is away).
+    `grpc_port=None` leaves gRPC out. With the key file `keys`, or `auth: keys` and a controller,
+    clients need API keys.
 
     Raises:
         GatewayError: it cannot start, or a worker died. `exit_code` is what a process should end with.
@@ -272,6 +276,7 @@ def run(
             endpoints_file=endpoints,
             controller_url=controller,
             controller_token=_token(token_file),
+            kept_file=kept_file,
             auth="keys" if keys else auth,
             keys_file=keys,
             host=host,

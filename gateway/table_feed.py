@@ -19,6 +19,7 @@ from gateway.endpoints import (
     SyncRequest,
     SyncResponse,
 )
+from gateway.kept_answer import KeptAnswer
 from gateway.usage_reports import UsageReports
 from placement.errors import ConfigError, nearest
 from placement.spec import load_yaml, place
@@ -121,7 +122,10 @@ class FileFeed:
 
 
 class ControllerFeed:
-    """Asks the controller for newer tables, and reports load with each question."""
+    """Asks the controller for newer tables, and reports load with each question.
+
+    While none has answered since the start, what one told before it (`kept`) is in force.
+    """
 
     def __init__(
         self,
@@ -131,7 +135,9 @@ class ControllerFeed:
         gateway_id: str,
         loads: Callable[[], Mapping[str, ModelLoad]],
         access: Access | None = None,
+        kept: KeptAnswer | None = None,
     ) -> None:
+        self._kept = kept
         self._url = url.rstrip("/") + "/v1/sync"
         self._headers = {"content-type": "application/json"}
         if token:
@@ -157,6 +163,7 @@ class ControllerFeed:
             except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
                 if not failed:
                     _log.warning("no answer from %s, the last table stays: %r", self._url, error)
+                    self._recall(apply)
                 failed = True
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_S[1])
@@ -164,11 +171,23 @@ class ControllerFeed:
             if failed:
                 _log.info("%s answers again", self._url)
             backoff_s, failed = _BACKOFF_S[0], False
+            if self._kept and (answer.table or answer.keys):
+                await asyncio.to_thread(self._kept.keep, answer)
             if answer.table:
                 apply(answer.table)
                 self._version = answer.table.version
             else:
                 await asyncio.sleep(_FASTEST_SYNC_S)
+
+    def _recall(self, apply: _Apply) -> None:
+        told = self._kept.read() if self._kept and self._version < 0 else None
+        if told is None or told.table is None:
+            return
+        _log.warning("what it told before this gateway started is in force")
+        if self._access is not None and told.keys is not None:
+            self._access.apply(told.keys.tenants)
+        apply(told.table)
+        self._version = told.table.version
 
     async def tell_last(self) -> None:
         """Report the usage that is not reported yet, if the controller is there."""

@@ -113,6 +113,35 @@ def test_the_head_is_there_and_scaling_cannot_end_it(tmp_path, monkeypatch, port
     assert provider.is_running(head)
 
 
+def test_a_head_that_took_over_ends_no_host_for_a_node_of_old(tmp_path, monkeypatch, port):
+    """Ray's GCS tells it of nodes that died long ago, on hosts that run others now."""
+    provider = a_provider(tmp_path, monkeypatch, port)
+    [node] = start(provider, "h100")
+
+    provider.terminate_nodes([f"{provider.internal_ip(node)}@1"])
+
+    assert provider.non_terminated_nodes(WORKER) == [node]
+    [other] = start(provider, "h100")  # nothing is being stopped there
+    assert hosts(provider, [node, other]) == ["127.0.0.2", "127.0.0.1"]
+
+
+def test_a_head_without_its_disk_adopts_what_runs(tmp_path, monkeypatch, port):
+    monkeypatch.setenv("BORA_STATE", str(tmp_path))
+    config = checked_cluster(a_cluster(probe_port=port.getsockname()[1], on_head=True))
+    asked = []
+
+    def found(head: str, gcs_port: int) -> dict[str, str]:
+        asked.append((head, gcs_port))
+        return {"127.0.0.2@7": "h100"}
+
+    provider = OnPremProvider(config["provider"], "test", found=found)
+
+    assert asked == [("127.0.0.9", 6379)]
+    assert provider.non_terminated_nodes(WORKER) == ["127.0.0.2@7"]
+    assert provider.is_running("127.0.0.2@7")
+    assert hosts(provider, start(provider, "h100")) == ["127.0.0.1"]
+
+
 def test_a_restarted_monitor_knows_the_hosts_that_it_started(tmp_path, monkeypatch, port):
     nodes = start(a_provider(tmp_path, monkeypatch, port), "h100", 2)
 

@@ -123,6 +123,41 @@ async def test_a_controller_that_is_not_there_yet_is_waited_for() -> None:
         assert not gateway.is_ready
 
 
+async def test_a_gateway_that_starts_while_the_controller_is_away_serves_by_what_it_told_last(
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "gateway.kept"
+    async with an_engine() as engine, a_controller() as (controller, url):
+        controller.table = a_table(an_endpoint(engine))
+        async with a_gateway(controller_url=url, kept_file=kept) as gateway:
+            await until(lambda: gateway.is_ready)
+        assert kept.stat().st_mode & 0o777 == 0o600
+        controller.away = True
+
+        async with (
+            a_gateway(controller_url=url, kept_file=kept) as gateway,
+            a_client(gateway) as client,
+        ):
+            await until(lambda: gateway.is_ready)
+            assert (await client.post(CHAT, json=a_chat())).status == 200
+
+            controller.away = False
+            controller.table = a_table(an_endpoint(engine), version=2)
+            await until(lambda: gateway.admission.table.version == 2)
+
+
+async def test_a_kept_answer_that_is_broken_is_told_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = tmp_path / "gateway.kept"
+    kept.write_text("{")
+
+    async with a_gateway(controller_url="http://127.0.0.1:9", kept_file=kept) as gateway:
+        await until(lambda: "gateway.kept is of no use" in caplog.text)
+
+        assert not gateway.is_ready
+
+
 FILE = """
 endpoints:
   - {model: chat, url: "http://127.0.0.1:1"}

@@ -130,9 +130,8 @@ async def _measure(death: HostDeath, hosts: FaultHosts, clients: int, start_s: f
         else:
             await asyncio.sleep(death.lasts_s)
             since_s = mended_s = time.perf_counter()
-            mending = asyncio.create_task(asyncio.to_thread(death.mend, hosts, host))
+            await asyncio.to_thread(death.mend, hosts, host)
             full_s = await until_full(load, whole, REPLICAS, since_s, "", watched_s=_MENDED_S)
-            await mending
         nodes = await asyncio.to_thread(_all_nodes, hosts)
         await asyncio.sleep(_SETTLED_S)
         await load.stop()
