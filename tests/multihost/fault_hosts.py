@@ -57,6 +57,7 @@ class FaultHosts:
         self.lab = lab
         self.url = f"http://{lab.address(FRONT)}:8000"
         self.head_folder = lab.hosts["head"].folder / "root"
+        self._context: Mapping[str, Any] = {}  # for commands, which the head's disk keeps
 
     def start(self) -> None:
         """Redis, `ray up` and `bora deploy`."""
@@ -74,6 +75,8 @@ class FaultHosts:
         head = self.lab.address("head")
         self.lab.run("head", f"cd bora && {PYTHON} -m cluster deploy ~/fleet.yaml "
                      f"--address {head}:6379", timeout_s=240)  # fmt: skip
+        context = self.head_folder / ".local/state/bora/context.json"
+        self._context = json.loads(context.read_text())
 
     def ray_up(self) -> None:
         """On the operator's host; also brings a head back."""
@@ -104,9 +107,8 @@ class FaultHosts:
     def status(self) -> Mapping[str, Any]:
         """What the controller says; empty while none answers. On the operator's network only."""
         with contextlib.suppress(ClusterError, OSError, ValueError):
-            file = self.head_folder / ".local/state/bora/context.json"
-            context = json.loads(file.read_text())
-            client = ControlClient(context["controller_url"], context["token"], timeout_s=2.0)
+            url, token = self._context["controller_url"], self._context["token"]
+            client = ControlClient(url, token, timeout_s=2.0)
             found: Mapping[str, Any] = client.status().model_dump(mode="json")
             return found
         return {}

@@ -40,14 +40,14 @@ def test_what_dies_costs_no_request_and_comes_back(hosts: FaultHosts, death: Hos
 def test_a_head_without_its_disk_learns_from_serve_what_it_serves(hosts: FaultHosts):
     engines = hosts.parts()["engine"]
     hosts.lab.power_off("head")
-    shutil.rmtree(hosts.head_folder / ".local/state/bora/run")
+    shutil.rmtree(hosts.head_folder / ".local/state/bora")
 
     hosts.lab.boot("head")
     hosts.ray_up()
 
     eventually(lambda: len(ready(hosts)) == REPLICAS, 90, 1.0)
     assert fleet(hosts) == "recovered"
-    time.sleep(5)  # long enough for a controller that is wrong to start or stop something
+    time.sleep(10)  # long enough for what is wrong to start or stop something
     assert hosts.parts()["engine"] == engines
 
 
