@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster.cluster_file import OnPremCluster, onprem_yaml, pools_of
+from cluster.cluster_file import HEAD_SETTINGS, OnPremCluster, onprem_yaml, pools_of
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError
 from loadtests.drill_cluster import ENGINE_DELAY_S
@@ -165,6 +165,8 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
         ssh_user="root",
         ssh_key="~/.ssh/lab_key",
         code=str(ROOT),
+        # All of them start on this machine's few cores, where Ray's own 30 s may not do.
+        settings={**HEAD_SETTINGS, "RAY_raylet_start_wait_time_s": 120},
         redis=f"{lab.address('store')}:{_REDIS_PORT}",
     )
     cluster: dict[str, Any] = yaml.safe_load(onprem_yaml(wanted, catalogue))
