@@ -14,7 +14,7 @@ from ray import serve
 
 from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
-from cluster.gateway_host import GatewayHost, gateway_actors, gateway_name
+from cluster.gateway_host import STOP_S, GatewayHost, gateway_actors, gateway_name
 from cluster.host_state import HostState
 from cluster.names import CONTROLLER, NAMESPACE
 from cluster.ray_inventory import ray_inventory
@@ -173,7 +173,9 @@ def stop() -> None:
     for name in (*gateway_actors(), CONTROLLER):
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             actor = ray.get_actor(name, namespace=NAMESPACE)
-            ray.get(actor.stop.remote())
+            with contextlib.suppress(ray.exceptions.RayError):
+                # One whose host is away would be waited for; the controller drains engines.
+                ray.get(actor.stop.remote(), timeout=None if name == CONTROLLER else STOP_S)
             ray.kill(actor, no_restart=True)
     if not serve.status().applications:  # somebody else's applications keep their Serve
         serve.shutdown()

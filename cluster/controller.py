@@ -26,7 +26,7 @@ from cluster.deployer import Deployer
 from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
-from cluster.gateway_host import gateway_actors
+from cluster.gateway_host import STOP_S, gateway_actors
 from cluster.generations import GenerationKey, key_of, plan_of
 from cluster.key_keeper import KeyKeeper
 from cluster.lifecycle import Lifecycle
@@ -237,7 +237,9 @@ class Controller:
         for name in await asyncio.to_thread(gateway_actors):
             with contextlib.suppress(ValueError, ray.exceptions.RayError):
                 stopping.append(ray.get_actor(name, namespace=NAMESPACE).stop.remote())
-        await asyncio.gather(*stopping, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # of one whose host is away
+            together = asyncio.gather(*stopping, return_exceptions=True)
+            await asyncio.wait_for(together, STOP_S)
         self._plan = None
         (self._run_dir / PLAN_FILE).unlink(missing_ok=True)
         await self._deployer.stop()

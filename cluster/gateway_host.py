@@ -15,6 +15,7 @@ from cluster.names import CONTROLLER, GATEWAY, NAMESPACE
 from cluster.processes import start_guarded, stop_guarded, tail
 
 DRAIN_TIMEOUT_S = 35.0
+STOP_S = DRAIN_TIMEOUT_S + 10.0  # by then one that is there has ended
 RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)  # for one that ends again and again
 SETTLED_S = 30.0  # one that has served for so long is started again at once
 _TELL_S = 1.0
@@ -46,6 +47,7 @@ class GatewayHost:
         self._command += ["--token-file", str(token_file), "--kept-file", str(kept)]
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start it once."""
@@ -70,13 +72,14 @@ class GatewayHost:
                 await asyncio.to_thread(stop_guarded, process, DRAIN_TIMEOUT_S + 5)
                 return
             stopped.cancel()
-            await self._tell_controller()
+            # While Ray's head is down nobody can be told, and clients wait here.
+            if self._telling is None or self._telling.done():
+                self._telling = asyncio.create_task(self._tell_controller())
+                await asyncio.wait({self._telling}, timeout=_TELL_S)
             ends = 0 if time.monotonic() - started_s > SETTLED_S else ends + 1
             await asyncio.sleep(RESTART_DELAYS_S[min(ends, len(RESTART_DELAYS_S) - 1)])
 
     async def _tell_controller(self) -> None:
-        """Within a second: while Ray's head is down nobody can be asked, and clients wait here."""
-        with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-            async with asyncio.timeout(_TELL_S):
-                controller = await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE)
-                await controller.gateway_ended.remote(tail(self._log_file, 10))
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            controller = await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE)
+            await controller.gateway_ended.remote(tail(self._log_file, 10))
