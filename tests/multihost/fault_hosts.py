@@ -27,6 +27,7 @@ FRONT = "front"  # a gateway and no engine
 HOSTS = ("store", "head", FRONT, *WORKERS)
 _PASSWORD = "of-the-lab"
 _REDIS_PORT = 6379
+_SLOW_START = {"RAY_raylet_start_wait_time_s": 120, "RAY_agent_register_timeout_ms": 120_000}
 _FLEET = f"""
 fleet: faults
 models:
@@ -166,7 +167,7 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
         ssh_key="~/.ssh/lab_key",
         code=str(ROOT),
         # All of them start on this machine's few cores, where Ray's own 30 s may not do.
-        settings={**HEAD_SETTINGS, "RAY_raylet_start_wait_time_s": 120},
+        settings={**HEAD_SETTINGS, **_SLOW_START},
         redis=f"{lab.address('store')}:{_REDIS_PORT}",
     )
     cluster: dict[str, Any] = yaml.safe_load(onprem_yaml(wanted, catalogue))
@@ -174,5 +175,8 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
     types[FRONT] = {**types["head"], "min_workers": 1, "max_workers": 1}
     cluster["provider"]["pools"][FRONT] = [lab.address(FRONT)]
     cluster["provider"]["drain_s"] = 5
+    [start] = cluster["head_start_ray_commands"]  # without a dashboard, of a dozen processes
+    start = start.replace("--dashboard-host=127.0.0.1", "--include-dashboard=false")
+    cluster["head_start_ray_commands"] = [start]
     cluster["max_workers"] = len(WORKERS) + 1
     return cluster
