@@ -79,7 +79,12 @@ _START = "# Token authentication; a host that dies is known after 9 s.\n"
 _START_SILENT = """\
 # Of a pool whose hosts are all silent Ray asks no more after 30 s, if another pool serves as well.
 """
-_OBJECT_STORE = "--object-store-memory=200000000"  # requests do not go through Ray
+# Requests do not go through Ray, which needs little memory. Its agents' ports are fixed: for one that
+# they choose themselves a node waits 15 s and then ends, too short for a busy host.
+_NODE = (
+    "--object-store-memory=200000000 --dashboard-agent-grpc-port=6380"
+    " --runtime-env-agent-port=6381 --metrics-export-port=6382"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +198,10 @@ def start_commands(
     head = (
         f"{start} {kept}{told}{node} -- ray start --head --port=6379 {password}"
         "--dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml"
-        f" {_OBJECT_STORE}"
+        f" {_NODE}"
     )
     worker = f"{start} {_told(KEPT_SETTINGS if redis else {})}{node} -- ray start"
-    return [head], [f"{worker} --address=$RAY_HEAD_IP:6379 {_OBJECT_STORE}"]
+    return [head], [f"{worker} --address=$RAY_HEAD_IP:6379 {_NODE}"]
 
 
 def _told(settings: dict[str, int]) -> str:
