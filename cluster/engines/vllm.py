@@ -70,6 +70,8 @@ class VllmEngine:
         }
         if isinstance(checkpoint, Path):
             env["HF_HUB_OFFLINE"] = "1"
+        if "--enable-lora" in variant.shape.engine_args:
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if on_cpu:
             env |= _cpu_environment(variant.shape)
         return Launch(command, env)
