@@ -21,6 +21,8 @@ import ray
 from ray import serve
 
 from cluster import checkpoints
+from cluster.adapter_folder import locate_adapter
+from cluster.adapters import Adapters
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
@@ -32,6 +34,7 @@ from placement.plan import Variant
 REPORT_PERIOD_S = 1.0
 DRAIN_TIMEOUT_S = 600.0  # a stream may be long; `bora down` has ended all of them before
 SUSPECT_CHECKS = 2  # failed in a row, each of up to 2.5 s: then the endpoint leaves the table
+FIRST_ADAPTERS_S = 30.0  # for adapters, before a new replica serves without them
 DEAD_CHECKS = 6  # in a row: then the engine is ended and started anew
 
 
@@ -76,6 +79,7 @@ class Replica:
         self._version = ""
         self._failure = ""
         self._engine: EngineProcess | None = None
+        self._adapters: Adapters | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
@@ -89,6 +93,8 @@ class Replica:
         started = self._variant is not None
         self._variant = variant
         if started:
+            if self._adapters:
+                self._adapters.want(variant.adapters)
             return
         self._version = shape_version(variant)
         self._engine = EngineProcess(
@@ -100,6 +106,7 @@ class Replica:
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
             await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
+            await self._start_adapters(self._engine, variant)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
         except Exception as error:
             self._state = "failed"
@@ -111,6 +118,13 @@ class Replica:
         watch = asyncio.create_task(self._watch_forever())
         watch.add_done_callback(self._watch_ended)
         self._tasks.append(watch)
+
+    async def _start_adapters(self, engine: EngineProcess, variant: Variant) -> None:
+        """Load them before requests come, unless that takes long; later ones are loaded as they come."""
+        self._adapters = Adapters(engine, locate_adapter)
+        self._adapters.want(variant.adapters)
+        self._tasks.append(asyncio.create_task(self._adapters.run_forever(self._report)))
+        await self._adapters.settled(FIRST_ADAPTERS_S)
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -220,6 +234,9 @@ class Replica:
             kv_cache_usage=engine.load.kv_cache_usage,
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
+            adapters=self._adapters.loaded if self._adapters else {},
+            adapter_failures=self._adapters.failures if self._adapters else {},
+            expert_balance=engine.load.expert_balance,
         )
 
 

@@ -26,6 +26,7 @@ class EngineLoad:
     waiting: int
     kv_cache_usage: float  # 0..1
     kv_cache_tokens: int | None = None  # held now, of an engine that tells no share
+    expert_balance: float | None = None  # 0..1, see `Engine.expert_balance`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +64,8 @@ class Engine(Protocol):
 
     def load(self, *pages: str) -> EngineLoad:
         """Parse the text of the pages at `load_paths`, in their order."""
+        ...
+
+    def expert_balance(self, log: str) -> float | None:
+        """How evenly experts are loaded over ranks, if new lines of the log tell; 1: evenly."""
         ...

@@ -77,6 +77,10 @@ class SimEngine:
         """Parse the text of the engine's `/metrics`."""
         return vllm_output.load(pages[0])
 
+    def expert_balance(self, log: str) -> float | None:
+        """How evenly experts are loaded over ranks, if new lines of the log tell; 1: evenly."""
+        return vllm_output.expert_balance(log)
+
 
 def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:
     """Time of a decode step with `num_requests` requests of `context_tokens`, milliseconds.

@@ -90,6 +90,10 @@ class VllmEngine:
         """Requests summed, and KV usage averaged, over data parallel ranks."""
         return vllm_output.load(pages[0])
 
+    def expert_balance(self, log: str) -> float | None:
+        """How evenly experts are loaded over ranks, if new lines of the log tell; 1: evenly."""
+        return vllm_output.expert_balance(log)
+
 
 def _runs_eager(shape: Shape) -> bool:
     """Compiling a small model takes longer than it saves; but on CPUs a pipeline needs it."""

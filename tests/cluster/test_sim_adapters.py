@@ -90,9 +90,9 @@ def test_the_plans_flags_reach_the_simulator(
 ) -> None:
     variant = a_variant(shape=a_shape(engine_args=arguments))
 
-    command = SimEngine().launch(
-        variant, checkpoint="", host="127.0.0.1", port=1, api_key=""
-    ).command
+    command = (
+        SimEngine().launch(variant, checkpoint="", host="127.0.0.1", port=1, api_key="").command
+    )
 
     assert ("--enable-lora" in command) is bool(arguments)
     assert "--max-loras" not in command

@@ -1,0 +1,85 @@
+"""How experts are balanced, read from vLLM's log: EPLB runs on GPUs only, so from its source."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.cli.render import status_page
+from cluster.engine_process import EngineProcess
+from cluster.engines.vllm import VllmEngine
+from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from tests.builders import a_shape, a_variant
+
+PREFIX = "(Worker_TP0_EP0 pid=71) INFO 11-22 09:18:13 [eplb_state.py:634] "
+
+
+def a_line(step: int, balance: float, *, max_tokens: int = 614) -> str:
+    """A line of the log, by the format string that stands in the installed vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "distributed/eplb/eplb_state.py").read_text()
+    found = re.search(r'logger\.info\(\s*((?:"[^"]*"\s*)+),\s*self\.expert_rearr', source)
+    assert found is not None
+    form = "".join(re.findall(r'"([^"]*)"', found[1]))
+    values = (step, "mixtral-8x7b", balance * max_tokens, max_tokens, balance, 3000 - step)
+    return PREFIX + form % values + "\n"
+
+
+def test_the_last_measurement_counts() -> None:
+    log = a_line(2250, 0.7012) + "another line\n" + a_line(2350, 0.8339)
+
+    assert VllmEngine().expert_balance(log) == 0.8339
+
+
+def test_steps_without_work_tell_nothing() -> None:
+    assert VllmEngine().expert_balance(a_line(2450, 0.0, max_tokens=0)) is None
+    assert VllmEngine().expert_balance("Rearranging experts (async mode) ...\n") is None
+
+
+def test_the_log_is_followed_and_half_a_line_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    shape = a_shape(engine="vllm", engine_args=("--enable-eplb",))
+    process = EngineProcess(VllmEngine(), a_variant(shape=shape), host="127.0.0.1", log=log)
+    seen = []
+    first, second = a_line(100, 0.5), a_line(200, 0.75)
+    for text in ("starting\n", first, second[:90], second[90:], "no news\n"):
+        with log.open("a") as file:
+            file.write(text)
+        process._note_balance()
+        seen.append(process.load.expert_balance)
+
+    assert seen == [None, 0.5, 0.5, 0.75, 0.75]
+
+
+def test_status_shows_it_beside_the_load_and_adapters_below() -> None:
+    replica = ReplicaStatus(
+        replica="r1", state="ready", stage="", age_s=5.0, node="n", pid=1, url="", log_file="",
+        log_tail="", running=2, waiting=0, kv_cache_usage=0.0, kv_cache_tokens=None,
+        weights_bytes=None, adapters={"legal": "legal"},
+        adapter_failures={"medical": "LoRA rank 64 is greater than max_lora_rank 16."},
+        expert_balance=0.8339,
+    )  # fmt: skip
+    variant = VariantStatus(
+        model="chat", aliases=(), variant="chat@h100-tp4-ep", engine="vllm", pool="h100", ready=1,
+        wanted=1, min_replicas=1, max_replicas=1, in_flight=0, queued=0, planned_kv_cache_tokens=1,
+        planned_weights_bytes=1, replicas=(replica,), last_event="",
+        adapters={"legal": "/lora/legal", "medical": "org/medical", "new": "/lora/new"},
+    )  # fmt: skip
+    status = FleetStatus(
+        fleet="t", table_version=1, variants=(variant,), gateways=("g",), events=()
+    )
+    console = Console(width=250, record=True, file=io.StringIO())
+
+    console.print(status_page(status))
+    page = [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+    assert any("2 running, 0 waiting, experts 83 % balanced" in line for line in page)
+    assert "adapter legal 1/1 loaded /lora/legal" in page
+    assert any(line.startswith("adapter medical 0/1 not loaded: LoRA rank 64") for line in page)
+    assert "adapter new 0/1 loading /lora/new" in page
