@@ -16,14 +16,17 @@ def locate_adapter(source: str) -> Path:
     Raises:
         AdapterFailed: there is none, or it is not an adapter.
     """
-    folder = Path(source).expanduser()
-    if not folder.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise AdapterFailed(f"{source}: no such folder on this node")
-        folder = _downloaded(source)
-    if not (folder / CONFIG).is_file():
-        raise AdapterFailed(f"{source}: no {CONFIG} there, so it is no LoRA adapter")
-    return folder.resolve()
+    try:
+        folder = Path(source).expanduser()
+        if not folder.exists():
+            if source.startswith((".", "/", "~")) or source.count("/") != 1:
+                raise AdapterFailed(f"{source}: no such folder on this node")
+            folder = _downloaded(source)
+        if not (folder / CONFIG).is_file():
+            raise AdapterFailed(f"{source}: no {CONFIG} there, so it is no LoRA adapter")
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home (~name)
+        raise AdapterFailed(f"{source}: cannot be read: {error}") from error
 
 
 def _downloaded(repo: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
 import subprocess
 from dataclasses import replace
@@ -15,15 +14,13 @@ import aiohttp
 import psutil
 
 from cluster.engines.adapter import Engine, EngineFacts, EngineLoad
-from cluster.errors import AdapterFailed, EngineFailed
+from cluster.errors import EngineFailed
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from placement.plan import Variant
 
 LOG_TAIL_LINES = 30
 POLL_S = 0.2
 HEALTH_TIMEOUT_S = 2.0
-ADAPTER_TIMEOUT_S = 120.0  # to read its files, and until the engine has a moment for it
-_LOADED = "has already been loaded"
 
 
 class EngineProcess:
@@ -40,9 +37,6 @@ class EngineProcess:
         self.stage = "waiting for weights"
         self.facts = EngineFacts()
         self.load = EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
-        self._balance: float | None = None
-        self._balance_read = 0  # bytes of the log
-        self._balances = "--enable-eplb" in variant.shape.engine_args
 
     @property
     def pid(self) -> int:
@@ -91,19 +85,7 @@ class EngineProcess:
                 return False
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 self.load = await self._metrics(session)
-            if self._balances:
-                self._note_balance()
             return True
-
-    def _note_balance(self) -> None:
-        """How experts are balanced stands in the log only, which is read as far as it has grown."""
-        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
-            file.seek(self._balance_read)
-            whole = file.read().rpartition(b"\n")[0]
-            self._balance_read += len(whole)
-            told = self._engine.expert_balance(whole.decode(errors="replace"))
-            self._balance = self._balance if told is None else told
-        self.load = replace(self.load, expert_balance=self._balance)
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until nothing runs, at most `timeout_s`.
@@ -121,37 +103,6 @@ class EngineProcess:
                         continue
                     idle = idle + 1 if load.running + load.waiting == 0 else 0
                     await asyncio.sleep(0.5)
-
-    async def load_adapter(self, name: str, folder: Path) -> None:
-        """Load a LoRA adapter under `name`.
-
-        Raises:
-            AdapterFailed: the engine refuses, or does not answer.
-        """
-        await self._tell_adapter("load", {"lora_name": name, "lora_path": str(folder)})
-
-    async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that run with it go on.
-
-        Raises:
-            AdapterFailed: the engine does not have it, or does not answer.
-        """
-        await self._tell_adapter("unload", {"lora_name": name})
-
-    async def _tell_adapter(self, verb: str, body: dict[str, str]) -> None:
-        timeout = aiohttp.ClientTimeout(ADAPTER_TIMEOUT_S)
-        url = f"{self.url}/v1/{verb}_lora_adapter"
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=timeout) as session,
-                session.post(url, json=body, headers=self._key) as response,
-            ):
-                if response.status != HTTPStatus.OK:
-                    said = _message_in(await response.text())
-                    if _LOADED not in said:  # by a call that was given up too early
-                        raise AdapterFailed(said)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise AdapterFailed(f"the engine did not answer: {error!r}") from error
 
     def stop(self) -> None:
         """End the engine and all it started; returns when nothing is left."""
@@ -225,11 +176,3 @@ class EngineProcess:
     @property
     def _key(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.api_key}"}
-
-
-def _message_in(body: str) -> str:
-    """What an OpenAI error body says."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return body[:300]

@@ -23,9 +23,11 @@ from ray import serve
 from cluster import checkpoints
 from cluster.adapter_folder import locate_adapter
 from cluster.adapters import Adapters
+from cluster.engine_adapters import EngineAdapters
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
+from cluster.expert_log import ExpertLog
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
 from cluster.shape_version import shape_version
@@ -80,6 +82,7 @@ class Replica:
         self._failure = ""
         self._engine: EngineProcess | None = None
         self._adapters: Adapters | None = None
+        self._experts: ExpertLog | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
@@ -106,13 +109,13 @@ class Replica:
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
             await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
-            await self._start_adapters(self._engine, variant)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
         except Exception as error:
             self._state = "failed"
             self._failure = "" if isinstance(error, EngineFailed) else repr(error)
             await self._report()
             raise
+        await self._start_adapters(self._engine, variant)
         self._state = "ready"
         await self._report()
         watch = asyncio.create_task(self._watch_forever())
@@ -121,10 +124,14 @@ class Replica:
 
     async def _start_adapters(self, engine: EngineProcess, variant: Variant) -> None:
         """Load them before requests come, unless that takes long; later ones are loaded as they come."""
-        self._adapters = Adapters(engine, locate_adapter)
+        told = EngineAdapters(engine.url, engine.api_key)
+        self._adapters = Adapters(told, locate_adapter)
         self._adapters.want(variant.adapters)
-        self._tasks.append(asyncio.create_task(self._adapters.run_forever(self._report)))
+        follow = asyncio.create_task(self._adapters.run_forever(self._report))
+        follow.add_done_callback(self._watch_ended)
+        self._tasks.append(follow)
         await self._adapters.settled(FIRST_ADAPTERS_S)
+        self._experts = ExpertLog(ENGINES[variant.shape.engine], variant, engine.log)
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -180,7 +187,7 @@ class Replica:
             await asyncio.sleep(0.5)
 
     def _watch_ended(self, task: asyncio.Task[None]) -> None:
-        """A bug in the watch must not leave an engine unwatched: a new replica starts over."""
+        """A bug there must not leave an engine unwatched: a new replica starts over."""
         if not task.cancelled() and task.exception() is not None:
             logging.getLogger("ray.serve").critical("watching failed", exc_info=task.exception())
             self._die()
@@ -236,7 +243,7 @@ class Replica:
             weights_bytes=engine.facts.weights_bytes,
             adapters=self._adapters.loaded if self._adapters else {},
             adapter_failures=self._adapters.failures if self._adapters else {},
-            expert_balance=engine.load.expert_balance,
+            expert_balance=self._experts.balance() if self._experts else None,
         )
 
 

@@ -26,7 +26,6 @@ class EngineLoad:
     waiting: int
     kv_cache_usage: float  # 0..1
     kv_cache_tokens: int | None = None  # held now, of an engine that tells no share
-    expert_balance: float | None = None  # 0..1, see `Engine.expert_balance`
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,5 +66,5 @@ class Engine(Protocol):
         ...
 
     def expert_balance(self, log: str) -> float | None:
-        """How evenly experts are loaded over ranks, if new lines of the log tell; 1: evenly."""
+        """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
         ...

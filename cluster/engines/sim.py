@@ -78,7 +78,7 @@ class SimEngine:
         return vllm_output.load(pages[0])
 
     def expert_balance(self, log: str) -> float | None:
-        """How evenly experts are loaded over ranks, if new lines of the log tell; 1: evenly."""
+        """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
         return vllm_output.expert_balance(log)
 
 

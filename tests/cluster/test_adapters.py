@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,18 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.adapter_events import adapter_events
 from cluster.adapter_folder import locate_adapter
 from cluster.adapters import Adapters
 from cluster.autoscaler import Autoscaler
+from cluster.cli.plan_pages import migration_page
+from cluster.engine_adapters import EngineAdapters
 from cluster.engine_process import EngineProcess
 from cluster.engines.sim import SimEngine
 from cluster.errors import AdapterFailed
 from cluster.registry import Registry
 from cluster.shape_version import shape_version
 from gateway.endpoints import ModelLoad
-from tests.builders import a_report, a_shape, a_variant
+from placement.changes import migration
+from tests.builders import a_plan, a_report, a_shape, a_variant
 
 
 @dataclass
@@ -145,6 +150,8 @@ def test_a_folder_must_hold_an_adapter(tmp_path: Path) -> None:
         locate_adapter("/nowhere")
     with pytest.raises(AdapterFailed, match=r"no adapter_config.json there"):
         locate_adapter(str(tmp_path))
+    with pytest.raises(AdapterFailed, match=r"~nobody-here/lora: cannot be read"):
+        locate_adapter("~nobody-here/lora")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert locate_adapter(str(tmp_path)) == tmp_path.resolve()
 
@@ -158,17 +165,18 @@ async def test_a_real_engine_process_loads_and_unloads(tmp_path: Path) -> None:
     process = EngineProcess(SimEngine(), variant, host="127.0.0.1", log=tmp_path / "log")
     try:
         await process.start("")
-        await process.load_adapter("legal", folder)
-        await process.load_adapter("legal", folder)  # it is there: that is what was wanted
+        engine = EngineAdapters(process.url, process.api_key)
+        await engine.load_adapter("legal", folder)
+        await engine.load_adapter("legal", folder)  # it is there: that is what was wanted
         with pytest.raises(AdapterFailed, match="No adapter found for /nowhere"):
-            await process.load_adapter("other", Path("/nowhere"))
-        await process.unload_adapter("legal")
+            await engine.load_adapter("other", Path("/nowhere"))
+        await engine.unload_adapter("legal")
         with pytest.raises(AdapterFailed, match="cannot be found"):
-            await process.unload_adapter("legal")
+            await engine.unload_adapter("legal")
     finally:
         await asyncio.to_thread(process.stop)
     with pytest.raises(AdapterFailed, match="the engine did not answer"):
-        await process.load_adapter("legal", folder)
+        await engine.load_adapter("legal", folder)
 
 
 def test_a_running_engine_still_fits_when_only_adapters_change() -> None:
@@ -207,3 +215,25 @@ def test_requests_to_adapters_are_load_of_their_model() -> None:
     autoscaler.observe("g", {"chat": load, "legal": load}, now_s=0)
 
     assert autoscaler.load("chat", "legal").queued == 4
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"legal": "/a"}, "chat: adapter legal is loaded from /a"),
+        ({"legal": "/a"}, {}, "chat: adapter legal is unloaded"),
+        ({"legal": "/a"}, {"legal": "/b"}, "chat: adapter legal is loaded from /b instead"),
+        ({"legal": "/a"}, {"legal": "/a"}, "nothing would change"),
+    ],
+)
+def test_a_diff_names_adapters_and_restarts_nothing_for_them(
+    before: dict[str, str], after: dict[str, str], told: str
+) -> None:
+    plans = [a_plan(a_variant(adapters=adapters)) for adapters in (before, after)]
+    console = Console(file=io.StringIO())
+
+    moved = migration(*plans)
+    console.print(migration_page(moved))
+
+    assert moved.changes == ()
+    assert console.file.getvalue().strip() == told

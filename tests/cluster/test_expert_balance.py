@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.cli.render import status_page
-from cluster.engine_process import EngineProcess
 from cluster.engines.vllm import VllmEngine
+from cluster.expert_log import ExpertLog
 from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
 from tests.builders import a_shape, a_variant
 
@@ -45,16 +45,16 @@ def test_steps_without_work_tell_nothing() -> None:
 def test_the_log_is_followed_and_half_a_line_waited_for(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     shape = a_shape(engine="vllm", engine_args=("--enable-eplb",))
-    process = EngineProcess(VllmEngine(), a_variant(shape=shape), host="127.0.0.1", log=log)
+    experts = ExpertLog(VllmEngine(), a_variant(shape=shape), log)
     seen = []
     first, second = a_line(100, 0.5), a_line(200, 0.75)
     for text in ("starting\n", first, second[:90], second[90:], "no news\n"):
         with log.open("a") as file:
             file.write(text)
-        process._note_balance()
-        seen.append(process.load.expert_balance)
+        seen.append(experts.balance())
 
     assert seen == [None, 0.5, 0.5, 0.75, 0.75]
+    assert ExpertLog(VllmEngine(), a_variant(), log).balance() is None  # it does not balance
 
 
 def test_status_shows_it_beside_the_load_and_adapters_below() -> None:
