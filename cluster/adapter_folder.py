@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from cluster.errors import AdapterFailed
@@ -10,12 +11,16 @@ CONFIG = "adapter_config.json"
 _FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin", "new_embeddings.safetensors")
 
 
-def locate_adapter(source: str) -> Path:
-    """The adapter's folder; a Hugging Face repository is downloaded first. Blocks meanwhile.
+async def locate_adapter(source: str) -> Path:
+    """The adapter's folder; a Hugging Face repository is downloaded first.
 
     Raises:
         AdapterFailed: there is none, or it is not an adapter.
     """
+    return await asyncio.to_thread(_located, source)
+
+
+def _located(source: str) -> Path:
     try:
         folder = Path(source).expanduser()
         if not folder.exists():

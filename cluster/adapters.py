@@ -33,13 +33,13 @@ class Adapters:
 
     The engine's name is the same, but while one source replaces another, both are loaded and the new
     one gets a name of its own: so nobody's answer changes in the middle. `failures`: why those that
-    are missing do. `locate` blocks until an adapter's folder is on this node.
+    are missing do. `locate` brings an adapter's folder to this node.
     """
 
     def __init__(
         self,
         engine: AdapterEngine,
-        locate: Callable[[str], Path],
+        locate: Callable[[str], Awaitable[Path]],
         *,
         retry_s: tuple[float, float] = RETRY_S,
         unload_after_s: float = UNLOAD_AFTER_S,
@@ -107,7 +107,7 @@ class Adapters:
         """The engine's name of `source`, which is loaded now."""
         served = self._served_name(name, source)
         if served not in self._sources:
-            folder = await asyncio.to_thread(self._locate, source)
+            folder = await self._locate(source)
             await self._engine.load_adapter(served, folder)
             self._sources[served] = source
         return served

@@ -50,8 +50,12 @@ async def nothing() -> None:
     """Nobody listens."""
 
 
+async def a_folder(source: str) -> Path:
+    return Path(source)
+
+
 def some_adapters(engine: Engine) -> Adapters:
-    return Adapters(engine, Path, retry_s=(0.02, 0.02), unload_after_s=0.1)
+    return Adapters(engine, a_folder, retry_s=(0.02, 0.02), unload_after_s=0.1)
 
 
 async def until(condition: object, timeout_s: float = 10.0) -> None:
@@ -145,15 +149,15 @@ async def test_an_old_source_serves_on_while_the_new_one_fails() -> None:
     assert adapters.failures == {"legal": "broken"}
 
 
-def test_a_folder_must_hold_an_adapter(tmp_path: Path) -> None:
+async def test_a_folder_must_hold_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(AdapterFailed, match=r"/nowhere: no such folder on this node"):
-        locate_adapter("/nowhere")
+        await locate_adapter("/nowhere")
     with pytest.raises(AdapterFailed, match=r"no adapter_config.json there"):
-        locate_adapter(str(tmp_path))
+        await locate_adapter(str(tmp_path))
     with pytest.raises(AdapterFailed, match=r"~nobody-here/lora: cannot be read"):
-        locate_adapter("~nobody-here/lora")
+        await locate_adapter("~nobody-here/lora")
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert locate_adapter(str(tmp_path)) == tmp_path.resolve()
+    assert await locate_adapter(str(tmp_path)) == tmp_path
 
 
 async def test_a_real_engine_process_loads_and_unloads(tmp_path: Path) -> None:
