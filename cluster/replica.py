@@ -21,22 +21,18 @@ import ray
 from ray import serve
 
 from cluster import checkpoints
-from cluster.adapter_folder import locate_adapter
-from cluster.adapters import Adapters
-from cluster.engine_adapters import EngineAdapters
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
-from cluster.expert_log import ExpertLog
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
+from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
 DRAIN_TIMEOUT_S = 600.0  # a stream may be long; `bora down` has ended all of them before
 SUSPECT_CHECKS = 2  # failed in a row, each of up to 2.5 s: then the endpoint leaves the table
-FIRST_ADAPTERS_S = 30.0  # for adapters, before a new replica serves without them
 DEAD_CHECKS = 6  # in a row: then the engine is ended and started anew
 
 
@@ -73,6 +69,7 @@ class Replica:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._features = ServingFeatures()
         self._place = _place()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
@@ -81,8 +78,6 @@ class Replica:
         self._version = ""
         self._failure = ""
         self._engine: EngineProcess | None = None
-        self._adapters: Adapters | None = None
-        self._experts: ExpertLog | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
@@ -96,8 +91,7 @@ class Replica:
         started = self._variant is not None
         self._variant = variant
         if started:
-            if self._adapters:
-                self._adapters.want(variant.adapters)
+            self._features.want(variant)
             return
         self._version = shape_version(variant)
         self._engine = EngineProcess(
@@ -115,23 +109,19 @@ class Replica:
             self._failure = "" if isinstance(error, EngineFailed) else repr(error)
             await self._report()
             raise
-        await self._start_adapters(self._engine, variant)
+        await self._follow_features(self._engine, variant)
         self._state = "ready"
         await self._report()
         watch = asyncio.create_task(self._watch_forever())
         watch.add_done_callback(self._watch_ended)
         self._tasks.append(watch)
 
-    async def _start_adapters(self, engine: EngineProcess, variant: Variant) -> None:
-        """Load them before requests come, unless that takes long; later ones are loaded as they come."""
-        told = EngineAdapters(engine.url, engine.api_key)
-        self._adapters = Adapters(told, locate_adapter)
-        self._adapters.want(variant.adapters)
-        follow = asyncio.create_task(self._adapters.run_forever(self._report))
-        follow.add_done_callback(self._watch_ended)
-        self._tasks.append(follow)
-        await self._adapters.settled(FIRST_ADAPTERS_S)
-        self._experts = ExpertLog(ENGINES[variant.shape.engine], variant, engine.log)
+    async def _follow_features(self, engine: EngineProcess, variant: Variant) -> None:
+        task = await self._features.start(
+            variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
+        )
+        task.add_done_callback(self._watch_ended)
+        self._tasks.append(task)
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -241,9 +231,7 @@ class Replica:
             kv_cache_usage=engine.load.kv_cache_usage,
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
-            adapters=self._adapters.loaded if self._adapters else {},
-            adapter_failures=self._adapters.failures if self._adapters else {},
-            expert_balance=self._experts.balance() if self._experts else None,
+            **self._features.report(),
         )
 
 
