@@ -69,13 +69,13 @@ class Replica:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._features = ServingFeatures()
         self._place = _place()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
         self._variant: Variant | None = None
         self._version = ""
+        self._features = ServingFeatures()
         self._failure = ""
         self._engine: EngineProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -115,13 +115,6 @@ class Replica:
         watch = asyncio.create_task(self._watch_forever())
         watch.add_done_callback(self._watch_ended)
         self._tasks.append(watch)
-
-    async def _follow_features(self, engine: EngineProcess, variant: Variant) -> None:
-        task = await self._features.start(
-            variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
-        )
-        task.add_done_callback(self._watch_ended)
-        self._tasks.append(task)
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -181,6 +174,13 @@ class Replica:
         if not task.cancelled() and task.exception() is not None:
             logging.getLogger("ray.serve").critical("watching failed", exc_info=task.exception())
             self._die()
+
+    async def _follow_features(self, engine: EngineProcess, variant: Variant) -> None:
+        task = await self._features.start(
+            variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
+        )
+        task.add_done_callback(self._watch_ended)
+        self._tasks.append(task)
 
     async def _note_health(self, *, healthy: bool) -> None:
         state: ReplicaState = "ready" if healthy else "unhealthy"
