@@ -75,8 +75,7 @@ def _experts(moe: MixtureOfExperts, candidate: Candidate) -> int:
     shards = candidate.tensor_parallel_size * candidate.data_parallel_size
     hidden, width = candidate.architecture.hidden_size, moe.expert_intermediate_size
     if candidate.expert_parallel:
-        experts = -(-(moe.num_experts + candidate.num_redundant_experts) // shards)
-        return experts * _feed_forward(hidden, width)
+        return -(-moe.num_experts // shards) * _feed_forward(hidden, width)
     return moe.num_experts * _feed_forward(hidden, width // shards)
 
 

@@ -263,6 +263,11 @@ class FleetModel(Spec):
         if self.engine == "llamacpp":
             key = "lora" if self.lora else "adapters"
             raise ValueError(f"{key}: engine 'llamacpp' loads no adapters; use vllm")
+        if self.eplb is not None:
+            raise ValueError(
+                "eplb: vLLM moves experts without their adapters, so that answers would be wrong; "
+                "leave out either eplb, or adapters and lora"
+            )
         if len(self.adapters) > room.max_cpu_loras:
             raise ValueError(
                 f"{len(self.adapters)} adapters, but lora.max_cpu_loras is {room.max_cpu_loras}; "

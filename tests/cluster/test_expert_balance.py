@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cluster.cli.render import status_page
 from cluster.engines.vllm import VllmEngine
 from cluster.expert_log import ExpertLog
 from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from placement.serving_features import ExpertBalance, LoraLimits
 from tests.builders import a_shape, a_variant
+from tests.placement.test_balancing import a_plan_with
 
 PREFIX = "(Worker_TP0_EP0 pid=71) INFO 11-22 09:18:13 [eplb_state.py:634] "
 
@@ -83,3 +90,43 @@ def test_status_shows_it_beside_the_load_and_adapters_below() -> None:
     assert "adapter legal 1/1 loaded /lora/legal" in page
     assert any(line.startswith("adapter medical 0/1 not loaded: LoRA rank 64") for line in page)
     assert "adapter new 0/1 loading /lora/new" in page
+
+
+@pytest.mark.engine
+def test_vllm_understands_the_planned_flags() -> None:
+    wish = ExpertBalance(window_size=500, step_interval=900, num_redundant_experts=4)
+    shapes = [
+        plan.variants[0].shape
+        for plan in (a_plan_with(wish), a_plan_with(None, lora=LoraLimits(max_loras=2)))
+    ]
+
+    balanced, adapted = (understood(shape.engine_args) for shape in shapes)
+
+    assert balanced["enable_eplb"]
+    assert balanced["eplb_config"]["window_size"] == 500
+    assert balanced["eplb_config"]["num_redundant_experts"] == 4
+    assert balanced["eplb_config"]["log_balancedness_interval"] == 100
+    assert [adapted[name] for name in ("enable_lora", "max_loras", "max_cpu_loras")] == [
+        True,
+        2,
+        32,
+    ]
+
+
+UNDERSTOOD = """
+import dataclasses, json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+taken = EngineArgs.from_cli_args(parser.parse_args(sys.argv[1:]))
+told = {name: getattr(taken, name) for name in ("enable_eplb", "enable_lora", "max_loras")}
+told |= {"max_cpu_loras": taken.max_cpu_loras}
+print(json.dumps({**told, "eplb_config": dataclasses.asdict(taken.eplb_config)}))
+"""
+
+
+def understood(arguments: tuple[str, ...]) -> dict[str, Any]:
+    """What vLLM's own parser makes of them."""
+    command = [sys.executable, "-c", UNDERSTOOD, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return json.loads(result.stdout.splitlines()[-1])

@@ -120,6 +120,7 @@ def a_plan_of(wish: FleetModel) -> Any:
             {"adapters": {"a": "/a", "b": "/b"}, "lora": {"max_cpu_loras": 1}},
             "2 adapters, but lora.max_cpu_loras is 1",
         ),
+        ({"eplb": {}}, "vLLM moves experts without their adapters"),
         ({"lora": {"max_lora_rank": 20}}, "Input should be 1, 8, 16"),
         ({"engine_args": ("--max-loras=3",)}, "use lora.max_loras"),
         ({"engine_args": ("--lora-modules",)}, "use adapters"),
