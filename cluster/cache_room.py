@@ -14,19 +14,11 @@ from pathlib import Path
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from cluster.cache_limits import GIB, CacheLimits
 from cluster.cached_repo import CachedRepo
 from cluster.errors import WeightsMissing
 
-GIB = 2**30
 _MODELS = "models--"
-
-
-@dataclass(frozen=True, slots=True)
-class CacheLimits:
-    """Bytes: of all models in the cache (None: nothing is ever evicted), and to leave on the disk."""
-
-    max_bytes: int | None = None
-    keep_free_bytes: int = 2 * GIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.files import replace_text
-from cluster.hub import HubFile, checksum, partial_of
+from cluster.hub_file import CHECKSUM, HubFile, checksum, partial_of
 
-_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "*.safetensors.index.json"
 
@@ -77,7 +76,7 @@ class CachedRepo:
             if path.is_file():
                 name = path.relative_to(snapshot).as_posix()
                 blob = path.resolve().name if path.is_symlink() else ""
-                known = blob if _CHECKSUM.fullmatch(blob) else ""
+                known = blob if CHECKSUM.fullmatch(blob) else ""
                 found[name] = HubFile(name, path.stat().st_size, known)
         for index in snapshot.glob(_INDEX):
             with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
@@ -156,6 +155,13 @@ class CachedRepo:
             fcntl.flock(file, fcntl.LOCK_SH)
             os.utime(file.fileno())
             yield
+
+    def keep_in_use(self, commit: str) -> None:
+        """As `in_use`, for as long as this process lives."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._commit_lock(commit), os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.utime(descriptor)
 
     @contextmanager
     def unused(self, commit: str) -> Iterator[bool]:

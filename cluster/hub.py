@@ -6,13 +6,10 @@ file of its own that goes with it; and what came over plain HTTP is compared by 
 
 from __future__ import annotations
 
-import hashlib
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
@@ -31,24 +28,11 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from cluster.errors import HubUnreachable, WeightsMissing
+from cluster.hub_file import CHECKSUM, HubFile, checksum, partial_of
 
 _TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]  # base of the errors of its HTTP library
-_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_BLOCK = 4 * 2**20
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file of a repository. `checksum` names it in the cache, too.
-
-    SHA-256 of what the repository keeps in large-file storage, else git's SHA-1.
-    """
-
-    path: str
-    size_bytes: int
-    checksum: str
 
 
 class Hub:
@@ -107,7 +91,7 @@ class Hub:
             checksum=entry.lfs.sha256 if entry.lfs else entry.blob_id,
         )
         path = PurePosixPath(found.path)
-        if path.is_absolute() or ".." in path.parts or not _CHECKSUM.fullmatch(found.checksum):
+        if path.is_absolute() or ".." in path.parts or not CHECKSUM.fullmatch(found.checksum):
             raise WeightsMissing(f"{repo}: {self.endpoint} lists a file that cannot be: {found}")
         return found
 
@@ -234,22 +218,6 @@ class Hub:
                 f"{text}: give {socket.gethostname()} a token that may read it (HF_TOKEN)"
             )
         return WeightsMissing(f"{text}: {_first_line(error)}")
-
-
-def partial_of(blob: Path) -> Path:
-    """Where a download of `blob` grows."""
-    return blob.with_name(f"{blob.name}.incomplete")
-
-
-def checksum(path: Path, like: str) -> str:
-    """SHA-256 in hex, or git's SHA-1 where `like` is one. Reads the whole file."""
-    with path.open("rb") as file:
-        if len(like) == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())  # noqa: S324 - git's own
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

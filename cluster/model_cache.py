@@ -9,21 +9,19 @@ has changed on disk.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from cluster.cache_room import GIB, CacheLimits, make_room
+from cluster.cache_limits import GIB, CacheLimits
 from cluster.cached_repo import CachedRepo
 from cluster.errors import HubUnreachable, WeightsMissing
-from cluster.hub import Hub, HubFile
+from cluster.hub_file import HubFile
 from cluster.probes.host import cache_folder
 from cluster.weight_files import CheckpointFormat, wanted_files
 
@@ -54,7 +52,11 @@ class ModelCache:
     """
 
     def __init__(
-        self, folder: Path | None = None, *, hub: Hub | None, limits: CacheLimits | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        hub: AnsweringHub | None,
+        limits: CacheLimits | None = None,
     ) -> None:
         self.folder = (folder or cache_folder()).expanduser().resolve()
         self._hub = hub
@@ -69,12 +71,10 @@ class ModelCache:
             return None
         return repo.snapshot(commit)
 
-    @contextmanager
-    def held(self, snapshot: Path) -> Iterator[None]:
-        """Meanwhile nobody on this node evicts what `find` or `fetch` returned."""
-        name = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
-        with CachedRepo(self.folder, name).in_use(snapshot.name):
-            yield
+    def keep(self, wanted: Wanted, snapshot: Path) -> bool:
+        """While this process lives nobody on this node evicts it; False: somebody just did."""
+        CachedRepo(self.folder, wanted.repo).keep_in_use(snapshot.name)
+        return snapshot.is_dir()
 
     def fetch(self, wanted: Wanted, tell: Callable[[str], None] = silent) -> Path:
         """The folder with the files of `wanted`, downloaded if need be; blocks meanwhile.
@@ -185,6 +185,8 @@ class ModelCache:
         total = sum(file.size_bytes for file in files)
         there = total - sum(file.size_bytes for file in left)
         more = sum(file.size_bytes for file in left) - repo.present_bytes(left)
+        from cluster.cache_room import make_room  # noqa: PLC0415 - imports huggingface_hub
+
         make_room(self.folder, self._limits, repo, more, total)
 
         def tell() -> None:
@@ -218,6 +220,22 @@ class ModelCache:
         )
 
 
+class AnsweringHub(Protocol):
+    """What is asked of a hub (`cluster.hub`)."""
+
+    def commit(self, repo: str, revision: str) -> str:
+        """What `revision` stands for."""
+        ...
+
+    def files(self, repo: str, commit: str) -> tuple[HubFile, ...]:
+        """All files of the repository."""
+        ...
+
+    def download(self, repo: str, commit: str, file: HubFile, blob: Path) -> None:
+        """Make `blob` from it."""
+        ...
+
+
 class _Told:
     """Says nothing twice in a row."""
 
@@ -229,11 +247,6 @@ class _Told:
         if text != self._last:
             self._last = text
             self._tell(text)
-
-
-def hub_of_host() -> Hub | None:
-    """$HF_ENDPOINT; None where $HF_HUB_OFFLINE forbids to ask."""
-    return None if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else Hub()
 
 
 def _chosen(wanted: Wanted, files: Iterable[HubFile]) -> list[HubFile]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from cluster.cache_room import GIB, CacheLimits
+from cluster.cache_limits import GIB, CacheLimits
 from cluster.cached_repo import CachedRepo
 from cluster.errors import HubUnreachable, WeightsMissing
 from cluster.hub import Hub
@@ -300,7 +300,7 @@ def test_what_is_in_use_is_never_evicted(tmp_path: Path, hub: FakeHub):
     one = node.fetch(Wanted("a/one"))
 
     with (
-        node.cache.held(one),
+        CachedRepo(tmp_path, "a/one").in_use(one.name),
         pytest.raises(WeightsMissing, match=r"in use: raise model_cache\.max_gib"),
     ):
         node.fetch(Wanted("a/two"))
