@@ -47,6 +47,7 @@ from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
+from cluster.weight_events import WeightEvents
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
@@ -78,6 +79,7 @@ class Controller:
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events = EventLog(self._run_dir / EVENTS_FILE)
+        self._weights = WeightEvents(self._events)
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
@@ -142,6 +144,7 @@ class Controller:
         """
         await self.start()
         report = ReplicaReport.model_validate_json(text)
+        self._weights.heard(time.time(), report)
         if self._registry.report(report, time.monotonic()):
             self._events.replica(time.time(), report)
             self._lifecycle.heard(report)

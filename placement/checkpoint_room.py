@@ -16,11 +16,11 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def checkpoint_bytes(plan: Plan, catalogue: Catalogue) -> dict[str, dict[str, int]]:
     """By pool, bytes of each Hugging Face repository that engines there download.
 
-    Simulated engines, nano models and folders download nothing.
+    Simulated engines, nano models and folders download nothing; a cache that evicts makes room.
     """
     needed: dict[str, dict[str, int]] = {}
     for variant in plan.variants:
-        if is_downloaded(variant):
+        if is_downloaded(variant) and variant.model_cache.max_gib is None:
             pool = needed.setdefault(variant.pool, {})
             pool[variant.checkpoint] = _size(variant, catalogue)
     return needed

@@ -93,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("content-range", f"bytes {first}-{end}/{len(content)}")
         self.end_headers()
         if body:
-            self.server.starts.append((path, int(first or 0)))
+            if not last:  # headers are read in pieces
+                self.server.starts.append((path, int(first or 0)))
             self._send(part, fault.cut_after)
 
     def _send(self, part: bytes, cut_after: int | None) -> None:
@@ -133,7 +134,7 @@ class Hub(ThreadingHTTPServer):
         self.revisions: dict[tuple[str, str], Mapping[str, bytes]] = {}
         self.asked: list[str] = []
         self.sent: list[int] = []  # lengths of all answers with contents
-        self.starts: list[tuple[str, int]] = []  # files that were asked for, from which byte on
+        self.starts: list[tuple[str, int]] = []  # files asked for to their ends, from which byte on
         self.faults: list[Fault] = []
         self.refuse: int | None = None  # a status for everything
         self.bytes_per_s: float | None = None
