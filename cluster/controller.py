@@ -39,6 +39,7 @@ from cluster.messages import (
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.ray_fetch import RayFetch
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
@@ -95,6 +96,7 @@ class Controller:
             events=self._events,
             take=census.take,
             drain_node=census.drain_node,
+            fetch=RayFetch(str(self._run_dir / "logs")),
         )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
@@ -276,7 +278,8 @@ class Controller:
                     wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
                     load=self._autoscaler.load(variant.model),
                     events=self._events,
-                    failure=self._failures.get(key_of(variant), ""),
+                    failure=self._failures.get(key_of(variant), "")
+                    or self._lifecycle.prefetch.failure([variant]),
                     lifecycle=self._lifecycle,
                     now_s=now_s,
                 )

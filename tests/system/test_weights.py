@@ -194,3 +194,36 @@ def test_a_version_that_cannot_be_had_leaves_the_old_one_serving(
     assert f"{REPO} has no revision 'v9'" in result.stderr
     assert ready(bora) >= 1
     assert json.loads(bora.command("status", "--json").stdout)["variants"]
+
+
+def test_without_room_for_both_versions_the_old_one_serves_while_the_new_one_comes(
+    bora: Bora, hub: Hub, cache: Path, tmp_path: Path
+):
+    """As many replicas as the machine has slots: an old one goes only once the weights are there."""
+    slots = json.loads(bora.command("plan", str(fleet_of(tmp_path, 1)), "--json").stdout)[
+        "gpus_total"
+    ]
+    full = fleet_of(tmp_path, slots)
+    assert bora.command("deploy", str(full), timeout_s=180).returncode == 0
+    eventually(lambda: ready(bora) == slots and not rolling_out(bora), 60)
+    fourth = hub.publish(REPO, version(4))
+    hub.bytes_per_s = 2e6
+
+    with ThreadPoolExecutor() as pool:
+        deployed = pool.submit(bora.command, "deploy", str(full), timeout_s=300)
+        seen = []
+        while not (cache / "models--someone--nano-7b" / "snapshots" / fourth / WEIGHTS).exists():
+            seen.append(ready(bora))
+        result = deployed.result()
+
+    assert result.returncode == 0, result.stderr
+    assert set(seen) == {slots}
+    assert "roll-out: 0 of " in result.stderr
+    assert "downloading weights, " in result.stderr
+    assert any("the next weights are on " in text for text in events(bora))
+
+
+def fleet_of(folder: Path, replicas: int) -> Path:
+    path = folder / f"{replicas}.yaml"
+    path.write_text(FLEET.replace("{min: 1, max: 2}", f"{{min: {replicas}, max: {replicas}}}"))
+    return path
