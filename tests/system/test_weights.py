@@ -211,9 +211,11 @@ def test_without_room_for_both_versions_the_old_one_serves_while_the_new_one_com
 
     with ThreadPoolExecutor() as pool:
         deployed = pool.submit(bora.command, "deploy", str(full), timeout_s=300)
-        seen = []
-        while not (cache / "models--someone--nano-7b" / "snapshots" / fourth / WEIGHTS).exists():
-            seen.append(ready(bora))
+        seen: list[int] = []
+        whole = cache / "models--someone--nano-7b" / "snapshots" / fourth / WEIGHTS
+        while not whole.exists():
+            count = ready(bora)
+            seen += [] if whole.exists() else [count]
         result = deployed.result()
 
     assert result.returncode == 0, result.stderr
