@@ -17,7 +17,8 @@ def to_download(variant: Variant) -> Wanted | None:
         return None
     return Wanted(
         repo=variant.checkpoint,
-        revision=variant.commit or variant.revision,
+        revision=variant.revision,
+        commit=variant.commit,
         checkpoint_format=variant.checkpoint_format,
         precision=variant.shape.precision if variant.checkpoint_format == "gguf" else "",
     )

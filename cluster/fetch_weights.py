@@ -26,6 +26,7 @@ class FetchOrder(Spec):
 
     repo: str
     revision: str
+    commit: str = ""
     checkpoint_format: CheckpointFormat = "hf"
     precision: str = ""
     cache: ModelCacheSpec = ModelCacheSpec()
@@ -34,7 +35,7 @@ class FetchOrder(Spec):
     @property
     def wanted(self) -> Wanted:
         """As the cache takes it."""
-        return Wanted(self.repo, self.revision, self.checkpoint_format, self.precision)
+        return Wanted(self.repo, self.revision, self.commit, self.checkpoint_format, self.precision)
 
 
 def fetch(order: FetchOrder) -> Path:

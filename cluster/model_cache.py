@@ -33,10 +33,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of which repository. `revision`: branch, tag or commit."""
+    """What of which repository. `revision`: branch, tag or commit.
+
+    `commit`: that it stood for when this was decided; empty: what it stands for now.
+    """
 
     repo: str
     revision: str = "main"
+    commit: str = ""
     checkpoint_format: CheckpointFormat = "hf"
     precision: str = ""  # chooses among GGUF files
 
@@ -65,7 +69,7 @@ class ModelCache:
     def find(self, wanted: Wanted) -> Path | None:
         """The snapshot's folder, if all of it is here and was compared; asks no hub."""
         repo = CachedRepo(self.folder, wanted.repo)
-        commit = repo.commit(wanted.revision)
+        commit = wanted.commit or repo.commit(wanted.revision)
         files = repo.files(commit) if commit else None
         if commit is None or files is None or repo.missing(commit, _chosen(wanted, files)):
             return None
@@ -98,8 +102,8 @@ class ModelCache:
         return repo.snapshot(commit)
 
     def _commit(self, repo: CachedRepo, wanted: Wanted, told: _Told) -> str:
-        known = repo.commit(wanted.revision)
-        if known == wanted.revision:
+        known = wanted.commit or repo.commit(wanted.revision)
+        if known is not None and known in (wanted.commit, wanted.revision):
             return known
         if self._hub is None:
             if known is None:

@@ -30,7 +30,7 @@ def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
         try:
             catalogue.model(wanted.model)
         except UnknownName:
-            subject = find_subject(wanted.model, catalogue, partial=False)
+            subject = find_subject(wanted.model, catalogue, revision=wanted.revision, partial=False)
             model = subject.model.model_copy(update={"name": wanted.model})
             catalogue = catalogue.with_model(model, subject.gguf)
     return catalogue
@@ -41,12 +41,14 @@ def find_subject(
     catalogue: Catalogue,
     *,
     precision: Precision | None = None,
+    revision: str | None = None,
     partial: bool = True,
 ) -> Subject:
     """The model called `name`: an entry, a folder, a `.gguf` file or a Hugging Face repository.
 
     With `partial`, part of a catalogue name will do when only one entry has it. Files are read as
-    far as their headers; `precision` chooses in a repository of several GGUF files.
+    far as their headers; `precision` chooses in a repository of several GGUF files,
+    `revision` among the versions of a repository.
 
     Raises:
         UnknownName: none of these; with the nearest names.
@@ -65,7 +67,7 @@ def find_subject(
     if len(matching) == 1:
         return Subject(matching[0])
     if name.count("/") == 1:
-        return _remote(name, precision)
+        return _remote(name, revision, precision)
     raise unknown
 
 
@@ -139,13 +141,13 @@ def _local(path: Path) -> Subject:
     return Subject(model, from_headers=sized)
 
 
-def _remote(repo: str, precision: Precision | None) -> Subject:
+def _remote(repo: str, revision: str | None, precision: Precision | None) -> Subject:
     from cluster import model_headers  # noqa: PLC0415 - imports huggingface_hub, rarely needed
 
     try:
-        return model_headers.remote_subject(repo, precision=precision)
+        return model_headers.remote_subject(repo, revision=revision, precision=precision)
     except ConfigError:
-        cached = model_headers.cached_config(repo)
+        cached = model_headers.cached_config(repo, revision)
         if cached is None:
             raise
         return Subject(cached)

@@ -46,7 +46,7 @@ async def fetch(
         WeightsMissing: it cannot be had.
     """
     cache = ModelCache(hub=None)
-    pinned = _COMMIT.fullmatch(wanted.revision) is not None
+    pinned = wanted.commit or _COMMIT.fullmatch(wanted.revision)
     snapshot = await asyncio.to_thread(cache.find, wanted) if pinned else None
     while snapshot is None or not cache.keep(wanted, snapshot):
         snapshot = await _fetched(wanted, settings, log, tell)
@@ -59,6 +59,7 @@ async def _fetched(
     order = FetchOrder(
         repo=wanted.repo,
         revision=wanted.revision,
+        commit=wanted.commit,
         checkpoint_format=wanted.checkpoint_format,
         precision=wanted.precision,
         cache=settings,

@@ -29,6 +29,7 @@ _STAGES = (
     ("init engine", "starting the HTTP server"),
 )
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
+_OF_REPOSITORIES = ("--speculative-config", "--tokenizer=", "--hf-config-path", "--hf-overrides")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class VllmEngine:
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
         }
-        if isinstance(checkpoint, Path):
+        if isinstance(checkpoint, Path) and not _names_repositories(variant.shape):
             env["HF_HUB_OFFLINE"] = "1"
         if on_cpu:
             env |= _cpu_environment(variant.shape)
@@ -87,6 +88,11 @@ class VllmEngine:
     def load(self, *pages: str) -> EngineLoad:
         """Requests summed, and KV usage averaged, over data parallel ranks."""
         return vllm_output.load(pages[0])
+
+
+def _names_repositories(shape: Shape) -> bool:
+    """Whether vLLM itself may have to download something beside the checkpoint."""
+    return any(flag.startswith(_OF_REPOSITORIES) for flag in shape.engine_args)
 
 
 def _runs_eager(shape: Shape) -> bool:

@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer_for(body=False)
 
     def _answer_for(self, *, body: bool) -> None:
-        path = unquote(self.path.partition("?")[0])
+        path = self.path.partition("?")[0]
         self.server.asked.append(path)
         repo, kind, revision, rest = _parts(path)
         files = self.server.revisions.get((repo, revision))
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("content-length", 0))
         paths = json.loads(self.rfile.read(length) or b"{}").get("paths", [])
-        repo, _, revision, _ = _parts(unquote(self.path))
+        repo, _, revision, _ = _parts(self.path)
         files = self.server.revisions.get((repo, revision), {})
         self._json([_entry(name, files[name]) for name in paths if name in files])
 
@@ -192,7 +192,7 @@ def commit_of(files: Mapping[str, bytes]) -> str:
 
 def _parts(path: str) -> tuple[str, str, str, str]:
     """Repository, what is asked of it, revision and the rest of the path."""
-    api, parts = "/api/models/", path.strip("/").split("/")
+    api, parts = "/api/models/", [unquote(part) for part in path.strip("/").split("/")]
     if path.startswith(api):
         parts = parts[2:]
         repo = "/".join(parts[:2])

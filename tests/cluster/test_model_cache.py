@@ -258,6 +258,18 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path):
         ModelCache(tmp_path, hub=late).fetch(WANTED)
 
 
+def test_a_commit_that_was_decided_on_is_taken_and_the_branch_is_known_offline(
+    node: Node, hub: FakeHub, tmp_path: Path
+):
+    first = hub.publish(REPO, FILES)
+    hub.publish(REPO, {**FILES, OTHER: weights(9)})
+
+    folder = node.fetch(Wanted(REPO, commit=first))
+
+    assert (folder / OTHER).read_bytes() == FILES[OTHER]
+    assert Node(tmp_path, None).fetch() == folder
+
+
 def test_offline_names_what_is_missing(node: Node, tmp_path: Path):
     (node.fetch() / OTHER).resolve().unlink()
 
