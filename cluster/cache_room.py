@@ -48,10 +48,9 @@ def stored(folder: Path) -> list[Stored]:
 
 
 def _unfinished(folder: Path) -> Iterator[Stored]:
-    for path in folder.glob(f"{_MODELS}*"):
-        repo = CachedRepo(folder, path.name.removeprefix(_MODELS).replace("--", "/"))
+    for repo in _repos(folder):
         with contextlib.suppress(OSError):  # somebody goes on with it
-            parts = [part.stat() for part in (path / "blobs").glob("*.incomplete")]
+            parts = [part.stat() for part in (repo.path / "blobs").glob("*.incomplete")]
             if parts:
                 size, used_s = sum(p.st_size for p in parts), max(p.st_mtime for p in parts)
                 yield Stored(repo, "", size, used_s)
@@ -72,17 +71,16 @@ def make_room(folder: Path, limits: CacheLimits, repo: CachedRepo, more: int, wh
             f"node: raise model_cache.max_gib in the fleet"
         )
     with _only_one(folder):
-        over = _over(folder, limits, more)
-        if over <= 0:
-            return
-        if limits.max_bytes is not None:
+        others = [each for each in _repos(folder) if each.path != repo.path]
+        coming = more + sum(each.reserved_bytes() for each in others)
+        if limits.max_bytes is not None and _over(folder, limits, coming) > 0:
             for oldest in stored(folder):
-                if (over := _over(folder, limits, more)) <= 0:
-                    return
                 _evict(folder, oldest, repo)
-            over = _over(folder, limits, more)
-        if over > 0:
-            raise _no_room(folder, limits, repo, more)
+                if _over(folder, limits, coming) <= 0:
+                    break
+        if _over(folder, limits, coming) > 0:
+            raise _no_room(folder, limits, repo, coming)
+        repo.reserve(more)
 
 
 def _over(folder: Path, limits: CacheLimits, more: int) -> int:
@@ -94,11 +92,13 @@ def _over(folder: Path, limits: CacheLimits, more: int) -> int:
 
 
 def _held_bytes(folder: Path) -> int:
-    size = 0
-    for blob in folder.glob(f"{_MODELS}*/blobs/*"):
-        with contextlib.suppress(OSError):
-            size += blob.stat().st_size
-    return size
+    return sum(repo.blob_bytes() for repo in _repos(folder))
+
+
+def _repos(folder: Path) -> list[CachedRepo]:
+    """Of models, finished or not."""
+    names = (path.name.removeprefix(_MODELS) for path in folder.glob(f"{_MODELS}*"))
+    return [CachedRepo(folder, name.replace("--", "/")) for name in names]
 
 
 def _evict(folder: Path, oldest: Stored, locked: CachedRepo) -> bool:

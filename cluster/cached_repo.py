@@ -35,6 +35,7 @@ class CachedRepo:
         directory = "--".join(("models", *name.split("/")))
         self.path = folder / directory
         self._locks = folder / ".locks" / directory
+        self._download_lock = self._locks / "bora-download.lock"
         self._checked_file = self.path / ".bora" / "checked.json"
 
     def commit(self, revision: str) -> str | None:
@@ -176,8 +177,30 @@ class CachedRepo:
     def downloading(self) -> Iterator[bool]:
         """Whether we alone may download; False: somebody else does."""
         self._locks.mkdir(parents=True, exist_ok=True)
-        with (self._locks / "bora-download.lock").open("a") as file:
+        with self._download_lock.open("a") as file:
             yield _locked_at_once(file.fileno())
+
+    def reserve(self, more: int) -> None:
+        """While we download, others count with so many more bytes."""
+        self._download_lock.write_text(str(self.blob_bytes() + more), encoding="ascii")
+
+    def reserved_bytes(self) -> int:
+        """That somebody's download here will still take; 0: nobody downloads."""
+        with self.downloading() as idle:
+            if idle:
+                return 0
+        with contextlib.suppress(OSError, ValueError):
+            reserved = int(self._download_lock.read_text(encoding="ascii"))
+            return max(reserved - self.blob_bytes(), 0)
+        return 0
+
+    def blob_bytes(self) -> int:
+        """Of all contents here, finished or not."""
+        size = 0
+        for blob in (self.path / "blobs").glob("*"):
+            with contextlib.suppress(OSError):  # renamed or evicted meanwhile
+                size += blob.stat().st_size
+        return size
 
     def used_s(self, commit: str) -> float:
         """When it was used last (epoch seconds); of what only others used, when it came."""

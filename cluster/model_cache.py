@@ -9,6 +9,7 @@ has changed on disk.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import socket
 import time
@@ -52,7 +53,8 @@ def silent(_: str) -> None:
 class ModelCache:
     """In `folder`, by default where Hugging Face's programs look on this host.
 
-    Without a `hub` nothing is downloaded: what is not there is an error.
+    Without a `hub` nothing is downloaded: what is not there is an error. Neither into a folder that
+    is `read_only` (None: as it is for this account), of which nothing is compared either.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class ModelCache:
         *,
         hub: AnsweringHub | None,
         limits: CacheLimits | None = None,
+        read_only: bool | None = None,
     ) -> None:
         self.folder = (folder or cache_folder()).expanduser().resolve()
         self._hub = hub
         self._limits = limits or CacheLimits()
+        self._read_only = _is_read_only(self.folder) if read_only is None else read_only
 
     def find(self, wanted: Wanted) -> Path | None:
         """The snapshot's folder, if all of it is here and was compared; asks no hub."""
@@ -77,7 +81,8 @@ class ModelCache:
 
     def keep(self, wanted: Wanted, snapshot: Path) -> bool:
         """While this process lives nobody on this node evicts it; False: somebody just did."""
-        CachedRepo(self.folder, wanted.repo).keep_in_use(snapshot.name)
+        if not self._read_only:
+            CachedRepo(self.folder, wanted.repo).keep_in_use(snapshot.name)
         return snapshot.is_dir()
 
     def fetch(self, wanted: Wanted, tell: Callable[[str], None] = silent) -> Path:
@@ -89,6 +94,8 @@ class ModelCache:
             WeightsMissing: it cannot be had; the message names host, folder and the way out.
         """
         repo = CachedRepo(self.folder, wanted.repo)
+        if self._read_only:
+            return self._as_it_is(repo, wanted)
         told = _Told(tell)
         try:
             commit = self._commit(repo, wanted, told)
@@ -99,6 +106,17 @@ class ModelCache:
                 repo.point(wanted.revision, commit)
         except OSError as error:
             raise self._disk_refuses(wanted, error) from error
+        return repo.snapshot(commit)
+
+    def _as_it_is(self, repo: CachedRepo, wanted: Wanted) -> Path:
+        """From a folder that others fill, to which we may not write."""
+        commit = wanted.commit or repo.commit(wanted.revision)
+        if commit is None or not repo.snapshot(commit).is_dir():
+            raise self._offline(wanted, "nothing of it is there, and the folder is read-only")
+        chosen = _chosen(wanted, repo.files(commit) or repo.found_files(commit))
+        missing = [each.path for each in chosen if not (repo.snapshot(commit) / each.path).exists()]
+        if missing or not chosen:
+            raise self._offline(wanted, f"{_some(missing)}, and the folder is read-only")
         return repo.snapshot(commit)
 
     def _commit(self, repo: CachedRepo, wanted: Wanted, told: _Told) -> str:
@@ -208,7 +226,7 @@ class ModelCache:
     def _offline(self, wanted: Wanted, missing: str) -> WeightsMissing:
         return WeightsMissing(
             f"{wanted.repo} ({wanted.revision}) must come from {self.folder} on "
-            f"{socket.gethostname()}, since it is offline, but {missing}. Copy it there from a host "
+            f"{socket.gethostname()}, since nothing is downloaded there, but {missing}. Copy it there from a host "
             f"that has it, or allow downloads (model_cache.offline in the fleet, "
             f"HF_HUB_OFFLINE on the host)"
         )
@@ -251,6 +269,11 @@ class _Told:
         if text != self._last:
             self._last = text
             self._tell(text)
+
+
+def _is_read_only(folder: Path) -> bool:
+    existing = next(each for each in (folder, *folder.parents) if each.is_dir())
+    return not os.access(existing, os.W_OK)
 
 
 def _chosen(wanted: Wanted, files: Iterable[HubFile]) -> list[HubFile]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,7 +274,9 @@ def test_a_commit_that_was_decided_on_is_taken_and_the_branch_is_known_offline(
 def test_offline_names_what_is_missing(node: Node, tmp_path: Path):
     (node.fetch() / OTHER).resolve().unlink()
 
-    with pytest.raises(WeightsMissing, match=f"offline, but {OTHER} is missing"):
+    with pytest.raises(
+        WeightsMissing, match=f"nothing is downloaded there, but {OTHER} is missing"
+    ):
         Node(tmp_path, None).fetch()
     with pytest.raises(WeightsMissing, match="nothing of it is there"):
         Node(tmp_path, None).fetch(Wanted("someone/Else"))
@@ -335,6 +338,41 @@ def test_an_older_commit_goes_for_a_newer_one_and_leaves_it_what_they_share(
     assert not old.exists()
     assert (new / SHARD).read_bytes() == FILES[SHARD]
     assert hub.starts == [(OTHER, 0)]
+
+
+def test_two_downloads_do_not_count_on_the_same_room(tmp_path: Path, hub: FakeHub):
+    slow, late = (Node(tmp_path, hub, CacheLimits(1_000_000, 0)) for _ in range(2))
+    for number, name in enumerate(("a/one", "a/two")):
+        hub.publish(name, {"config.json": b"{}", "model.safetensors": weights(number, 600_000)})
+    hub.bytes_per_s = 300_000
+    first = threading.Thread(target=slow.fetch, args=(Wanted("a/one"),))
+    first.start()
+    while not hub.starts:
+        time.sleep(0.05)
+
+    with pytest.raises(WeightsMissing, match="no room for a/two"):
+        late.fetch(Wanted("a/two"))
+
+    first.join()
+    assert slow.cache.find(Wanted("a/one")) is not None
+
+
+def test_a_folder_that_others_fill_is_taken_as_it_is_and_not_written_to(
+    node: Node, hub: FakeHub, tmp_path: Path
+):
+    folder = node.fetch()
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    hub.asked.clear()
+    asked = Hub(hub.url)
+    cache = ModelCache(tmp_path, hub=asked, read_only=True)
+
+    assert cache.fetch(WANTED) == folder
+    assert cache.keep(WANTED, folder)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert hub.asked == []
+    (folder / OTHER).unlink()
+    with pytest.raises(WeightsMissing, match=f"{OTHER} is missing, and the folder is read-only"):
+        cache.fetch(WANTED)
 
 
 def test_a_checkpoint_larger_than_the_cache_evicts_nothing(tmp_path: Path, hub: FakeHub):

@@ -48,5 +48,7 @@ def test_vllm_answers_with_weights_that_were_downloaded(
             said = bora.said()
 
     assert answer["usage"]["completion_tokens"] == 8
-    assert said.index("downloading weights, 0 % of 17.1 MiB") < said.index("chat: starting the engine")
+    assert said.index("downloading weights, 0 % of 17.1 MiB") < said.index(
+        "chat: starting the engine"
+    )
     assert sorted({path for path, _ in hub.starts}) == sorted(files)
