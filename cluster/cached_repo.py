@@ -173,6 +173,12 @@ class CachedRepo:
             os.utime(file.fileno(), (used_s, used_s))  # to be looked at is no use
             yield _locked_at_once(file.fileno())
 
+    def is_used(self, commit: str) -> bool:
+        """Whether somebody uses the commit now; changes nothing."""
+        with contextlib.suppress(OSError), self._commit_lock(commit).open("rb") as file:
+            return not _locked_at_once(file.fileno())
+        return False
+
     @contextmanager
     def downloading(self) -> Iterator[bool]:
         """Whether we alone may download; False: somebody else does."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from huggingface_hub import constants
 
 from cluster.cache_limits import GIB, CacheLimits
 from cluster.cached_repo import CachedRepo
+from cluster.cli.cached import show_cached
 from cluster.errors import HubUnreachable, WeightsMissing
 from cluster.hub import Hub
 from cluster.model_cache import ModelCache, Wanted
@@ -373,6 +375,27 @@ def test_a_folder_that_others_fill_is_taken_as_it_is_and_not_written_to(
     (folder / OTHER).unlink()
     with pytest.raises(WeightsMissing, match=f"{OTHER} is missing, and the folder is read-only"):
         cache.fetch(WANTED)
+
+
+def test_bora_lists_what_a_host_has(
+    node: Node,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    commit = node.fetch().name
+
+    with CachedRepo(tmp_path, REPO).in_use(commit):
+        show_cached(json_=True)
+        show_cached(json_=False)
+
+    told, page = capsys.readouterr().out.split("\n", 1)
+    [model] = json.loads(told)["models"]
+    assert (model["repo"], model["commit"], model["bytes"]) == (REPO, commit, 600_009)
+    assert model["in_use"]
+    assert commit[:12] in page
+    assert "in use" in page
 
 
 def test_a_checkpoint_larger_than_the_cache_evicts_nothing(tmp_path: Path, hub: FakeHub):

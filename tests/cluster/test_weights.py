@@ -110,7 +110,7 @@ def test_a_replica_that_is_killed_takes_its_download_along_and_the_next_goes_on(
     hub: Hub, tmp_path: Path
 ):
     hub.bytes_per_s = 5_000_000
-    content = bytes(range(250)) * 100_000
+    content = bytes(range(250)) * 60_000
     hub.publish(REPO, {**FILES, "model.safetensors": content})
     log = str(tmp_path / "log")
     program = (
