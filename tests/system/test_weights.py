@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster import nano
-from tests.cluster.fake_hub import Hub, running_hub
+from tests.cluster.fake_hub import Fault, Hub, running_hub
 from tests.system.harness import Bora, eventually, running_bora
 
 pytestmark = pytest.mark.ray
@@ -183,17 +183,28 @@ def test_a_file_that_is_damaged_on_disk_is_fetched_again(bora: Bora, hub: Hub, c
 
 
 def test_a_version_that_cannot_be_had_leaves_the_old_one_serving(
-    bora: Bora, hub: Hub, tmp_path: Path
+    bora: Bora, hub: Hub, fleet_file: Path
 ):
+    hub.publish(REPO, version(5))
+    hub.faults = [Fault(WEIGHTS, times=10**6, status=401)]
+
+    result = bora.command("deploy", str(fleet_file), timeout_s=180)
+
+    hub.faults.clear()
+    assert result.returncode == 5
+    assert "answers 401: give " in result.stderr
+    assert "taken back" in result.stderr
+    assert ready(bora) >= 1
+
+
+def test_a_revision_that_is_not_there_is_found_before_anything_starts(bora: Bora, tmp_path: Path):
     missing = tmp_path / "fleet.yaml"
     missing.write_text(FLEET.replace("engine: sim", "engine: sim\n    revision: v9"))
 
-    result = bora.command("deploy", str(missing), timeout_s=180)
+    result = bora.command("deploy", str(missing))
 
-    assert result.returncode != 0
-    assert f"{REPO} has no revision 'v9'" in result.stderr
-    assert ready(bora) >= 1
-    assert json.loads(bora.command("status", "--json").stdout)["variants"]
+    assert result.returncode == 2
+    assert f"{REPO}@v9" in result.stderr
 
 
 def test_without_room_for_both_versions_the_old_one_serves_while_the_new_one_comes(
