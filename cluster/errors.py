@@ -5,6 +5,7 @@ ClusterError
 ├── EngineFailed         an engine did not start; its last log lines are in the message (5)
 ├── WeightsMissing       a checkpoint cannot be brought to a node (5)
 │   └── HubUnreachable   nothing answers where the model hub should be
+├── AdapterFailed        a LoRA adapter could not be loaded; its engine serves on
 ├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
 ├── PortInUse            (2)
 └── AlreadyRunning       a bora of this user already runs here (2)
@@ -39,6 +40,10 @@ class WeightsMissing(ClusterError):
 
 class HubUnreachable(WeightsMissing):
     """No answer, or one of a server in trouble: later it may go."""
+
+
+class AdapterFailed(ClusterError):
+    """An adapter is not there, or the engine refuses it."""
 
 
 class InventoryDiffers(ClusterError):
