@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from gateway.errors import GatewayError, StartupFailed
-from gateway.ports import hold_port
+from gateway.ports import free_ports, hold_port
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
 from gateway.server import run
@@ -92,6 +92,14 @@ async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() ->
         assert (await queued).status == 503
         await until(lambda: engine.hung_up_on == 1)
         assert in_flight(gateway) == 0
+
+
+def test_free_ports_are_distinct_and_can_be_listened_on() -> None:
+    found = free_ports(50)
+
+    assert len(set(found)) == 50
+    for port in found:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize("which", ["http_port", "grpc_port"])

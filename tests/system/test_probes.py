@@ -15,7 +15,7 @@ import pytest
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
 from cluster.processes import free_ports, start_guarded, stop_guarded
-from tests.system.harness import BORA, eventually
+from tests.system.harness import BORA, PATIENCE_S, eventually
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +36,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
     ray = start_local_ray(resources={SLOT: 4.0}, num_gpus=0, labels=labels, run_dir=folder)
     log = folder / "second.log"
     second = join(ray, {POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"}, num_gpus=8, log=log)
-    eventually(lambda: "Ray runtime started" in log.read_text(), 60)
+    eventually(lambda: "Ray runtime started" in log.read_text())
     yield ray
     stop_guarded(second, 60)
     ray.stop()
@@ -62,7 +62,12 @@ def bora(box: LocalRay, tmp_path: Path) -> Run:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*BORA, *arguments], env=env, capture_output=True, text=True, timeout=200, check=False
+            [*BORA, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
 
     return run
@@ -117,7 +122,7 @@ def test_a_simulated_fleet_goes_on_with_a_warning_and_its_story_is_told(
         return kinds if "mismatch" in kinds else {}
 
     try:
-        kinds = eventually(told, 30)
+        kinds = eventually(told)
         assert {"node-joined", "deployed", "replica-started", "replica-ready"} <= kinds.keys()
         assert "gpu-count" in kinds["mismatch"]["text"]
         assert kinds["replica-ready"]["node"]
@@ -135,7 +140,7 @@ def test_the_doctor_examines_this_machine_without_ray(tmp_path: Path):
     env = {**os.environ, "BORA_STATE": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
     command = [*BORA, "doctor", "--quick", "--json"]
 
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)  # noqa: PLW1510
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)  # noqa: PLW1510
 
     found = {row["check"]: row for row in rows(result)}
     assert {"driver", "GPUs", "versions", "disk", "memory", "models", "clock"} <= found.keys()
