@@ -35,8 +35,10 @@ def somebodys_ray(tmp_path: Path) -> Iterator[LocalRay]:
         labels={POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"},
         run_dir=tmp_path / "ray",
     )
-    yield ray
-    ray.stop()
+    try:
+        yield ray
+    finally:
+        ray.stop()
 
 
 async def test_deploy_installs_bora_and_down_takes_it_away(somebodys_ray: LocalRay, tmp_path: Path):
