@@ -65,10 +65,12 @@ class Bora:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
-        eventually(
-            lambda: "ready after" in self.said() or self.process.poll() is not None, timeout_s
-        )
+    def wait_ready(self) -> None:
+        self.wait_until(lambda: "ready after" in self.said())
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for `condition`; fails at once when `bora up` ends before."""
+        eventually(lambda: condition() or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
 
     def command(

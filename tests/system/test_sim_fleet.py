@@ -333,7 +333,7 @@ async def test_down_lets_streams_finish_and_leaves_no_process(sim: Bora):
 
 def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path, fleet_file: Path):
     with running_bora(tmp_path / "state", str(fleet_file)) as bora:
-        eventually(lambda: len(bora.processes()) > 3)
+        bora.wait_until(lambda: len(bora.processes()) > 3)
 
         assert bora.interrupt() == 0
 
@@ -359,7 +359,7 @@ def test_ending_it_while_it_starts_is_clean(
     """Before Ray, while Ray starts, and while controller and gateway are put on it."""
     with running_bora(tmp_path / "state", str(fleet_file)) as bora:
         told = bora.state / file
-        eventually(lambda: told.exists() and words in told.read_text())
+        bora.wait_until(lambda: told.exists() and words in told.read_text())
 
         if end == "down":
             assert bora.command("down").returncode == 0
