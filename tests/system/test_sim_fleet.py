@@ -91,11 +91,18 @@ async def ask(session: aiohttp.ClientSession, url: str, *, tokens: int, stream: 
 
 
 class Load:
-    """Open-loop arrivals at a rate that can be changed; remembers every outcome."""
+    """Arrivals at a rate that can be changed; remembers every outcome.
+
+    A hundred may be without an answer: more than four replicas take, and fewer than fill a queue
+    while a slow machine still starts these.
+    """
+
+    most_at_once = 100
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.rate = 0.0
+        self.num_asked = 0
         self.outcomes: list[str] = []
 
     async def run(self) -> None:
@@ -105,13 +112,12 @@ class Load:
             aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
             asyncio.TaskGroup() as group,
         ):
-            number = 0
             while self.rate >= 0:
-                if self.rate == 0:
+                if self.rate == 0 or self.num_asked - len(self.outcomes) >= self.most_at_once:
                     await asyncio.sleep(0.05)
                     continue
-                number += 1
-                group.create_task(self._one(session, stream=number % 2 == 0))
+                self.num_asked += 1
+                group.create_task(self._one(session, stream=self.num_asked % 2 == 0))
                 await asyncio.sleep(1 / self.rate)
 
     async def _one(self, session: aiohttp.ClientSession, *, stream: bool) -> None:
@@ -159,7 +165,7 @@ async def test_replicas_follow_the_load_up_down_to_zero_and_back(sim: Bora):
     await running
 
     assert load.failures == []
-    assert len(load.outcomes) > 300
+    assert len(load.outcomes) > 150
     assert len(set(load.outcomes)) == 1  # every answer is whole: they all say the same
 
 
