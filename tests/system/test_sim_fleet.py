@@ -33,7 +33,7 @@ models:
     replicas: {min: 0, max: 4}
     scaling: {scale_up_delay_s: 1, scale_down_delay_s: 5, scale_to_zero_delay_s: 8}
 """
-# What was scaled by hand stays so.
+# What was scaled by hand stays so, and what starts slowly is not sent to sleep before it is there.
 STEADY = FLEET.replace("down_delay_s: 5", "down_delay_s: 600").replace("delay_s: 8", "delay_s: 600")
 
 
@@ -270,7 +270,7 @@ async def test_an_infeasible_fleet_changes_nothing(steady: Bora, tmp_path: Path)
 async def test_a_deployment_whose_engine_does_not_start_is_taken_back(steady: Bora, tmp_path: Path):
     broken = tmp_path / "fleet.yaml"
     flags = "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=1]\n"
-    other = FLEET.split("models:\n")[1].replace("name: chat", "name: other")
+    other = STEADY.split("models:\n")[1].replace("name: chat", "name: other")
     broken.write_text(STEADY + other + flags)
 
     result = await asyncio.to_thread(steady.command, "deploy", str(broken))
@@ -388,13 +388,9 @@ def test_kill_9_of_bora_up_leaves_no_process(tmp_path: Path, fleet_file: Path):
         assert bora.command("down").returncode == 0
 
 
-def test_an_engine_that_dies_while_loading_ends_the_start_with_its_log(
-    tmp_path: Path, fleet_file: Path
-):
+def test_an_engine_that_dies_while_loading_ends_the_start_with_its_log(tmp_path: Path):
     broken = tmp_path / "broken.yaml"
-    broken.write_text(
-        fleet_file.read_text() + "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=1]\n"
-    )
+    broken.write_text(STEADY + "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=1]\n")
     with running_bora(tmp_path / "state", str(broken)) as bora:
         assert bora.ended() == 5
 
