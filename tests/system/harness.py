@@ -127,8 +127,10 @@ def running_bora(state: Path, *arguments: str, http_port: int | None = None) -> 
     try:
         yield bora
     finally:
-        if bora.process.poll() is None:
-            bora.interrupt()
-        for pid in bora.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        try:
+            if bora.process.poll() is None:
+                bora.interrupt()
+        finally:  # what hangs, or was left, must not be in the next test's way
+            for pid in bora.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
