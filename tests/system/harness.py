@@ -23,7 +23,9 @@ BORA = [sys.executable, "-m", "cluster"]
 PATIENCE_S = 300.0  # many times what anything here takes: it ends what never comes
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+def eventually(
+    condition: Callable[[], Any], timeout_s: float = PATIENCE_S, period_s: float = 0.2
+) -> Any:
     """The first true value of `condition`, however slow the machine; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -31,7 +33,7 @@ def eventually(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> A
         if value:
             return value
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
-        time.sleep(0.2)
+        time.sleep(period_s)
 
 
 def steady_streams(url: str) -> SteadyStreams:
@@ -65,12 +67,12 @@ class Bora:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait_ready(self) -> None:
-        self.wait_until(lambda: "ready after" in self.said())
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
+        self.wait_until(lambda: "ready after" in self.said(), timeout_s)
 
-    def wait_until(self, condition: Callable[[], Any]) -> None:
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
         """Wait for `condition`; fails at once when `bora up` ends before."""
-        eventually(lambda: condition() or self.process.poll() is not None)
+        eventually(lambda: condition() or self.process.poll() is not None, timeout_s)
         assert self.process.poll() is None, self.said()
 
     def command(
