@@ -20,10 +20,10 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster import checkpoints
+from cluster import weights
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
-from cluster.errors import EngineFailed
+from cluster.errors import ClusterError, EngineFailed
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
 from cluster.serving_features import ServingFeatures
@@ -102,11 +102,12 @@ class Replica:
         )
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
-            await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
+            checkpoint = await weights.bring(variant, self._engine.log, self._engine.note_stage)
+            await self._engine.start(checkpoint)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
         except Exception as error:
             self._state = "failed"
-            self._failure = "" if isinstance(error, EngineFailed) else repr(error)
+            self._failure = "" if isinstance(error, EngineFailed) else _told(error)
             await self._report()
             raise
         await self._follow_features(self._engine, variant)
@@ -233,6 +234,10 @@ class Replica:
             weights_bytes=engine.facts.weights_bytes,
             **self._features.report(),
         )
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ClusterError) else repr(error)
 
 
 def _controller() -> Any:
