@@ -94,7 +94,7 @@ def remove_tmpdir(tmpdir: str) -> None:
         shutil.rmtree(Path(tmpdir).parent, ignore_errors=True)
 
 
-def _wait_until_up(ray: LocalRay, log: Path, timeout_s: float = 60.0) -> None:
+def _wait_until_up(ray: LocalRay, log: Path, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while "Ray runtime started" not in tail(log, 200):
         if ray.process.poll() is not None or time.monotonic() > deadline:

@@ -14,6 +14,16 @@ import psutil
 
 from cluster.engines import guard
 from cluster.errors import PortInUse
+from gateway.ports import free_ports
+
+__all__ = [
+    "free_ports",
+    "is_alive",
+    "require_free_port",
+    "start_guarded",
+    "stop_guarded",
+    "tail",
+]
 
 
 def start_guarded(
@@ -52,15 +62,6 @@ def stop_guarded(process: subprocess.Popen[bytes], timeout_s: float = 30.0) -> N
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
     process.wait(timeout_s)
-
-
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Distinct TCP ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind((host, 0))
-        return [sock.getsockname()[1] for sock in sockets]
 
 
 def require_free_port(host: str, port: int, what: str) -> None:

@@ -1,10 +1,40 @@
-"""Ports: found taken before anything starts, and held for workers that share them."""
+"""Ports: found free or taken before anything starts, and held for workers that share them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
+from random import SystemRandom
 
 from gateway.errors import StartupFailed
+
+_FREE_PORTS = range(20_000, 30_000)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Distinct TCP ports of `host` that nobody has now, for servers that start in a moment.
+
+    From a range of which nobody is given a port meanwhile: the system takes those for connections and
+    for port 0 from 32768 on, and a vLLM or Ray that starts takes dozens; Ray's workers stay below.
+
+    Raises:
+        OSError: there are none, or `host` is no address of this machine.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for port in SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
+            sock = stack.enter_context(socket.socket())
+            try:
+                sock.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise OSError(errno.EADDRINUSE, f"no {count} ports are free in {_FREE_PORTS}")
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -22,7 +22,7 @@ _BORA = [sys.executable, "-m", "cluster"]
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 _HOST = "127.0.0.1"
 _MARK = "BORA_DRILL_NODE"
-_START_S = 90.0
+_START_S = 180.0
 # A dead node is found after some 3 s instead of Ray's 15.
 _HEALTH = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "3"}
 

@@ -11,8 +11,8 @@ import aiohttp
 from loadtests.drill_engines import MODEL, Engines
 
 _MAX_STAY_S = 1.0
-_UNTIL_TOLD_S = 2.0
-_HANDED_OVER_S = 0.05  # sooner, a request may not have reached an engine yet: nothing to cancel
+_LEAST_STAY_S = 0.05  # sooner, few requests have reached an engine: there is nothing to cancel
+_UNTIL_TOLD_S = 30.0
 
 
 async def disconnect_latencies_s(
@@ -20,8 +20,8 @@ async def disconnect_latencies_s(
 ) -> tuple[list[float], int]:
     """Leave `requests` endless streams at random points.
 
-    Returns for each how long after its client's hanging up the engine saw it, and how many no
-    engine ever saw. All processes are on one machine, so that they share a clock.
+    Returns how long after its client's hanging up the engine saw it, for each that had reached an
+    engine, and how many of these no engine saw. All processes share one machine's clock.
     """
     left_s: dict[str, float] = {}
     waiting = iter(range(requests))
@@ -37,18 +37,19 @@ async def disconnect_latencies_s(
     deadline_s = time.monotonic() + _UNTIL_TOLD_S
     while True:
         seen_s = await engines.departures()
-        untold = left_s.keys() - seen_s.keys()
+        untold = [name for name in left_s if seen_s.get(name, 0.0) is None]
         if not untold or time.monotonic() > deadline_s:
             break
         await asyncio.sleep(0.05)
-    return [seen_s[name] - at_s for name, at_s in left_s.items() if name in seen_s], len(untold)
+    known_s = [(seen_s.get(name), at_s) for name, at_s in left_s.items()]
+    return [seen - left for seen, left in known_s if seen is not None], len(untold)
 
 
 async def _leave(session: aiohttp.ClientSession, name: str, *, stream: bool) -> float:
     """Ask, stay a while, hang up. Returns when that was: `time.time`."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": name}], "ignore_eos": True}
     body |= {"max_tokens": 3000, "stream": stream}
-    stay_s = random.uniform(_HANDED_OVER_S, _MAX_STAY_S)  # noqa: S311 - no secret
+    stay_s = random.uniform(_LEAST_STAY_S, _MAX_STAY_S)  # noqa: S311 - no secret
     asking = asyncio.create_task(_read(session, name, body))
     await asyncio.wait((asking,), timeout=stay_s)
     asking.cancel()

@@ -75,13 +75,14 @@ class Engines:
             if response.status != 200:
                 raise CannotRun(f"{url}: {await response.text()}")
 
-    async def departures(self) -> dict[str, float]:
-        """Request id -> time at which its engine saw its client leave, of all engines."""
-        seen: dict[str, float] = {}
+    async def departures(self) -> dict[str, float | None]:
+        """Request id -> time at which its engine saw its client leave, if it did, of all engines."""
+        seen: dict[str, float | None] = {}
         async with aiohttp.ClientSession() as session:
             for process in self.processes:
                 async with session.get(f"{process.url}/drill") as response:
                     told = await response.json()
+                seen |= dict.fromkeys(told["arrivals"])
                 seen |= {one["request_id"]: one["at_s"] for one in told["departures"]}
         return seen
 

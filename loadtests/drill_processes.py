@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,10 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from gateway.ports import free_ports
 from loadtests.processes import CannotRun, last_line
+
+__all__ = ["Process", "free_ports", "gateway", "metrics_of"]
 
 
 @dataclass(slots=True)
@@ -115,15 +117,6 @@ class Process:
     def _family(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)
         return [process, *process.children(recursive=True)]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in servers]
-    for server in servers:
-        server.close()
-    return ports
 
 
 def gateway(

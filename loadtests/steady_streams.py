@@ -56,6 +56,7 @@ class SteadyStreams:
     clients: int = 8
     max_tokens: int = 96
     sample_period_s: float = 0.05
+    sample_timeout_s: float = 2.0  # a gateway that tells nothing for so long does not answer
     patience_s: float = 90.0
     outcomes: list[Outcome] = field(default_factory=list)
     samples: list[Capacity] = field(default_factory=list)
@@ -149,7 +150,7 @@ class SteadyStreams:
                     await asyncio.sleep(0.1)  # a gateway that is gone refuses at once
 
     async def _sample_forever(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=2.0)
+        timeout = aiohttp.ClientTimeout(total=self.sample_timeout_s)
         async with aiohttp.ClientSession(self.url, timeout=timeout) as session:
             while not self._stopping:
                 self.samples.append(await self._sample(session))

@@ -75,12 +75,12 @@ def up(
     """Everything on this machine: Ray, engines, gateway. Ctrl-C stops all of it."""
     console = page_console(stderr=True)
     spec = _fleet(fleet, model, http_port, grpc_port)
-    with _only_one_here() as started:
-        interrupt_on_signals()
-        try:
+    interrupt_on_signals()  # before `bora down` can know of this process
+    try:
+        with _only_one_here() as started:
             _run(spec, started, console)
-        except KeyboardInterrupt:
-            console.print("stopped: nothing of bora is left running", markup=False)
+    except KeyboardInterrupt:
+        console.print("stopped: nothing of bora is left running", markup=False)
 
 
 def _fleet(

@@ -1,7 +1,7 @@
 """How the simulated engine fails on purpose: only when it was started with `--drill`.
 
 POST /drill {"kind": "silence", "after_tokens": 5}    from now on, until the next POST
-GET /drill                                            what is on, and when clients left
+GET /drill                                            what is on, who came, and when clients left
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATH = "/drill"
 
 _GARBAGE = b"\x16\x03\x01\x02\x00\x01garbage \xff\xfe\x00 HTTP/9.9 banana\r\n\r\n\r\n"
 _GARBAGE_EVENT = b'data: {"id":"chatcmpl-\xff\x00","choices":[{"index":0,"del\n\n'
-_MAX_DEPARTURES = 100_000
+_MAX_REMEMBERED = 100_000
 
 
 class Fault(BaseModel):
@@ -63,16 +63,21 @@ class Fault(BaseModel):
 
 
 class Drill:
-    """The fault that is on, and the times at which clients left, for who measures cancellation."""
+    """The fault that is on, and who came and when clients left, for who measures cancellation."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
-        self._departures: deque[tuple[str, float]] = deque(maxlen=_MAX_DEPARTURES)
+        self._arrivals: deque[str] = deque(maxlen=_MAX_REMEMBERED)
+        self._departures: deque[tuple[str, float]] = deque(maxlen=_MAX_REMEMBERED)
 
     @property
     def slowdown(self) -> float:
         """What a step's time is multiplied with."""
         return self.fault.slowdown if self.fault.kind == "slow" else 1.0
+
+    def arrived(self, request_id: str) -> None:
+        """The engine has that request."""
+        self._arrivals.append(request_id)
 
     def departed(self, request_id: str) -> None:
         """The client of that request has hung up before its answer was whole."""
@@ -81,7 +86,13 @@ class Drill:
     async def get(self, _: web.Request) -> web.Response:
         """GET /drill."""
         departures = [{"request_id": name, "at_s": at_s} for name, at_s in self._departures]
-        return web.json_response({"fault": self.fault.model_dump(), "departures": departures})
+        return web.json_response(
+            {
+                "fault": self.fault.model_dump(),
+                "arrivals": list(self._arrivals),
+                "departures": departures,
+            }
+        )
 
     async def post(self, request: web.Request) -> web.Response:
         """POST /drill."""
@@ -89,6 +100,7 @@ class Drill:
             self.fault = Fault.model_validate_json(await request.read())
         except ValidationError as error:
             raise RequestRefused(f"not a fault: {error.errors()[0]['msg']}") from None
+        self._arrivals.clear()
         self._departures.clear()
         return web.json_response(self.fault.model_dump())
 

@@ -145,6 +145,7 @@ class SimulatedEngine:
             request_id=request_id,
             prompt_token_ids=prompt_of(body) if wants_ids else None,
         )
+        self._drill.arrived(request_id)
         self._answers[generation] = asyncio.Queue()
         self._batch.add(generation)
         self._work.set()

@@ -25,7 +25,7 @@ def bora(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "BORA_STATE": str(state)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -26,7 +26,7 @@ def run(*args: str) -> Any:
 
 def bora(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster", "fit", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_json_is_one_document_and_nothing_else():

@@ -211,6 +211,16 @@ async def test_another_server_on_the_port_is_not_taken_for_a_controller(answer):
             await asyncio.to_thread(ControlClient(url, TOKEN).status)
 
 
+async def test_a_proxy_of_the_environment_is_not_asked(served, monkeypatch):
+    _, url = served
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+
+    client = ControlClient(url, TOKEN)
+
+    assert (await asyncio.to_thread(client.status)).fleet == "test"
+
+
 async def test_a_controller_that_is_not_there_is_unreachable():
     [port] = free_ports(1)
     client = ControlClient(f"http://127.0.0.1:{port}", TOKEN)

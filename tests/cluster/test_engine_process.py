@@ -80,7 +80,7 @@ async def test_another_server_on_the_port_is_not_taken_for_the_engine(
     code = OTHER_SERVER.replace("{status}", str(status)).replace("{body}", body)
     async with stopping(a_process(tmp_path, Elsewhere(code=code))) as process:
         start = asyncio.create_task(process.start("nowhere"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "/v1/models" not in process.log_tail():
                 await asyncio.sleep(0.02)
 

@@ -24,7 +24,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != "zombie" for process in processes)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -51,7 +51,7 @@ def test_closing_the_guard_ends_the_command_and_what_left_its_session(tmp_path: 
 def test_a_command_that_ends_takes_its_children_along_and_its_status_is_kept(tmp_path: Path):
     guard = start_guarded(["sh", "-c", "setsid sleep 600 & exit 7"], log=tmp_path / "log")
 
-    assert guard.wait(20) == 7
+    assert guard.wait(60) == 7
     guard.stdin.close()
 
 
@@ -85,7 +85,7 @@ def test_output_is_appended_to_the_log(tmp_path: Path):
     log = tmp_path / "deep" / "log"
     for word in ("first", "second"):
         guard = start_guarded(["echo", word], log=log)
-        guard.wait(20)
+        guard.wait(60)
         guard.stdin.close()
 
     assert tail(log, 10) == "first\nsecond"
@@ -96,7 +96,7 @@ def test_a_command_that_does_not_exist_says_so_in_the_log(tmp_path: Path):
     guard = start_guarded(["no-such-command"], log=tmp_path / "log")
     guard.stdin.close()
 
-    assert guard.wait(20) != 0
+    assert guard.wait(60) != 0
     assert "no-such-command" in tail(tmp_path / "log", 20)
 
 

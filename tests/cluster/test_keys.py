@@ -26,6 +26,7 @@ from placement.errors import ConfigError, UnknownName
 from tests.cluster.test_control_api import RememberingControl
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -210,7 +211,7 @@ async def test_keys_and_usage_make_the_round_through_controller_and_gateway(
         await until(lambda: gateway.is_ready)
         assert (await client.post(CHAT, json=a_chat())).status == 401
         made = await asyncio.to_thread(keys.create_key, a_request(budget_tokens=15))
-        await until(lambda: "acme" in gateway.access.ring.tenants, 1)
+        await until(lambda: "acme" in gateway.access.ring.tenants)
 
         for status in (200, 200, 429):  # an answer is 10 tokens
             response = await client.post(CHAT, json=a_chat(), headers=bearer(made.key))
@@ -220,7 +221,7 @@ async def test_keys_and_usage_make_the_round_through_controller_and_gateway(
             return sum(row.requests for row in (await asyncio.to_thread(keys.usage, query)).rows)
 
         query = UsageQuery(by=("tenant", "model"))
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while await used() < 2:
                 await asyncio.sleep(0.05)
         [row] = (await asyncio.to_thread(keys.usage, query)).rows
@@ -236,7 +237,7 @@ async def test_keys_and_usage_make_the_round_through_controller_and_gateway(
             assert response.status == 429
 
         assert (await asyncio.to_thread(keys.revoke_key, "acme")).ids == (made.id,)
-        await until(lambda: "acme" not in gateway.access.ring.tenants, 1)
+        await until(lambda: "acme" not in gateway.access.ring.tenants)
         refused = await client.post(CHAT, json=a_chat(), headers=bearer(made.key))
         assert refused.status == 401
         assert (await asyncio.to_thread(keys.keys)).tenants == ()

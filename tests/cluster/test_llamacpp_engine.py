@@ -57,7 +57,7 @@ def with_flags(variant: Variant, *flags: str) -> Variant:
 async def running(variant: Variant, folder: Path) -> AsyncIterator[EngineProcess]:
     engine = EngineProcess(LlamacppEngine(), variant, host="127.0.0.1", log=folder / "engine.log")
     try:
-        await asyncio.wait_for(engine.start(locate(variant)), 60)
+        await asyncio.wait_for(engine.start(locate(variant)), 300)
         yield engine
     finally:
         await asyncio.to_thread(engine.stop)

@@ -115,7 +115,7 @@ async def logs(fleet: Fleet, *arguments: str) -> AsyncIterator[asyncio.subproces
 
 
 async def said(fleet: Fleet, *arguments: str) -> tuple[int, str, str]:
-    async with logs(fleet, *arguments) as process, asyncio.timeout(30):
+    async with logs(fleet, *arguments) as process, asyncio.timeout(60):
         out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
@@ -124,7 +124,7 @@ async def said(fleet: Fleet, *arguments: str) -> tuple[int, str, str]:
 async def lines_until(process: asyncio.subprocess.Process, last: str) -> list[str]:
     assert process.stdout is not None
     lines: list[str] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while last not in lines:
             line = await process.stdout.readline()
             assert line, "the command has ended"
@@ -235,7 +235,7 @@ async def test_a_log_that_does_not_exist_yet_is_waited_for(fleet: Fleet) -> None
     file = fleet.run_dir / "logs" / "gateway.log"
     async with logs(fleet, "gateway", "-f") as process:
         assert process.stderr is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert b"nothing on this machine yet" in await process.stderr.readline()
         file.write_text("listening\n")
 

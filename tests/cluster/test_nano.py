@@ -170,7 +170,7 @@ def test_processes_that_want_it_at_once_get_one_whole_folder(tmp_path: Path) -> 
         for _ in range(3)
     ]
 
-    answers = [caller.communicate(timeout=60)[0].splitlines() for caller in callers]
+    answers = [caller.communicate(timeout=300)[0].splitlines() for caller in callers]
 
     assert sum("writing" in line for lines in answers for line in lines) == 1
     [folder] = {lines[-1] for lines in answers}

@@ -211,7 +211,7 @@ def test_up_on_a_mixed_box_says_how_to_start_ray_there(tmp_path, monkeypatch):
     result = subprocess.run(
         [sys.executable, "-m", "cluster", "up"],
         env={**os.environ, "BORA_STATE": str(tmp_path / "state"), "COLUMNS": "500"},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
     assert result.returncode == 3

@@ -38,7 +38,7 @@ def running(*command: str, cluster: str = "") -> subprocess.Popen[str]:
 def ended(process: subprocess.Popen[str]) -> bool:
     if process.stdout is not None:
         process.stdout.close()
-    return process.wait(5) != 0
+    return process.wait(60) != 0
 
 
 def test_processes_of_the_cluster_end_and_others_go_on(name: str):

@@ -74,7 +74,7 @@ async def load(session: aiohttp.ClientSession) -> EngineLoad:
 
 
 async def until(session: aiohttp.ClientSession, expected: EngineLoad) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await load(session) != expected:
             await asyncio.sleep(0.01)
 

@@ -20,7 +20,7 @@ from gateway.errors import (
 )
 from gateway.load import LoadMeter
 from gateway.record import Record
-from tests.gateway.engines import a_table, an_endpoint
+from tests.gateway.engines import PATIENCE_S, a_table, an_endpoint
 
 
 async def test_nobody_overtakes_those_who_wait() -> None:
@@ -81,7 +81,7 @@ async def test_a_waiter_goes_on_when_an_endpoint_is_trusted_again() -> None:
     admission.release(first)
     assert admission.try_acquire("chat") is None  # the healthy one is full, the other suspect
 
-    lease = await asyncio.wait_for(admission.wait("chat"), 1)
+    lease = await asyncio.wait_for(admission.wait("chat"), PATIENCE_S)
 
     assert lease.endpoint == first.endpoint
 
@@ -154,6 +154,26 @@ async def test_what_would_be_late_is_refused_at_once_and_told_when_to_return() -
 
     assert refused.value.retry_after == "3"
     admission.release(await early)
+
+
+def test_load_is_averaged_over_the_time_since_the_last_report() -> None:
+    now = [0.0]
+    admission = Admission(clock=lambda: now[0])
+    admission.apply(a_table(an_endpoint("http://a")))
+    now[0] = 10.0
+    admission.loads()
+    lease = admission.try_acquire("chat")
+    assert lease is not None
+    now[0] = 13.0
+    admission.release(lease)
+    now[0] = 14.0
+
+    load = admission.loads()["chat"]
+
+    assert load.in_flight == pytest.approx(3 / 4)
+    assert load.requests_total == 1
+    now[0] = 15.0
+    assert admission.loads()["chat"].in_flight == 0
 
 
 def test_a_load_meter_averages_over_time_and_knows_its_pace() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from gateway.endpoints import ServedModel
 from gateway.errors import GatewayError
-from tests.gateway.engines import a_table, an_endpoint
+from tests.gateway.engines import a_table, an_endpoint, until
 from tests.gateway.exchanges import (
     DONE,
     Scene,
@@ -114,7 +114,8 @@ async def test_a_client_whose_time_is_over_is_not_sent_to_another_model() -> Non
     scene = Scene(a_table(small, models=models), a_call(timeout_s=0.01))
 
     await scene.begin()
-    await asyncio.sleep(0.05)
+    await until(lambda: scene.client.error is not None)
+    await settle()
 
     assert scene.client.error is not None
     assert scene.client.error.status == 503
@@ -169,7 +170,7 @@ async def test_an_overloaded_engine_that_should_go_on_with_a_stream_is_left_for_
     await settle()
 
     scene.connection.answers(503, b'{"error":{"message":"busy"}}')
-    await asyncio.sleep(0.15)
+    await until(lambda: scene.connection.listener is not None)
 
     scene.connection.begins()
     scene.connection.says(an_event("b", "stop") + DONE)
@@ -192,7 +193,7 @@ async def test_engines_that_only_begin_to_go_on_do_not_use_up_a_streams_migratio
     for _ in range(3):
         scene.connection.begins()
         scene.connection.breaks()
-        await asyncio.sleep(0.5)
+        await until(lambda: scene.connection.listener is not None)
 
     scene.connection.begins()
     scene.connection.says(an_event("b", "stop") + DONE)

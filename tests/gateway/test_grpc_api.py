@@ -20,6 +20,7 @@ from gateway.proto import inference_pb2_grpc
 from gateway.server import Gateway
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     USAGE,
     FakeEngine,
     a_client,
@@ -261,8 +262,8 @@ async def test_a_deadline_stops_the_engine() -> None:
             await stub.ChatCompletion(a_request(), timeout=0.2)
 
         assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: engine.hung_up_on == 1, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_a_cancelled_stream_stops_the_engine() -> None:
@@ -272,8 +273,8 @@ async def test_a_cancelled_stream_stops_the_engine() -> None:
 
         stream.cancel()
 
-        await until(lambda: engine.hung_up_on == 1, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_an_engine_that_dies_within_a_stream_is_unavailable() -> None:
@@ -403,7 +404,7 @@ async def test_a_deadline_while_waiting_for_a_place_leaves_the_queue() -> None:
         await until(lambda: engine.running == 1)
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await stub.ChatCompletion(a_request(), timeout=0.1)
-        await until(lambda: gateway.admission.queued("chat") == 0, 1)
+        await until(lambda: gateway.admission.queued("chat") == 0)
         engine.gate.set()
         await running
 
@@ -415,8 +416,8 @@ async def test_a_client_that_vanishes_stops_the_engine() -> None:
         async with a_channel(gateway) as channel:
             await inference_pb2_grpc.InferenceStub(channel).ChatCompletionStream(a_request()).read()
 
-        await until(lambda: engine.hung_up_on == 1, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_clients_that_leave_while_words_pour_leave_nothing_behind(
@@ -440,7 +441,7 @@ async def test_draining_lets_streams_finish_and_refuses_new_calls_with_retry_aft
     async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
         stream = stub.ChatCompletionStream(a_request())
         words = [(await stream.read()).choices[0].delta.content]
-        draining = asyncio.create_task(gateway.drain(5))
+        draining = asyncio.create_task(gateway.drain(1000))
         await asyncio.sleep(0.01)
 
         for refused in (stub.ChatCompletion(a_request()), stub.ChatCompletionStream(a_request())):
@@ -451,7 +452,7 @@ async def test_draining_lets_streams_finish_and_refuses_new_calls_with_retry_aft
         engine.word_gate.set()
         while (chunk := await stream.read()) is not grpc.aio.EOF:
             words.append(chunk.choices[0].delta.content)
-        await asyncio.wait_for(draining, 1)
+        await asyncio.wait_for(draining, PATIENCE_S)
 
     assert "".join(words) == "Hello big world"
 
@@ -467,7 +468,7 @@ async def test_a_stream_that_outlasts_the_drain_deadline_is_unavailable() -> Non
             await stream.read()
         assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
         assert dict(failed.value.trailing_metadata())["retry-after"] == "1"
-        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: engine.hung_up_on == 1)
 
 
 async def test_many_pings_are_answered_and_nobody_is_hung_up_on() -> None:
@@ -480,7 +481,7 @@ async def test_many_pings_are_answered_and_nobody_is_hung_up_on() -> None:
         answered = 0
         while answered < 20:
             writer.write(ping)
-            frame = await asyncio.wait_for(reader.readexactly(9), 5)
+            frame = await asyncio.wait_for(reader.readexactly(9), PATIENCE_S)
             body = await reader.readexactly(int.from_bytes(frame[:3], "big"))
             assert frame[3] != goaway_type
             answered += frame + body == pong

@@ -323,8 +323,8 @@ async def test_a_client_that_leaves_stops_the_engine_and_frees_its_place() -> No
 
         response.close()
 
-        await until(lambda: engine.hung_up_on == 1, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_a_client_that_leaves_before_the_answer_stops_the_engine_too() -> None:
@@ -336,8 +336,8 @@ async def test_a_client_that_leaves_before_the_answer_stops_the_engine_too() -> 
         with pytest.raises(TimeoutError):
             await client.post(CHAT, json=a_chat(), timeout=aiohttp.ClientTimeout(total=0.2))
 
-        await until(lambda: engine.hung_up_on == 1, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_a_deadline_before_the_answer_is_504() -> None:
@@ -349,7 +349,7 @@ async def test_a_deadline_before_the_answer_is_504() -> None:
     ):
         assert response.status == 504
         assert (await response.json())["error"]["code"] == "deadline_exceeded"
-        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: engine.hung_up_on == 1)
         assert in_flight(gateway) == 0
 
 
@@ -366,7 +366,7 @@ async def test_a_deadline_within_a_stream_ends_it_with_an_error_event() -> None:
 
         assert response.status == 200
         assert json.loads(events[-2][6:])["error"]["code"] == "deadline_exceeded"
-        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: engine.hung_up_on == 1)
         assert in_flight(gateway) == 0
 
 

@@ -13,6 +13,7 @@ import pytest
 from gateway.server import Gateway
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -50,7 +51,7 @@ class Wire:
             self.writer.write(piece)
 
     async def answer(self, *, to_head: bool = False) -> Answered:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             line, *lines = head.decode().removesuffix("\r\n\r\n").split("\r\n")
             headers = dict(item.split(": ", 1) for item in lines)
@@ -68,7 +69,7 @@ class Wire:
         return body
 
     async def rest(self) -> bytes:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             return await self.reader.read()
 
 
@@ -255,7 +256,7 @@ async def test_clients_that_dawdle_are_not_waited_for(
         answer = await wire.rest()
 
         assert (b" 408 " in answer) == (status == 408)
-        await until(lambda: gateway.num_connections == 0, 3)
+        await until(lambda: gateway.num_connections == 0)
 
 
 async def test_a_long_answer_is_no_idle_connection() -> None:
@@ -306,7 +307,7 @@ async def test_a_client_that_takes_nothing_at_all_is_hung_up_on() -> None:
         writer.transport.abort()
 
 
-async def test_a_client_that_leaves_stops_the_engine_within_100_ms() -> None:
+async def test_a_client_that_leaves_stops_the_engine() -> None:
     async with (
         an_engine(word_gate=asyncio.Event()) as engine,
         a_gateway(a_table(an_endpoint(engine))) as gateway,
@@ -314,10 +315,9 @@ async def test_a_client_that_leaves_stops_the_engine_within_100_ms() -> None:
         async with a_wire(gateway) as wire:
             wire.send(a_post(json.dumps(a_chat(stream=True)).encode()))
             await wire.reader.readuntil(b"Hello")
-        left_at = asyncio.get_running_loop().time()
-        await until(lambda: engine.hung_up_on == 1)
 
-        assert asyncio.get_running_loop().time() - left_at < 0.1
+        await until(lambda: engine.hung_up_on == 1)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_connections_that_come_and_go_leave_nothing_behind() -> None:

@@ -18,6 +18,7 @@ from gateway.continuation import CannotContinue, Splice, check, continuation
 from gateway.transcript import Transcript
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -81,7 +82,7 @@ def a_request(path: str, **changes: Any) -> dict[str, Any]:
 
 async def events_of(session: aiohttp.ClientSession, path: str, asked: dict[str, Any]) -> list[Any]:
     """Every event of a stream, with what differs between any two requests made equal."""
-    async with asyncio.timeout(30), session.post(path, json=asked) as response:
+    async with asyncio.timeout(PATIENCE_S), session.post(path, json=asked) as response:
         text = await response.text()
         assert response.status == 200, text
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
@@ -190,15 +191,19 @@ async def test_a_stream_that_waits_for_its_next_engine_is_kept_open_by_comments(
     async with two_engines(heartbeat_s=0.05) as (first, second, client, _):
         await first.fail(kind="reset", after_tokens=9)
         await second.fail(kind="status", status=503)
-        asked = asyncio.create_task(client.post(CHAT, json=a_request(CHAT)))
-        await asyncio.sleep(0.5)
-        await first.fail(kind="none")
-        async with asyncio.timeout(30):
-            text = await (await asked).text()
+        said = b""
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            client.post(CHAT, json=a_request(CHAT)) as response,
+        ):
+            while said.count(b": the request waits\n\n") < 3:
+                said += await response.content.readany()
+                assert not response.content.at_eof()
+            await first.fail(kind="none")
+            said += await response.content.read()
 
-        assert text.count(": the request waits\n\n") >= 3
-        assert text.endswith("data: [DONE]\n\n")
-        assert '"error"' not in text
+        assert said.endswith(b"data: [DONE]\n\n")
+        assert b'"error"' not in said
 
 
 async def test_clients_that_ask_for_token_ids_get_all_of_them() -> None:

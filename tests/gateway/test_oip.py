@@ -298,8 +298,8 @@ async def test_a_cancelled_stream_stops_all_its_engines_work() -> None:
 
         stream.cancel()
 
-        await until(lambda: engine.hung_up_on == 2, 1)
-        await until(lambda: in_flight(gateway) == 0, 1)
+        await until(lambda: engine.hung_up_on == 2)
+        await until(lambda: in_flight(gateway) == 0)
 
 
 async def test_tritons_timeout_parameter_is_in_microseconds() -> None:

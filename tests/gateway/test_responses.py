@@ -16,6 +16,7 @@ from aiohttp import web
 from gateway.responses import holder_digits
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -244,7 +245,7 @@ async def test_who_waits_for_a_busy_holder_holds_nobody_up() -> None:
             held = [asyncio.create_task(created(client, **follow_up)) for _ in range(2)]
             await until(lambda: gateway.admission.queued("chat") == 1)
 
-            free = await asyncio.wait_for(created(client), 5)
+            free = await asyncio.wait_for(created(client), PATIENCE_S)
 
             assert free["from"] != mine["from"]
             holder.gate.set()

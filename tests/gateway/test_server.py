@@ -16,12 +16,13 @@ import grpc
 import pytest
 
 from gateway.errors import GatewayError, StartupFailed
-from gateway.ports import hold_port
+from gateway.ports import free_ports, hold_port
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
 from gateway.server import run
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -43,7 +44,7 @@ async def test_draining_lets_streams_finish_and_refuses_the_rest() -> None:
         a_client(gateway) as client,
     ):
         response = await client.post(CHAT, json=a_chat(stream=True))
-        draining = asyncio.create_task(gateway.drain(5))
+        draining = asyncio.create_task(gateway.drain(1000))
         await asyncio.sleep(0.01)
 
         for refused in (await client.post(CHAT, json=a_chat()), await client.get("/ready")):
@@ -54,7 +55,7 @@ async def test_draining_lets_streams_finish_and_refuses_the_rest() -> None:
 
         engine.word_gate.set()
         assert (await response.read()).endswith(b"[DONE]\n\n")
-        await asyncio.wait_for(draining, 1)
+        await asyncio.wait_for(draining, PATIENCE_S)
 
 
 async def test_an_answer_that_a_drain_has_waited_for_is_its_connections_last() -> None:
@@ -65,13 +66,13 @@ async def test_an_answer_that_a_drain_has_waited_for_is_its_connections_last() -
     ):
         answer = asyncio.create_task(client.post(CHAT, json=a_chat()))
         await until(lambda: engine.running == 1)
-        draining = asyncio.create_task(gateway.drain(5))
+        draining = asyncio.create_task(gateway.drain(1000))
         await asyncio.sleep(0.01)
         engine.gate.set()
 
         response = await answer
         assert (response.status, response.headers["connection"]) == (200, "close")
-        await asyncio.wait_for(draining, 1)
+        await asyncio.wait_for(draining, PATIENCE_S)
 
 
 async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() -> None:
@@ -89,8 +90,16 @@ async def test_what_still_runs_at_the_drain_deadline_is_ended_with_an_error() ->
         last = (await response.read()).split(b"\n\n")[-2]
         assert "shutting down" in json.loads(last[6:])["error"]["message"]
         assert (await queued).status == 503
-        await until(lambda: engine.hung_up_on == 1, 1)
+        await until(lambda: engine.hung_up_on == 1)
         assert in_flight(gateway) == 0
+
+
+def test_free_ports_are_distinct_and_can_be_listened_on() -> None:
+    found = free_ports(50)
+
+    assert len(set(found)) == 50
+    for port in found:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize("which", ["http_port", "grpc_port"])
@@ -171,7 +180,7 @@ async def test_sigterm_drains_the_process_and_it_ends_well(tmp_path: Path) -> No
         an_engine(word_gate=asyncio.Event()) as engine,
         a_process(tmp_path, engine.url) as (process, log),
     ):
-        await until(lambda: ports(log) != [], 20)
+        await until(lambda: ports(log) != [])
         base = f"http://127.0.0.1:{ports(log)[0][0]}"
         async with aiohttp.ClientSession(base) as client:
             response = await client.post(CHAT, json=a_chat(stream=True))
@@ -180,7 +189,7 @@ async def test_sigterm_drains_the_process_and_it_ends_well(tmp_path: Path) -> No
             assert (await client.post(CHAT, json=a_chat())).status == 503
             engine.word_gate.set()
             assert (await response.read()).endswith(b"[DONE]\n\n")
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
 
     access = [json.loads(line) for line in log if line.startswith("{")]
     assert sorted(line["status"] for line in access) == [200, 503]
@@ -193,7 +202,7 @@ async def test_sigterm_lets_grpc_streams_finish_and_refuses_new_calls(tmp_path: 
         an_engine(word_gate=asyncio.Event()) as engine,
         a_process(tmp_path, engine.url) as (process, log),
     ):
-        await until(lambda: ports(log) != [], 20)
+        await until(lambda: ports(log) != [])
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports(log)[0][1]}") as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             stream = stub.CompletionStream(request)
@@ -206,7 +215,7 @@ async def test_sigterm_lets_grpc_streams_finish_and_refuses_new_calls(tmp_path: 
             engine.word_gate.set()
             while (chunk := await stream.read()) is not grpc.aio.EOF:
                 words.append(chunk.choices[0].text)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
 
     assert "".join(words) == "Hello big world"
     assert "Traceback" not in "".join(log)
@@ -217,7 +226,7 @@ async def test_workers_share_a_port_and_their_metrics_and_end_together(tmp_path:
         an_engine() as engine,
         a_process(tmp_path, engine.url, "--workers", "2") as (process, log),
     ):
-        await until(lambda: len(ports(log)) == 2, 30)
+        await until(lambda: len(ports(log)) == 2)
         assert len(set(ports(log))) == 1
         base = f"http://127.0.0.1:{ports(log)[0][0]}"
         connector = aiohttp.TCPConnector(force_close=True)
@@ -229,7 +238,7 @@ async def test_workers_share_a_port_and_their_metrics_and_end_together(tmp_path:
                     await asyncio.sleep(0.1)
             assert await metric(client, "bora_gateway_in_flight") == 0
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
     assert "Traceback" not in "".join(log)
 
 
@@ -237,7 +246,7 @@ async def test_a_process_that_cannot_start_ends_with_2_and_one_line(tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         async with a_process(tmp_path, "http://127.0.0.1:9", "--http-port", port) as (process, log):
-            assert await asyncio.wait_for(process.wait(), 20) == 2
+            assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 2
 
     assert [line for line in log if line.startswith("error: cannot listen on")]
     assert "Traceback" not in "".join(log)

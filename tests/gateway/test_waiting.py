@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import aiohttp
 import pytest
@@ -85,7 +84,7 @@ async def test_a_client_that_leaves_leaves_the_queue() -> None:
         with pytest.raises(TimeoutError):
             await client.post(CHAT, json=a_chat(), timeout=aiohttp.ClientTimeout(total=0.1))
 
-        await until(lambda: gateway.admission.queued("chat") == 0, 1)
+        await until(lambda: gateway.admission.queued("chat") == 0)
 
 
 async def test_a_model_taken_out_of_the_table_is_404_for_those_who_wait() -> None:
@@ -205,30 +204,6 @@ async def test_a_new_table_keeps_running_streams_and_sends_new_requests_elsewher
         old.word_gate.set()
         assert (await response.read()).endswith(b"[DONE]\n\n")
         await until(lambda: in_flight(gateway) == 0)
-
-
-async def test_load_is_averaged_over_the_time_since_the_last_report() -> None:
-    async with (
-        an_engine(gate=asyncio.Event()) as engine,
-        a_gateway(a_table(an_endpoint(engine))) as gateway,
-        a_client(gateway) as client,
-    ):
-        gateway.admission.loads()
-        started = time.monotonic()
-        asked = ask(client)
-        await until(lambda: engine.running == 1)
-        await asyncio.sleep(0.1)
-        engine.gate.set()
-        await asked
-        busy_s = time.monotonic() - started
-        await asyncio.sleep(0.1)
-
-        load = gateway.admission.loads()["chat"]
-
-        period_s = time.monotonic() - started
-        assert load.in_flight == pytest.approx(busy_s / period_s, abs=0.15)
-        assert load.requests_total == 1
-        assert gateway.admission.loads()["chat"].in_flight == 0
 
 
 @pytest.mark.parametrize("loss", ["unreachable", "died before its answer"])

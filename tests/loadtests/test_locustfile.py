@@ -10,6 +10,22 @@ from typing import Any
 import loadtests
 
 LOCUSTFILE = Path(loadtests.__file__).with_name("locustfile.py")
+# Ends the run after so many answers, however long they take.
+ENOUGH = """
+import itertools
+import gevent
+from locust import events
+
+@events.init.add_listener
+def watch(environment, **_):
+    answers = itertools.count(1)
+
+    def count(request_type, **_):
+        if request_type == "POST" and next(answers) == 40:
+            gevent.spawn(environment.runner.quit)
+
+    environment.events.request.add_listener(count)
+"""
 
 
 @contextmanager
@@ -24,18 +40,22 @@ def simulated_engine(*flags: str) -> Iterator[str]:
             process.terminate()
 
 
-def locust(host: str, *options: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
+def locust(
+    folder: Path, host: str, *options: str
+) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
     """Exit status, and the rows of the report by request type and name."""
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--json"]
-    load = ["-u", "4", "-r", "4", "-t", "3s", "--host", host]
+    (enough := folder / "enough.py").write_text(ENOUGH)
+    files = f"{LOCUSTFILE},{enough}"
+    command = [sys.executable, "-m", "locust", "-f", files, "--headless", "--json"]
+    load = ["-u", "4", "-r", "4", "-t", "300s", "--host", host]
     done = subprocess.run([*command, *load, *options], capture_output=True, text=True, check=False)
     rows = json.loads(done.stdout)
     return done.returncode, {(row["method"], row["name"]): row for row in rows}
 
 
-def test_users_measure_ttft_and_itl_and_nothing_fails() -> None:
+def test_users_measure_ttft_and_itl_and_nothing_fails(tmp_path: Path) -> None:
     with simulated_engine("--speed", "5") as host:
-        status, rows = locust(host, "--stream-share", "0.5", "--max-tokens", "12")
+        status, rows = locust(tmp_path, host, "--stream-share", "0.5", "--max-tokens", "12")
 
     assert status == 0
     assert sum(row["num_failures"] for row in rows.values()) == 0
@@ -49,9 +69,9 @@ def test_users_measure_ttft_and_itl_and_nothing_fails() -> None:
     assert rows["GET", "/v1/models"]["num_requests"] == 4
 
 
-def test_refused_requests_are_failures() -> None:
+def test_refused_requests_are_failures(tmp_path: Path) -> None:
     with simulated_engine() as host:
-        status, rows = locust(host, "--model", "other", "-t", "1s")
+        status, rows = locust(tmp_path, host, "--model", "other")
 
     assert status == 1
     assert all(row["num_failures"] == row["num_requests"] > 0 for row in rows.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,13 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.context import Context
+from cluster.control_api import ControlClient
 from cluster.processes import free_ports
+from loadtests.steady_streams import SteadyStreams
 
 BORA = [sys.executable, "-m", "cluster"]
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float, period_s: float = 0.2) -> Any:
-    """The first true value of `condition`; fails after `timeout_s`."""
+PATIENCE_S = 300.0  # many times what anything here takes: it ends what never comes
+
+
+def eventually(
+    condition: Callable[[], Any], timeout_s: float = PATIENCE_S, period_s: float = 0.2
+) -> Any:
+    """The first true value of `condition`, however slow the machine; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -27,6 +34,11 @@ def eventually(condition: Callable[[], Any], timeout_s: float, period_s: float =
             return value
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
         time.sleep(period_s)
+
+
+def steady_streams(url: str) -> SteadyStreams:
+    """A slow machine is no gateway that does not answer."""
+    return SteadyStreams(url, "chat", patience_s=PATIENCE_S, sample_timeout_s=PATIENCE_S)
 
 
 class Bora:
@@ -55,13 +67,17 @@ class Bora:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait_ready(self, timeout_s: float = 300.0) -> None:
-        eventually(
-            lambda: "ready after" in self.said() or self.process.poll() is not None, timeout_s
-        )
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
+        self.wait_until(lambda: "ready after" in self.said(), timeout_s)
+
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
+        """Wait for `condition`; fails at once when `bora up` ends before."""
+        eventually(lambda: condition() or self.process.poll() is not None, timeout_s)
         assert self.process.poll() is None, self.said()
 
-    def command(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, timeout_s: float = PATIENCE_S
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*BORA, *arguments],
             env=self.env,
@@ -71,10 +87,13 @@ class Bora:
             check=False,
         )
 
+    def control(self) -> ControlClient:
+        """What the command line talks to, without its start of a second."""
+        context = Context.model_validate_json((self.state / "context.json").read_bytes())
+        return ControlClient(context.controller_url, context.token)
+
     def status(self) -> dict[str, Any]:
-        result = self.command("status", "--json")
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+        return self.control().status().model_dump(mode="json")
 
     def variant(self, model: str) -> dict[str, Any]:
         return next(variant for variant in self.status()["variants"] if variant["model"] == model)
@@ -93,10 +112,14 @@ class Bora:
                         found.append(int(entry.name))
         return found
 
-    def interrupt(self, timeout_s: float = 90.0) -> int:
+    def interrupt(self) -> int:
         """Ctrl-C; the exit status."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout_s)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait until `bora up` has ended; its exit status."""
+        return self.process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -106,8 +129,10 @@ def running_bora(state: Path, *arguments: str, http_port: int | None = None) -> 
     try:
         yield bora
     finally:
-        if bora.process.poll() is None:
-            bora.interrupt()
-        for pid in bora.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        try:
+            if bora.process.poll() is None:
+                bora.interrupt()
+        finally:  # what hangs, or was left, must not be in the next test's way
+            for pid in bora.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

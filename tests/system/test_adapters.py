@@ -19,7 +19,7 @@ from cluster.engines.vllm import VllmEngine
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from placement.plan import Plan, Variant
 from tests.lora_files import an_adapter
-from tests.system.harness import Bora, eventually, running_bora
+from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
 PROMPT = "The bora blows"
 SIM_FLEET = """
@@ -63,7 +63,7 @@ def ask(url: str, model: str, *, key: str = "none") -> tuple[int, Any]:
         headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -77,7 +77,7 @@ def text_of(url: str, model: str, **options: str) -> str:
 
 
 def cards(bora: Bora) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{bora.url}/v1/models", timeout=10) as response:
+    with urllib.request.urlopen(f"{bora.url}/v1/models", timeout=PATIENCE_S) as response:
         return {card["id"]: card for card in json.loads(response.read())["data"]}
 
 
@@ -92,7 +92,7 @@ def loaded(bora: Bora, name: str) -> int:
 
 
 def deploy(bora: Bora, fleet: str) -> None:
-    result = bora.command("deploy", fleet, timeout_s=180)
+    result = bora.command("deploy", fleet)
     assert result.returncode == 0, result.stderr
 
 
@@ -101,13 +101,13 @@ def bora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bora]:
     folder = tmp_path_factory.mktemp("adapted")
     sources = {"legal": an_adapter(folder / "legal", seed=1, num_layers=1)}
     with running_bora(folder / "state", a_fleet(folder, SIM_FLEET, sources)) as bora:
-        bora.wait_ready(120)
+        bora.wait_ready()
         yield bora
 
 
 @pytest.mark.ray
 def test_an_adapter_of_the_fleet_answers_from_the_start(bora: Bora) -> None:
-    eventually(lambda: loaded(bora, "legal") == 2, 10)
+    eventually(lambda: loaded(bora, "legal") == 2)
 
     assert text_of(bora.url, "legal") != text_of(bora.url, "chat")
     assert cards(bora)["legal"]["parent"] == "chat"
@@ -122,7 +122,7 @@ def test_adapters_come_and_go_while_the_engines_run_on(bora: Bora, tmp_path: Pat
         "missing": "/no/such/folder",
     }
     deploy(bora, a_fleet(tmp_path, SIM_FLEET, sources))
-    eventually(lambda: loaded(bora, "medical") == 2, 20)
+    eventually(lambda: loaded(bora, "medical") == 2)
 
     assert text_of(bora.url, "medical") != text_of(bora.url, "chat")
     status, refused = ask(bora.url, "legal")
@@ -147,11 +147,11 @@ def test_an_adapter_that_failed_is_loaded_once_its_files_are_there(
 ) -> None:
     late = tmp_path / "late"
     deploy(bora, a_fleet(tmp_path, SIM_FLEET, {"late": late}))
-    eventually(lambda: "late" in cards(bora), 10)
+    eventually(lambda: "late" in cards(bora))
     assert loaded(bora, "late") == 0
     an_adapter(late, seed=4, num_layers=1)
 
-    eventually(lambda: loaded(bora, "late") == 2, 30)
+    eventually(lambda: loaded(bora, "late") == 2)
 
 
 @pytest.mark.ray
@@ -160,12 +160,12 @@ def test_a_replica_that_died_has_its_adapters_again(bora: Bora, tmp_path: Path) 
         bora,
         a_fleet(tmp_path, SIM_FLEET, {"legal": an_adapter(tmp_path / "l", seed=1, num_layers=1)}),
     )
-    eventually(lambda: loaded(bora, "legal") == 2, 20)
+    eventually(lambda: loaded(bora, "legal") == 2)
     before = pids(bora)
     os.kill(min(before), signal.SIGKILL)
-    eventually(lambda: pids(bora) != before and len(pids(bora)) == 2, 60)
+    eventually(lambda: pids(bora) != before and len(pids(bora)) == 2)
 
-    eventually(lambda: loaded(bora, "legal") == 2, 20)
+    eventually(lambda: loaded(bora, "legal") == 2)
     for _ in range(8):
         assert ask(bora.url, "legal")[0] == 200
 
@@ -180,7 +180,7 @@ def of_vllm_itself(variant: Variant, adapter: Path, log: Path) -> str:
     process = start_guarded(command, log=log, env=launch.env, grace_s=5.0)
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: process.poll() is not None or is_healthy(url), 240, 1.0)
+        eventually(lambda: process.poll() is not None or is_healthy(url), period_s=1.0)
         assert process.poll() is None, tail(log, 30)
         return text_of(url, "legal", key="secret")
     finally:
@@ -202,7 +202,7 @@ def test_real_engines_answer_with_an_adapter_as_vllm_itself_would(tmp_path: Path
         bora.wait_ready()
         before = pids(bora)
         deploy(bora, a_fleet(tmp_path, VLLM_FLEET, {"legal": legal}))
-        eventually(lambda: loaded(bora, "legal") == 1, 30)
+        eventually(lambda: loaded(bora, "legal") == 1)
         of_model, of_adapter = text_of(bora.url, "chat"), text_of(bora.url, "legal")
         same_engine = pids(bora) == before
         deploy(bora, a_fleet(tmp_path, VLLM_FLEET, {}))

@@ -14,7 +14,7 @@ import pytest
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, POOL_LABEL
 from cluster.processes import free_ports
-from tests.system.harness import BORA
+from tests.system.harness import BORA, PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
@@ -35,8 +35,10 @@ def somebodys_ray(tmp_path: Path) -> Iterator[LocalRay]:
         labels={POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"},
         run_dir=tmp_path / "ray",
     )
-    yield ray
-    ray.stop()
+    try:
+        yield ray
+    finally:
+        ray.stop()
 
 
 async def test_deploy_installs_bora_and_down_takes_it_away(somebodys_ray: LocalRay, tmp_path: Path):
@@ -47,7 +49,12 @@ async def test_deploy_installs_bora_and_down_takes_it_away(somebodys_ray: LocalR
 
     def bora(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*BORA, *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+            [*BORA, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
 
     deployed = bora("deploy", str(fleet), "--address", somebodys_ray.address)
@@ -79,7 +86,7 @@ def test_deploying_where_no_ray_answers_is_exit_4(tmp_path: Path):
 
     command = [*BORA, "deploy", str(fleet), "--address", f"127.0.0.1:{port}"]
     result = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
     assert result.returncode == 4

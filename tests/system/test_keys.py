@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import eventually, running_bora
+from tests.system.harness import PATIENCE_S, eventually, running_bora
 
 pytestmark = pytest.mark.ray
 
@@ -34,7 +34,7 @@ def status_of(url: str, key: str | None) -> int:
         f"{url}/v1/completions", data=json.dumps(body).encode(), headers=headers
     )
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -44,19 +44,19 @@ def test_a_fleet_asks_for_keys_and_counts_what_they_use(tmp_path: Path) -> None:
     fleet = tmp_path / "fleet.yaml"
     fleet.write_text(FLEET)
     with running_bora(tmp_path / "state", str(fleet)) as bora:
-        bora.wait_ready(120)
+        bora.wait_ready()
         assert status_of(bora.url, None) == 401
 
         made = json.loads(bora.command("keys", "create", "acme", "--rpm", "3", "--json").stdout)
-        eventually(lambda: status_of(bora.url, made["key"]) == 200, 3)
-        statuses = {status_of(bora.url, made["key"]) for _ in range(3)}
-        assert statuses == {200, 429}
+        eventually(lambda: status_of(bora.url, made["key"]) == 200)
+        statuses = [status_of(bora.url, made["key"]) for _ in range(3)]
+        assert set(statuses) == {200, 429}
 
         def requests() -> int:
             used = json.loads(bora.command("usage", "--by", "tenant", "--json").stdout)["rows"]
             return sum(row["requests"] for row in used)
 
-        eventually(lambda: requests() == 3, 5)
+        eventually(lambda: requests() == 1 + statuses.count(200))
         bora.command("keys", "revoke", "acme")
-        eventually(lambda: status_of(bora.url, made["key"]) == 401, 3)
+        eventually(lambda: status_of(bora.url, made["key"]) == 401)
     assert (tmp_path / "state" / "keys.yaml").stat().st_mode & 0o777 == 0o600

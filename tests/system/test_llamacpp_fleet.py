@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from cluster import nano
 from placement.catalogue import CONFIGS
-from tests.system.harness import Bora, eventually, running_bora
+from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
 pytestmark = pytest.mark.system
 MODELS = ["nano-7b", "nano-mixtral"]
@@ -25,12 +24,14 @@ HELLO = [{"role": "user", "content": "Say hello."}]
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bora]:
     state = tmp_path_factory.mktemp("llamacpp") / "state"
     with running_bora(state, str(CONFIGS / "fleets" / "llamacpp.yaml")) as bora:
-        bora.wait_ready(120)
+        bora.wait_ready()
         yield bora
 
 
 def client_of(bora: Bora) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{bora.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(
+        base_url=f"{bora.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -68,17 +69,14 @@ def test_a_killed_engine_is_replaced_and_nothing_else_restarts(fleet: Bora):
     [engine] = psutil.Process(before["nano-mixtral"]).children()
 
     os.kill(engine.pid, signal.SIGKILL)
-    killed_s = time.monotonic()
 
     def replaced() -> bool:
         replicas = fleet.variant("nano-mixtral")["replicas"]
         return any(r["pid"] != before["nano-mixtral"] and r["state"] == "ready" for r in replicas)
 
-    eventually(replaced, 30)
-    took_s = time.monotonic() - killed_s
+    eventually(replaced)
     answer = client_of(fleet).completions.create(model="nano-mixtral", prompt="Hi", max_tokens=4)
     assert answer.usage.completion_tokens == 4
-    assert took_s < 30, f"{took_s:.0f} s"
     after = {v["model"]: v["replicas"][0]["pid"] for v in fleet.status()["variants"]}
     assert after["nano-7b"] == before["nano-7b"]
 
@@ -86,9 +84,9 @@ def test_a_killed_engine_is_replaced_and_nothing_else_restarts(fleet: Bora):
 def test_down_leaves_no_process(fleet: Bora):
     assert len(fleet.processes()) > 5
 
-    assert fleet.command("down", timeout_s=120).returncode == 0
+    assert fleet.command("down").returncode == 0
 
-    assert fleet.process.wait(10) == 0
+    assert fleet.ended() == 0
     assert fleet.processes() == []
 
 
@@ -97,7 +95,7 @@ def test_a_gguf_file_is_served_by_its_path(tmp_path: Path):
     file.write_bytes(nano.ensure_gguf("nano-7b", "q8_0").read_bytes())
 
     with running_bora(tmp_path / "state", "--model", str(file)) as bora:
-        bora.wait_ready(120)
+        bora.wait_ready()
 
         answer = client_of(bora).completions.create(model="mine", prompt="Hi", max_tokens=4)
         assert answer.usage.completion_tokens == 4

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
-from cluster.processes import free_ports, start_guarded, stop_guarded
-from tests.system.harness import BORA, eventually
+from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from tests.system.harness import BORA, PATIENCE_S, eventually
 
 pytestmark = pytest.mark.ray
 
@@ -34,18 +35,17 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
         "zone": "a",
     }  # fmt: skip
     ray = start_local_ray(resources={SLOT: 4.0}, num_gpus=0, labels=labels, run_dir=folder)
-    log = folder / "second.log"
-    second = join(ray, {POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"}, num_gpus=8, log=log)
-    eventually(lambda: "Ray runtime started" in log.read_text(), 60)
-    yield ray
-    stop_guarded(second, 60)
-    ray.stop()
+    try:
+        with joined(ray, {POOL_LABEL: "h100", GPU_LABEL: "H100-SXM"}, num_gpus=8, folder=folder):
+            yield ray
+    finally:
+        ray.stop()
 
 
-def join(
-    ray: LocalRay, labels: dict[str, str], *, num_gpus: int, log: Path
-) -> subprocess.Popen[bytes]:
+@contextmanager
+def joined(ray: LocalRay, labels: dict[str, str], *, num_gpus: int, folder: Path) -> Iterator[None]:
     """One more Ray node on this machine."""
+    log = folder / "second.log"
     agent, agent_grpc, metrics = free_ports(3)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", ray.address]
     command += ["--node-ip-address", "127.0.0.1", "--num-gpus", str(num_gpus)]
@@ -53,7 +53,13 @@ def join(
     command += ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
     command += ["--dashboard-agent-grpc-port", str(agent_grpc)]
     command += ["--object-store-memory", str(100 * 2**20), "--num-cpus", "1", "--block"]
-    return start_guarded(command, log=log, env=ray.env, grace_s=2)
+    node = start_guarded(command, log=log, env=ray.env, grace_s=2)
+    try:
+        eventually(lambda: "Ray runtime started" in tail(log, 200) or node.poll() is not None)
+        assert node.poll() is None, tail(log, 40)
+        yield
+    finally:
+        stop_guarded(node, PATIENCE_S)
 
 
 @pytest.fixture
@@ -62,7 +68,12 @@ def bora(box: LocalRay, tmp_path: Path) -> Run:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*BORA, *arguments], env=env, capture_output=True, text=True, timeout=200, check=False
+            [*BORA, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
 
     return run
@@ -117,7 +128,7 @@ def test_a_simulated_fleet_goes_on_with_a_warning_and_its_story_is_told(
         return kinds if "mismatch" in kinds else {}
 
     try:
-        kinds = eventually(told, 30)
+        kinds = eventually(told)
         assert {"node-joined", "deployed", "replica-started", "replica-ready"} <= kinds.keys()
         assert "gpu-count" in kinds["mismatch"]["text"]
         assert kinds["replica-ready"]["node"]
@@ -135,7 +146,7 @@ def test_the_doctor_examines_this_machine_without_ray(tmp_path: Path):
     env = {**os.environ, "BORA_STATE": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
     command = [*BORA, "doctor", "--quick", "--json"]
 
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)  # noqa: PLW1510
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)  # noqa: PLW1510
 
     found = {row["check"]: row for row in rows(result)}
     assert {"driver", "GPUs", "versions", "disk", "memory", "models", "clock"} <= found.keys()

@@ -27,7 +27,7 @@ from placement.spec import dump_yaml
 
 API_KEY = "secret"
 _NO_BLANKS = '{"backend": "xgrammar", "disable_any_whitespace": true}'
-_PATIENCE_S = 180.0
+_PATIENCE_S = 600.0
 _CHAT_TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}"
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
