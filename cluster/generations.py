@@ -68,9 +68,14 @@ class Census:
 
 
 def bundle(variant: Variant) -> dict[str, float]:
-    """Ray resources of one replica: all its GPUs (or slots) on one node."""
+    """Ray resources of one replica on one node: all its GPUs (or slots) there."""
     resource = SLOT if variant.gpu == "cpu" else "GPU"
-    return {resource: float(_devices(variant))}
+    return {resource: float(_devices(variant) // variant.shape.num_nodes)}
+
+
+def bundles(variant: Variant) -> list[dict[str, float]]:
+    """Of a replica on all of its nodes, which are equal; the leader's first."""
+    return [bundle(variant) for _ in range(variant.shape.num_nodes)]
 
 
 def _devices(variant: Variant) -> int:
