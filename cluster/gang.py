@@ -111,9 +111,10 @@ class GangFollower:
         )
 
     async def _end_when_forgotten(self) -> None:
-        await asyncio.sleep(max(0.0, self._asked_s + LEASE_S - time.monotonic()))
-        if time.monotonic() - self._asked_s < LEASE_S:
-            await self._end_when_forgotten()
+        left_s = LEASE_S
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            left_s = self._asked_s + LEASE_S - time.monotonic()
         await asyncio.to_thread(self._engine.kill)
         os._exit(1)
 
