@@ -41,6 +41,7 @@ from cluster.messages import (
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.ray_fetch import RayFetch
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
@@ -48,6 +49,7 @@ from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
+from cluster.weight_events import WeightEvents
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
@@ -79,6 +81,7 @@ class Controller:
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
         self._events = EventLog(self._run_dir / EVENTS_FILE)
+        self._weights = WeightEvents(self._events)
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
@@ -94,6 +97,7 @@ class Controller:
             events=self._events,
             take=census.take,
             drain_node=census.drain_node,
+            fetch=RayFetch(str(self._run_dir / "logs")),
         )
         self._settled_s = 0.0  # until then (monotonic) gateways keep the table that they have
         self._gateway_failure = ""
@@ -143,6 +147,7 @@ class Controller:
         """
         await self.start()
         report = ReplicaReport.model_validate_json(text)
+        self._weights.heard(time.time(), report)
         adapters_changed = self._note_adapters(report)
         if self._registry.report(report, time.monotonic()):
             self._events.replica(time.time(), report)
@@ -293,7 +298,8 @@ class Controller:
                     wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
                     load=self._autoscaler.load(variant.model, *variant.adapters),
                     events=self._events,
-                    failure=self._failures.get(key_of(variant), ""),
+                    failure=self._failures.get(key_of(variant), "")
+                    or self._lifecycle.prefetch.failure([variant]),
                     lifecycle=self._lifecycle,
                     now_s=now_s,
                 )

@@ -145,6 +145,10 @@ class EngineProcess:
                     engine.kill()
             self.stop()
 
+    def note_stage(self, stage: str) -> None:
+        """What goes on before the engine starts."""
+        self.stage = stage
+
     def log_tail(self) -> str:
         """The last lines of the engine's output."""
         return tail(self.log, LOG_TAIL_LINES)

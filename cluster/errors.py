@@ -3,6 +3,8 @@
 ClusterError
 ├── ClusterUnreachable   no cluster, controller or gateway answers (exit code 4)
 ├── EngineFailed         an engine did not start; its last log lines are in the message (5)
+├── WeightsMissing       a checkpoint cannot be brought to a node (5)
+│   └── HubUnreachable   nothing answers where the model hub should be
 ├── AdapterFailed        a LoRA adapter could not be loaded; its engine serves on
 ├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
 ├── PortInUse            (2)
@@ -28,6 +30,16 @@ class EngineFailed(ClusterError):
     """An engine ended before it was ready."""
 
     exit_code = 5
+
+
+class WeightsMissing(ClusterError):
+    """A checkpoint is neither on this node nor can it be brought there."""
+
+    exit_code = 5
+
+
+class HubUnreachable(WeightsMissing):
+    """No answer, or one of a server in trouble: later it may go."""
 
 
 class AdapterFailed(ClusterError):

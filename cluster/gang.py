@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import checkpoints
+from cluster import weights
 from cluster.engine_process import EngineProcess
 from cluster.engines.adapter import Rank
 from cluster.engines.kinds import ENGINES
@@ -78,7 +78,9 @@ class GangFollower:
     async def prepare(self) -> None:
         """Hold the GPUs and have the weights here, so that all ranks can start at once."""
         self._seat = await asyncio.to_thread(with_gpus, self._seat, self._variant, self._name)
-        self._checkpoint = await asyncio.to_thread(checkpoints.locate, self._variant)
+        self._checkpoint = await weights.bring(
+            self._variant, self._engine.log, self._engine.note_stage
+        )
 
     async def launch(self, num_nodes: int, master_host: str, master_port: int) -> None:
         """Start this node's share; returns at once."""

@@ -25,6 +25,7 @@ from cluster.generations import RUNNING, Census, Deployed, GenerationKey, key_of
 from cluster.messages import Drained, DrainRequest, EventKind, ReplicaReport
 from cluster.placement_check import NodeFacts
 from cluster.places import Places
+from cluster.prefetch import NodeFetch, Prefetch
 from cluster.registry import Registry
 from cluster.rollout import Incoming, Outgoing, outgoing_targets
 from placement.errors import ConfigError, UnknownName
@@ -59,6 +60,8 @@ class Counts(Protocol):
 class Lifecycle:
     """Holds the last census, which `take` makes; `drain_node` empties a node (`cluster.census`).
 
+    `fetch` brings weights to nodes ahead of roll-outs.
+
     What happens is told to `events`; `variants()` are the plan's.
     """
 
@@ -72,6 +75,7 @@ class Lifecycle:
         events: EventLog,
         take: Callable[[], Census],
         drain_node: Callable[[str, str, float], None],
+        fetch: NodeFetch,
     ) -> None:
         self._take = take
         self._drain_node = drain_node
@@ -81,6 +85,7 @@ class Lifecycle:
         self._variants = variants
         self._events = events
         self.places = Places(registry, events)
+        self.prefetch = Prefetch(fetch, events)
         self._census: Census | None = None
         self._retiring: dict[str, _Retirement] = {}
         self._drained: set[str] = set()  # nodes that Ray will place nothing on
@@ -110,6 +115,7 @@ class Lifecycle:
     def forgive(self) -> None:
         """A new plan: what failed may be tried again."""
         self._failing.clear()
+        self.prefetch.keep(())
 
     def outgoing(self) -> list[Variant]:
         """Shapes that still run although the plan has others for their models."""
@@ -281,6 +287,7 @@ class Lifecycle:
         """One step of every model's roll-out."""
         variants = self._variants()
         wanted = {key_of(variant) for variant in variants}
+        self.prefetch.keep(wanted)
         for model in {variant.model for variant in variants}:
             all_ = {key: d for key, d in now.generations.items() if d.model == model}
             served = {key: d for key, d in all_.items() if not d.deleting}
@@ -293,12 +300,23 @@ class Lifecycle:
                 continue
             new = {key: d for key, d in served.items() if key in wanted}
             promised = sum(self._autoscaler.target(v) for v in variants if v.model == model)
-            incoming = self._incoming(model, new, now)
+            there = self._fetched(model, [served[key] for key in old], now)
+            incoming = self._incoming(model, new, now, fetched=there)
             targets = outgoing_targets(old, incoming, promised)
             if targets != {key: each.target for key, each in old.items()}:
                 self._freed_s[model] = now.begun_s
             await self._step(targets, old)
             self._tell(model, old, incoming, promised)
+
+    def _fetched(self, model: str, old: Iterable[Deployed], now: Census) -> bool:
+        """Whether weights of what comes are wherever the model serves; they are brought there."""
+        homes = {each.node_id for one in old for each in one.replicas if each.state in RUNNING}
+        nodes = [(home, now.nodes[home].name, now.nodes[home].pool) for home in sorted(homes)
+                 if home in now.nodes]  # fmt: skip
+        return self.prefetch.want(self._variants_of(model), nodes)
+
+    def _variants_of(self, model: str) -> list[Variant]:
+        return [variant for variant in self._variants() if variant.model == model]
 
     def _outgoing(self, key: GenerationKey, served: Deployed) -> Outgoing:
         reports = self._registry.of_generation(key)
@@ -310,7 +328,7 @@ class Lifecycle:
         )
 
     def _incoming(
-        self, model: str, served: Mapping[GenerationKey, Deployed], now: Census
+        self, model: str, served: Mapping[GenerationKey, Deployed], now: Census, *, fetched: bool
     ) -> Incoming:
         replicas = [each for one in served.values() for each in one.replicas]
         starting = [each for each in replicas if each.state == "STARTING"]
@@ -328,7 +346,7 @@ class Lifecycle:
         stuck = now.begun_s - self._freed_s.get(model, 0.0) > NO_ROOM_S
         return Incoming(
             ready=ready,
-            no_room=stuck and bool(waiting) and len(waiting) == len(starting),
+            no_room=fetched and stuck and bool(waiting) and len(waiting) == len(starting),
             failing=any(key in self._failing for key in served),
             gave_up=any(each.gave_up for each in served.values()),
         )
@@ -353,6 +371,10 @@ class Lifecycle:
                 self._note(model, "rollout", text)
         elif model not in self._rollouts:
             self._note(model, "rollout", "begun")
+        if why := self.prefetch.failure(self._variants_of(model)):
+            text = f"stopped, its weights cannot be fetched: {why}"
+        if stage := self.prefetch.stage(self._variants_of(model)):
+            text += f"; {stage}"
         self._rollouts[model] = text
 
     def _note(self, model: str, kind: EventKind, text: str) -> None:

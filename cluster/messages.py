@@ -16,7 +16,7 @@ EventKind = Literal[
     "note", "replica-started", "replica-ready", "replica-unhealthy", "replica-draining",
     "replica-stopped", "replica-died", "replica-lost", "scaled", "deployed", "deleted", "drained",
     "calibration", "gateway", "node-joined", "node-lost", "node-unprobed", "mismatch",
-    "rollout", "no-place", "adapter",
+    "rollout", "no-place", "adapter", "weights",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from placement.catalogue import ModelSpec, Precision
 from placement.errors import ConfigError
@@ -45,9 +46,15 @@ class RemoteFile:
 
 
 def remote_subject(
-    repo: str, *, precision: Precision | None = None, endpoint: str | None = None
+    repo: str,
+    *,
+    revision: str | None = None,
+    precision: Precision | None = None,
+    endpoint: str | None = None,
 ) -> Subject:
     """The model in a repository, its sizes from the headers of its weight files.
+
+    `revision`: a branch, a tag or a commit; None: the main branch.
 
     A repository of GGUF files has one for each quantisation: the one named like `precision`, or the
     only one.
@@ -56,8 +63,9 @@ def remote_subject(
         ConfigError: the hub cannot be reached, there is no such repository or no model in it, or
             its files are damaged.
     """
-    files = _files(repo, endpoint)
-    by_path = {PurePosixPath(file.name).relative_to(repo).as_posix(): file for file in files}
+    root = repo if revision is None else f"{repo}@{quote(revision, safe='')}"
+    files = _files(root, endpoint)
+    by_path = {file.name.removeprefix(f"{root}/"): file for file in files}
     for config in ("config.json", "params.json"):
         if config in by_path:
             model = model_from_config(repo, _json(by_path[config]), repo)
@@ -66,12 +74,12 @@ def remote_subject(
     return _gguf_subject(repo, files, precision)
 
 
-def cached_config(repo: str) -> ModelSpec | None:
+def cached_config(repo: str, revision: str | None = None) -> ModelSpec | None:
     """The model by its configuration in the local Hugging Face cache, or None."""
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - slow to import
 
     for name in ("config.json", "params.json"):
-        path = try_to_load_from_cache(repo, name)
+        path = try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(path, str):
             try:
                 config = json.loads(Path(path).read_text(encoding="utf-8"))

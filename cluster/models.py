@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
+from cluster import checkpoints
+from cluster.errors import HubUnreachable, WeightsMissing
 from placement.catalogue import Catalogue, ModelSpec, Precision
 from placement.errors import ConfigError, UnknownName
 from placement.fit_checkpoints import Subject
 from placement.fleet import FleetSpec
 from placement.gguf_weights import weights_from_header
 from placement.headers.model_files import local_model
+from placement.plan import Plan
 
 
 def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
@@ -23,7 +30,7 @@ def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
         try:
             catalogue.model(wanted.model)
         except UnknownName:
-            subject = find_subject(wanted.model, catalogue, partial=False)
+            subject = find_subject(wanted.model, catalogue, revision=wanted.revision, partial=False)
             model = subject.model.model_copy(update={"name": wanted.model})
             catalogue = catalogue.with_model(model, subject.gguf)
     return catalogue
@@ -34,12 +41,14 @@ def find_subject(
     catalogue: Catalogue,
     *,
     precision: Precision | None = None,
+    revision: str | None = None,
     partial: bool = True,
 ) -> Subject:
     """The model called `name`: an entry, a folder, a `.gguf` file or a Hugging Face repository.
 
     With `partial`, part of a catalogue name will do when only one entry has it. Files are read as
-    far as their headers; `precision` chooses in a repository of several GGUF files.
+    far as their headers; `precision` chooses in a repository of several GGUF files,
+    `revision` among the versions of a repository.
 
     Raises:
         UnknownName: none of these; with the nearest names.
@@ -58,8 +67,70 @@ def find_subject(
     if len(matching) == 1:
         return Subject(matching[0])
     if name.count("/") == 1:
-        return _remote(name, precision)
+        return _remote(name, revision, precision)
     raise unknown
+
+
+class Commits(Protocol):
+    """Who knows what revisions stand for."""
+
+    def commit(self, repo: str, revision: str) -> str:
+        """The commit of `revision` now."""
+        ...
+
+
+def pinned(plan: Plan, running: Plan | None = None, hub: Commits | None = None) -> Plan:
+    """`plan` with the commits that its revisions stand for now, so that all replicas load the same.
+
+    `hub` is asked, by default $HF_ENDPOINT. Where it does not say, those of the `running` plan stay;
+    of what it says nothing about, every node takes what it finds.
+    """
+    known = {
+        (variant.checkpoint, variant.revision): variant.commit
+        for variant in (running.variants if running is not None else ())
+        if variant.commit
+    }
+    wanted = [variant for variant in plan.variants if checkpoints.to_download(variant) is not None]
+    for variant in wanted:
+        if re.fullmatch(r"[0-9a-f]{40}", variant.revision):
+            known[variant.checkpoint, variant.revision] = variant.revision
+    asked = {
+        (variant.checkpoint, variant.revision)
+        for variant in wanted
+        if not variant.model_cache.offline
+        and variant.revision != known.get((variant.checkpoint, variant.revision))
+    }
+    if asked and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
+        known |= _commits(asked, hub)
+    return plan.model_copy(
+        update={
+            "variants": tuple(
+                variant.model_copy(
+                    update={"commit": known.get((variant.checkpoint, variant.revision), "")}
+                )
+                if variant in wanted
+                else variant
+                for variant in plan.variants
+            )
+        }
+    )
+
+
+def _commits(asked: Iterable[tuple[str, str]], hub: Commits | None) -> dict[tuple[str, str], str]:
+    """Of those that the hub tells us; a host with a token may be told more later."""
+    if hub is None:
+        from cluster.hub import Hub  # noqa: PLC0415 - imports huggingface_hub
+
+        hub = Hub(attempts=1)
+    found = {}
+    for repo, revision in sorted(asked):
+        try:
+            found[repo, revision] = hub.commit(repo, revision)
+        except HubUnreachable:
+            break
+        except WeightsMissing:
+            continue
+    return found
 
 
 def _local(path: Path) -> Subject:
@@ -70,13 +141,13 @@ def _local(path: Path) -> Subject:
     return Subject(model, from_headers=sized)
 
 
-def _remote(repo: str, precision: Precision | None) -> Subject:
+def _remote(repo: str, revision: str | None, precision: Precision | None) -> Subject:
     from cluster import model_headers  # noqa: PLC0415 - imports huggingface_hub, rarely needed
 
     try:
-        return model_headers.remote_subject(repo, precision=precision)
+        return model_headers.remote_subject(repo, revision=revision, precision=precision)
     except ConfigError:
-        cached = model_headers.cached_config(repo)
+        cached = model_headers.cached_config(repo, revision)
         if cached is None:
             raise
         return Subject(cached)

@@ -18,10 +18,10 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster import checkpoints
+from cluster import weights
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
-from cluster.errors import EngineFailed
+from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE
@@ -95,7 +95,7 @@ class Replica:
             engine.stage = "assembling the gang"
             await self._gang.assemble()
         engine.stage = "waiting for weights"
-        checkpoint = await asyncio.to_thread(checkpoints.locate, variant)
+        checkpoint = await weights.bring(variant, engine.log, engine.note_stage)
         self._seat = await asyncio.to_thread(with_gpus, self._seat, variant, self._id)
         if self._gang is None:
             await engine.start(checkpoint, self._seat.devices)
@@ -112,9 +112,7 @@ class Replica:
     async def _fail(self, error: Exception, engine: EngineProcess) -> None:
         """Tell why, in the engine's own last words where it ended by itself; leave nothing behind."""
         ended = isinstance(error, EngineFailed) and engine.ended and not self._gang
-        self._failure = (
-            "" if ended else str(error) if isinstance(error, EngineFailed) else repr(error)
-        )
+        self._failure = "" if ended else _told(error)
         self._state = "failed"
         await self._report()
         await asyncio.to_thread(engine.kill)
@@ -245,6 +243,10 @@ class Replica:
             weights_bytes=engine.facts.weights_bytes,
             **self._features.report(),
         )
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ClusterError) else repr(error)
 
 
 def _controller() -> Any:

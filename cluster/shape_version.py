@@ -13,6 +13,6 @@ def shape_version(variant: Variant) -> str:
     Replica bounds, scaling, aliases and predictions may change under a running engine.
     """
     keep = {"model", "catalogue_model", "checkpoint", "checkpoint_format", "pool", "simulated_gpu"}
-    text = variant.model_dump_json(include=keep)
+    text = variant.model_dump_json(include=keep) + variant.commit
     shape = variant.shape.model_dump_json(exclude={"prediction"})
     return hashlib.sha256((text + shape).encode()).hexdigest()[:16]

@@ -232,6 +232,8 @@ def _why(before: Variant, after: Variant) -> str:
     """What differs, in the words of the plan."""
     if before.checkpoint != after.checkpoint:
         return f"checkpoint {before.checkpoint} -> {after.checkpoint}"
+    if before.commit != after.commit:
+        return f"commit {before.commit[:12] or '?'} -> {after.commit[:12] or '?'}"
     old, new = before.shape.model_dump(), after.shape.model_dump()
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_layers")
@@ -288,5 +290,5 @@ def _gpus(placement: Sequence[NodeGpus]) -> frozenset[Gpu]:
 def _engine(variant: Variant) -> str:
     """What an engine process is: another text, another process."""
     keep = {"model", "catalogue_model", "checkpoint", "checkpoint_format", "pool", "simulated_gpu"}
-    text = variant.model_dump_json(include=keep)
+    text = variant.model_dump_json(include=keep) + variant.commit
     return text + variant.shape.model_dump_json(exclude={"prediction"})

@@ -9,20 +9,27 @@ from placement.catalogue import Catalogue
 from placement.errors import UnknownName
 from placement.plan import Plan, Variant
 
+SIM_FETCH = "--sim-fetch-weights"  # has a simulated engine fetch what a real one would
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def checkpoint_bytes(plan: Plan, catalogue: Catalogue) -> dict[str, dict[str, int]]:
     """By pool, bytes of each Hugging Face repository that engines there download.
 
-    Simulated engines, nano models and folders download nothing.
+    Simulated engines, nano models and folders download nothing; a cache that evicts makes room.
     """
     needed: dict[str, dict[str, int]] = {}
     for variant in plan.variants:
-        if variant.shape.engine != "sim" and _REPO.fullmatch(variant.checkpoint):
+        if is_downloaded(variant) and variant.model_cache.max_gib is None:
             pool = needed.setdefault(variant.pool, {})
             pool[variant.checkpoint] = _size(variant, catalogue)
     return needed
+
+
+def is_downloaded(variant: Variant) -> bool:
+    """Whether its engines need files of a Hugging Face repository, unless a path has that name."""
+    simulated = variant.shape.engine == "sim" and SIM_FETCH not in variant.shape.engine_args
+    return not simulated and _REPO.fullmatch(variant.checkpoint) is not None
 
 
 def _size(variant: Variant, catalogue: Catalogue) -> int:

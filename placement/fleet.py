@@ -18,6 +18,7 @@ from pydantic import (
 
 from placement.catalogue import Precision
 from placement.errors import nearest
+from placement.model_cache import ModelCacheSpec
 from placement.routing_policy import RoutingPolicy
 from placement.serving_features import ExpertBalance, LoraLimits
 from placement.spec import Spec
@@ -125,6 +126,7 @@ class Canary(Spec):
     weight: float = Field(gt=0.0, lt=1.0, description="Share of the requests that it gets.")
     replicas: PositiveInt = Field(default=1, description="Its replicas; they do not scale.")
     model: str | None = Field(default=None, description="Another checkpoint.")
+    revision: str | None = Field(default=None, description="Another one of the repository.")
     precision: tuple[Precision, ...] | None = Field(
         default=None, description="Other checkpoints of the model."
     )
@@ -138,8 +140,8 @@ class Canary(Spec):
     def _something_differs(self) -> Self:
         if not self.model_dump(exclude={"weight", "replicas"}, exclude_none=True):
             raise ValueError(
-                "a canary differs from its model in `model`, `precision`, `max_model_len`, "
-                "`max_num_seqs` or `engine_args`; give what is new"
+                "a canary differs from its model in `model`, `revision`, `precision`, "
+                "`max_model_len`, `max_num_seqs` or `engine_args`; give what is new"
             )
         return self
 
@@ -154,6 +156,13 @@ class FleetModel(Spec):
     )
     aliases: tuple[str, ...] = Field(default=(), description="Other names that clients may send.")
     model: str = Field(description="Catalogue name, Hugging Face repo id or path.")
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        pattern=r"^[\w.-]+(/[\w.-]+)*$",
+        description="Branch, tag or commit of the repository; None: `main`. Branches and tags are "
+        "those of the moment of the deployment.",
+    )
     precision: Literal["any"] | tuple[Precision, ...] = Field(
         default="any", description="Checkpoints that may be used; `any`: the planner chooses."
     )
@@ -370,6 +379,9 @@ class FleetSpec(Spec):
         default=3600.0,
         description="How long a plan is expected to last: moving a running replica must pay for "
         "itself within it.",
+    )
+    model_cache: ModelCacheSpec = Field(
+        default=ModelCacheSpec(), description="Downloaded checkpoints on the nodes."
     )
     gateway: GatewaySpec = Field(default=GatewaySpec(), description="The front door.")
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
+from placement.model_cache import ModelCacheSpec
 from placement.routing_policy import RoutingPolicy
 from placement.spec import Spec
 
@@ -110,6 +111,11 @@ class Variant(Spec):
     catalogue_model: str = Field(description="Catalogue name, or the path or repo id given.")
     checkpoint: str = Field(description="Where the weights come from.")
     checkpoint_format: Literal["hf", "mistral", "gguf"] = "hf"
+    revision: str = Field(default="main", description="Of the repository: branch, tag or commit.")
+    commit: str = Field(
+        default="", description="That `revision` stood for when it was deployed; empty: unknown."
+    )
+    model_cache: ModelCacheSpec = ModelCacheSpec()
     pool: str
     gpu: str
     simulated_gpu: str | None = None

@@ -53,6 +53,7 @@ def make_plan(
     chosen, robustness = _prefer_robust(question, chosen, limits or Limits(), fleet)
     picked = refine(question, chosen.counts)
     variants = make_variants(question, picked, catalogue, running)
+    cache = {"model_cache": fleet.model_cache}
     unmet = [
         problem
         for model, options in enumerate(found)
@@ -69,7 +70,7 @@ def make_plan(
         currency=inventory.currency,
         gpus_used=sum(variant.replicas * variant.gpus_per_replica for variant in variants),
         gpus_total=sum(pool.nodes * pool.gpus_per_node for pool in inventory.pools),
-        variants=variants,
+        variants=tuple(each.model_copy(update=cache) for each in variants),
         unmet=tuple(unmet),
         rejected=(*(entry for each in found for entry in each.rejected), *question.dominated),
         robustness=robustness,

@@ -247,6 +247,7 @@ def _variant(
         catalogue_model=model.name,
         checkpoint=candidate.checkpoint.source,
         checkpoint_format=candidate.checkpoint.format,
+        revision=wish.revision or "main",
         pool=pool,
         gpu=option.gpu.name,
         simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster.cli.cached import show_cached
 from cluster.cli.render import page_console
 from placement.catalogue import load_catalogue
 from placement.parameters import count_parameters
@@ -21,8 +22,17 @@ def register(app: typer.Typer) -> None:
     app.command()(gpus)
 
 
-def models(*, json_: Json = False) -> None:
+def models(
+    *,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Instead: what this host has downloaded.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """The models in the catalogue."""
+    if cached:
+        show_cached(json_=json_)
+        return
     entries = load_catalogue().models.values()
     if json_:
         print(json.dumps([entry.model_dump(mode="json") for entry in entries]))  # noqa: T201

@@ -25,6 +25,7 @@ from cluster.errors import ClusterError, EngineFailed
 from cluster.facts_file import FACTS_FILE, keep_facts
 from cluster.gateway_ports import checked_ports
 from cluster.local_ray import remove_tmpdir, use_own_token
+from cluster.models import pinned
 from cluster.processes import free_ports
 from placement.found_inventory import with_findings
 from placement.inventory import Inventory
@@ -59,7 +60,7 @@ def deploy(
     client = _client(running or context.require())
     nodes = probed_nodes(client, console)
     before = client.plan()
-    plan = feasible(solve(fleet, inventory, before), console)
+    plan = pinned(feasible(solve(fleet, inventory, before), console), before)
     declared = nodes.declared if inventory is None else load_yaml(inventory, Inventory)
     if declared is not None and not trust_inventory:
         require_truth(plan, declared, nodes.nodes, calibrated_catalogue(), console)
@@ -128,7 +129,7 @@ def _install_and_deploy(
     declared = bootstrap.inventory() if inventory is None else load_yaml(inventory, Inventory)
     found = bootstrap.probe_nodes(lambda text: console.print(f"probed {text}", markup=False))
     offered = with_findings(declared, found) if inventory is None else declared
-    plan = feasible(solve_on(fleet, offered), console)
+    plan = pinned(feasible(solve_on(fleet, offered), console))
     if not trust_inventory:
         require_truth(plan, declared, found, calibrated_catalogue(), console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})

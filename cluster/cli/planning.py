@@ -20,7 +20,7 @@ from cluster.cli.plan_svg import plan_svg
 from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
-from cluster.models import catalogue_for
+from cluster.models import catalogue_for, pinned
 from placement.canary import apart, merged, with_canaries
 from placement.catalogue import Catalogue
 from placement.changes import migration
@@ -102,7 +102,7 @@ def diff(
     """What deploying this fleet would change: replicas, bytes to load, lost capacity, cost."""
     offered = inventory_for(inventory, calibrated_catalogue())
     running = load_yaml(from_, Plan) if from_ is not None else _running_plan()
-    answer = solve_on(fleet, offered, running)
+    answer = pinned(solve_on(fleet, offered, running), running)
     moved = migration(running, answer)
     if json_:
         print(moved.model_dump_json())  # noqa: T201

@@ -30,7 +30,7 @@ from cluster.gateway_ports import checked_ports
 from cluster.installation import Installation, install
 from cluster.local_inventory import POOL, local_inventory
 from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray
-from cluster.models import catalogue_for
+from cluster.models import catalogue_for, pinned
 from cluster.names import SLOT
 from cluster.probes.node import probe
 from cluster.probes.speeds import with_speeds
@@ -124,7 +124,7 @@ def _run(spec: FleetSpec, started: Context, console: Console) -> None:
         console.print("measuring this machine's GPUs", markup=False)
         facts = with_speeds(facts, lambda text: console.print(f"  {text}", markup=False))
     inventory = local_inventory(catalogue, facts)
-    plan = feasible(merged(make_plan(planned, inventory, catalogue), spec), console)
+    plan = pinned(feasible(merged(make_plan(planned, inventory, catalogue), spec), console))
     require_truth(plan, inventory, [facts], catalogue, console)
     plan = plan.model_copy(update={"gateway": checked_ports(plan.gateway)})
     run_dir = _fresh_run_dir(started)

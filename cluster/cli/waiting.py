@@ -67,7 +67,8 @@ def _progress(status: FleetStatus, wanted: dict[str, int]) -> Table:
     table = Table("model", "variant", "ready", "doing", "seconds", box=None)
     for variant in status.variants:
         busy = [replica for replica in variant.replicas if replica.state != "ready"]
-        doing = busy[0].stage if busy else ("" if variant.ready else "waiting for Ray")
+        idle = variant.rollout or ("" if variant.ready else "waiting for Ray")
+        doing = busy[0].stage if busy else idle
         seconds = f"{busy[0].age_s:.0f}" if busy else ""
         ready = f"{variant.ready}/{wanted.get(variant.variant, variant.wanted)}"
         table.add_row(variant.model, variant.variant, ready, doing, seconds)
@@ -79,9 +80,11 @@ def _say_new_stages(
 ) -> None:
     """Without a terminal: a line whenever a replica comes to another stage."""
     for variant in status.variants:
-        for replica in variant.replicas:
-            stage = replica.stage or replica.state
-            if (replica.replica, stage) not in said:
-                said.add((replica.replica, stage))
+        stages = [(each.replica, each.stage or each.state) for each in variant.replicas]
+        if variant.rollout:
+            stages.append((variant.variant, f"roll-out: {variant.rollout}"))
+        for who, stage in stages:
+            if (who, stage) not in said:
+                said.add((who, stage))
                 seconds = time.monotonic() - started_s
                 console.print(f"{seconds:6.1f} s  {variant.model}: {stage}", markup=False)

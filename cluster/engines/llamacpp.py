@@ -17,7 +17,6 @@ MIB = 2**20
 
 # The first of these that a log line holds tells the stage, in the order of a start.
 _STAGES = (
-    ("downloading", "downloading weights"),
     ("loading model '", "loading weights"),
     ("constructing llama_context", "allocating the KV cache"),
     ("reserving ...", "reserving buffers"),
@@ -51,7 +50,7 @@ class LlamacppEngine:
         shape = variant.shape
         command = (
             *(sys.executable, "-m", "cluster.engines.llamacpp_server"),
-            *_source(variant, checkpoint),
+            *("--model", str(checkpoint)),
             *("--kv-unified-per-slot", str(shape.max_model_len), "--cache-ram", "0"),
             *(("--threads", str(variant.gpus_per_replica)) if variant.gpu == "cpu" else ()),
             *_without_source(shape.engine_args),
@@ -113,15 +112,6 @@ class LlamacppEngine:
 def _is_host(buffer: str) -> bool:
     """`CPU`, `CPU_Mapped`, `CPU_REPACK`, and memory of the host that a GPU can read."""
     return buffer.startswith("CPU") or buffer.endswith("_Host")
-
-
-def _source(variant: Variant, checkpoint: Path | str) -> tuple[str, str]:
-    """A file on this node, or a repository and the quantisation wanted of it."""
-    if isinstance(checkpoint, Path):
-        return ("--model", str(checkpoint))
-    if checkpoint.endswith(".gguf"):
-        return ("--model", checkpoint)  # which is not there: the server says so
-    return ("--hf-repo", f"{checkpoint}:{variant.shape.precision.upper()}")
 
 
 def _without_source(engine_args: tuple[str, ...]) -> Iterator[str]:

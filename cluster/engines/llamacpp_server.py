@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import xllamacpp
@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal ends this process; the exit status of a start that failed."""
     options = _parser().parse_args(arguments)
     try:
-        options.model = options.model or _download(options.hf_repo)
         _require_file(options.model)
         _require_host_memory(options.host_memory_bytes)
         _require_gpus(options)
@@ -95,21 +94,6 @@ def common_params(options: argparse.Namespace) -> xllamacpp.CommonParams:
         params.cpuparams_batch.n_threads = options.threads
     params.ui = False
     return params
-
-
-def gguf_files(names: Iterable[str], quantisation: str) -> list[str]:
-    """Those files of a repository that hold the model in this quantisation, the first part first.
-
-    The vision tower's file (mmproj) is not the model's.
-    """
-    wanted = quantisation.lower().replace("-", "_")
-    return sorted(
-        name
-        for name in names
-        if name.endswith(".gguf")
-        and "mmproj" not in name.lower()
-        and wanted in name.lower().replace("-", "_")
-    )
 
 
 def _start(options: argparse.Namespace) -> xllamacpp.Server:
@@ -161,28 +145,9 @@ def _require_gpus(options: argparse.Namespace) -> None:
         )
 
 
-def _download(source: str) -> str:
-    """The file of `REPO:QUANTISATION` on Hugging Face, in its local cache."""
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415 - rarely needed
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
-
-    repo, _, quantisation = source.partition(":")
-    try:
-        files = gguf_files(HfApi().list_repo_files(repo), quantisation)
-        if not files:
-            raise EngineFailed(f"{repo} has no {quantisation} GGUF file")
-        print(f"downloading {', '.join(files)} of {repo}", flush=True)  # noqa: T201
-        folder = snapshot_download(repo, allow_patterns=files)
-    except (HfHubHTTPError, OSError) as error:
-        raise EngineFailed(f"{repo} cannot be read from Hugging Face: {error}") from error
-    return str(Path(folder) / files[0])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llamacpp_server", allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", default="")
-    source.add_argument("--hf-repo", default="", help="REPO:QUANTISATION")
+    parser.add_argument("--model", required=True, help="a .gguf file, the first of its parts")
     parser.add_argument("--alias", required=True, help="the model's name for clients")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

@@ -39,6 +39,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--start-delay-s", type=float, default=0.0, help="simulated load time, before listening")
     add("--fail-after-s", type=float, help="drill: exit with status 1 so long after the start")
     add(
+        "--fetch-weights",
+        action="store_true",
+        help="bora fetches the checkpoint before, as for a real engine; nobody reads it",
+    )
+    add(
         "--no-token-ids",
         action="store_true",
         help="as engines other than vLLM: no return_token_ids, and prompts are text",

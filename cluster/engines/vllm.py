@@ -30,6 +30,7 @@ _STAGES = (
     ("init engine", "starting the HTTP server"),
 )
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
+_OF_REPOSITORIES = ("--speculative-config", "--tokenizer=", "--hf-config-path", "--hf-overrides")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class VllmEngine:
             "VLLM_NO_USAGE_STATS": "1",
             **variant.shape.engine_environment,
         }
-        if isinstance(checkpoint, Path):
+        if isinstance(checkpoint, Path) and not _names_repositories(variant.shape):
             env["HF_HUB_OFFLINE"] = "1"
         if "--enable-lora" in variant.shape.engine_args:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -99,6 +100,11 @@ class VllmEngine:
     def expert_balance(self, log: str) -> float | None:
         """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
         return vllm_output.expert_balance(log)
+
+
+def _names_repositories(shape: Shape) -> bool:
+    """Whether vLLM itself may have to download something beside the checkpoint."""
+    return any(flag.startswith(_OF_REPOSITORIES) for flag in shape.engine_args)
 
 
 def _runs_eager(shape: Shape) -> bool:

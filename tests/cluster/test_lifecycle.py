@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.autoscaler import Autoscaler
+from cluster.errors import WeightsMissing
 from cluster.event_log import EventLog
 from cluster.generations import Census, Deployed, GenerationKey, ServedReplica, key_of
 from cluster.lifecycle import Lifecycle
@@ -33,6 +36,9 @@ class Fleet:
         self.deployer = RecordingCounts()
         self.events = EventLog(Path(os.devnull))
         self.drained: list[tuple[Any, ...]] = []
+        self.fetched: list[tuple[str, str]] = []
+        self.may_come = asyncio.Event()
+        self.refusal = ""
         self.served: dict[GenerationKey, Deployed] = {}
         self.placeless: frozenset[str] = frozenset()
         self.lifecycle = Lifecycle(
@@ -43,6 +49,7 @@ class Fleet:
             events=self.events,
             take=self.census,
             drain_node=lambda *request: self.drained.append(request),
+            fetch=self.fetch,
         )
         for number, requests in enumerate(running):
             report = a_report(
@@ -50,6 +57,13 @@ class Fleet:
             )
             self.registry.report(report, time.monotonic() - 5)
         self.serve(self.variant, *(f"r{number}" for number in range(len(running))))
+
+    async def fetch(self, variant: Variant, node_id: str, tell: Callable[[str], None]) -> None:
+        self.fetched.append((variant.commit, node_id))
+        tell("downloading weights, 50 % of 48.0 GiB")
+        await self.may_come.wait()
+        if self.refusal:
+            raise WeightsMissing(self.refusal)
 
     @property
     def notes(self) -> list[tuple[str, str]]:
@@ -155,6 +169,53 @@ async def test_a_roll_out_whose_engine_fails_stops_and_says_so():
 
     assert fleet.deployer.calls == []
     assert fleet.lifecycle.rollout("chat").startswith("stopped, its engine does not start")
+
+
+def a_full_node() -> Fleet:
+    """An old shape serves, and a new one, whose weights are another commit, finds no room."""
+    fields = {"checkpoint": "someone/Model", "shape": a_shape(engine="vllm")}
+    old, new = a_variant(**fields), a_variant(**fields, commit="2" * 40, replicas=1)
+    fleet = Fleet(variant=new)
+    fleet.autoscaler.set(new, 1)
+    fleet.serve(old, "old")
+    version = key_of(old).version
+    fleet.registry.report(a_report(replica="old", version=version), time.monotonic() - 5)
+    fleet.serve(new, target=1, replicas=(ServedReplica("new", "STARTING"),))
+    fleet.placeless = frozenset({"new"})
+    return fleet
+
+
+async def test_without_room_an_old_replica_goes_when_the_new_weights_are_on_its_node():
+    fleet = a_full_node()
+
+    await fleet.lifecycle.look(act=True)
+    await asyncio.sleep(0)
+    await fleet.lifecycle.look(act=True)
+    assert fleet.fetched == [("2" * 40, "id-a")]
+    assert fleet.deployer.calls == []
+    assert fleet.lifecycle.rollout("chat").endswith("downloading weights, 50 % of 48.0 GiB on a")
+
+    fleet.may_come.set()
+    await asyncio.sleep(0.01)
+    await fleet.lifecycle.look(act=True)
+    assert [call[0] for call in fleet.deployer.calls] == ["delete"]
+    assert ("weights", "the next weights are on a after 0 s") in fleet.notes
+
+
+async def test_without_the_new_weights_nobody_goes_and_the_roll_out_says_why():
+    fleet = a_full_node()
+    fleet.refusal = "someone/Model is gated"
+    fleet.may_come.set()
+
+    for _ in range(3):
+        await fleet.lifecycle.look(act=True)
+        await asyncio.sleep(0.01)
+
+    assert fleet.deployer.calls == []
+    assert fleet.lifecycle.rollout("chat") == (
+        "stopped, its weights cannot be fetched: someone/Model is gated"
+    )
+    assert len(fleet.fetched) == 1
 
 
 async def test_a_replica_without_a_place_is_explained_once():

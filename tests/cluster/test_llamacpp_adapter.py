@@ -6,7 +6,7 @@ import pytest
 
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
 from cluster.engines.llamacpp import LlamacppEngine
-from cluster.engines.llamacpp_server import gguf_files, main
+from cluster.engines.llamacpp_server import main
 from tests.builders import a_shape, a_variant
 
 ENGINE = LlamacppEngine()
@@ -64,12 +64,6 @@ def test_threads_are_llama_cpps_own_choice_beside_gpus() -> None:
     assert "--threads" not in launch(gpu="RTX-4090").command
 
 
-def test_a_repository_is_asked_for_the_planned_quantisation() -> None:
-    command = launch(checkpoint="someone/Model-GGUF").command
-
-    assert command[3:5] == ("--hf-repo", "someone/Model-GGUF:Q4_K_M")
-
-
 def test_a_file_that_is_not_there_is_left_to_the_server_to_refuse() -> None:
     assert launch(checkpoint="/gone/x.gguf").command[3:5] == ("--model", "/gone/x.gguf")
 
@@ -111,20 +105,6 @@ def test_load_of_both_pages() -> None:
     assert ENGINE.load(METRICS, SLOTS) == EngineLoad(
         running=2, waiting=3, kv_cache_usage=0.0, kv_cache_tokens=128
     )
-
-
-def test_files_of_a_quantisation_are_told_from_others_and_from_the_vision_tower() -> None:
-    names = [
-        "Model-Q4_K_M-00002-of-00002.gguf",
-        "Model-Q4_K_M-00001-of-00002.gguf",
-        "Model-Q8_0.gguf",
-        "mmproj-Q4_K_M.gguf",
-        "README.md",
-    ]
-
-    assert gguf_files(names, "Q4_K_M") == names[1::-1]
-    assert gguf_files(names, "Q8_0") == ["Model-Q8_0.gguf"]
-    assert gguf_files(names, "Q2_K") == []
 
 
 def test_server_says_which_file_is_missing(capfd: pytest.CaptureFixture[str]) -> None:

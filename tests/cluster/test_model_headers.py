@@ -6,7 +6,7 @@ import pytest
 
 from cluster.model_headers import remote_subject
 from placement.errors import ConfigError
-from tests.cluster.fake_hub import a_hub
+from tests.cluster.fake_hub import a_hub, running_hub
 from tests.placement.header_files import a_mistral_gguf, safetensors_bytes
 from tests.placement.test_hf_config import MISTRAL
 
@@ -25,6 +25,18 @@ def test_sizes_come_from_headers_and_the_weights_stay_where_they_are():
     assert subject.model.checkpoints[0].size_bytes == 2 * 1024 * 1024 + 2000
     assert subject.model.checkpoints[0].source == REPO
     assert sum(sent) < 10_000
+
+
+def test_a_revision_has_sizes_of_its_own():
+    with running_hub() as hub:
+        hub.publish(REPO, {"config.json": CONFIG, "model.safetensors": WEIGHTS})
+        smaller = safetensors_bytes({"a.weight": ("BF16", (1000,))})
+        hub.publish(REPO, {"config.json": CONFIG, "model.safetensors": smaller}, "half/size")
+
+        subject = remote_subject(REPO, revision="half/size", endpoint=hub.url)
+
+    assert subject.model.checkpoints[0].size_bytes == 2000
+    assert subject.model.checkpoints[0].source == REPO
 
 
 def test_an_index_decides_which_files_count():

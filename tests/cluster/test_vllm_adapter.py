@@ -116,6 +116,12 @@ def test_only_local_checkpoints_are_loaded_offline() -> None:
     assert repo.command[3:5] == ("--model", "mistralai/Mistral-7B-v0.1")
 
 
+def test_an_engine_that_has_a_draft_to_download_is_not_offline() -> None:
+    drafted = launch(engine_args=("--speculative-config", '{"model": "someone/Draft"}'))
+
+    assert "HF_HUB_OFFLINE" not in drafted.env
+
+
 def test_stages_of_a_start_in_their_order() -> None:
     stages = [ENGINE.stage(line) for line in CPU_LOG.splitlines()]
 

@@ -1,0 +1,43 @@
+"""`bora models --cached`: the checkpoints that this host's cache holds."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from rich.table import Table
+from rich.text import Text
+
+from cluster.cache_limits import GIB
+from cluster.cli.render import age, page_console
+from cluster.probes.host import cache_folder
+
+
+def show_cached(*, json_: bool) -> None:
+    """Print them, those first that were used least recently."""
+    from cluster.cache_room import stored  # noqa: PLC0415 - imports huggingface_hub
+
+    folder = cache_folder().expanduser()
+    entries = [
+        {
+            "repo": each.repo.name,
+            "commit": each.commit,
+            "bytes": each.size_bytes,
+            "used_s": each.used_s,
+            "in_use": bool(each.commit) and each.repo.is_used(each.commit),
+        }
+        for each in stored(folder)
+    ]
+    if json_:
+        print(json.dumps({"folder": str(folder), "models": entries}))  # noqa: T201
+        return
+    table = Table("repository", "commit", "GiB", "last used", "state", box=None)
+    for entry in entries:
+        state = "in use" if entry["in_use"] else "" if entry["commit"] else "unfinished"
+        since = age(time.time() - float(str(entry["used_s"])))
+        size = f"{int(str(entry['bytes'])) / GIB:.2f}"
+        table.add_row(str(entry["repo"]), str(entry["commit"])[:12], size, f"{since} ago", state)
+    console = page_console()
+    console.print(Text(f"{len(entries)} in {folder}"))
+    if entries:
+        console.print(table)
