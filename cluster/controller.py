@@ -27,6 +27,7 @@ from cluster.deployer import Deployer
 from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
+from cluster.gang import Site
 from cluster.gateway_host import STOP_S, gateway_actors
 from cluster.generations import GenerationKey, key_of, plan_of
 from cluster.key_keeper import KeyKeeper
@@ -45,7 +46,6 @@ from cluster.ray_fetch import RayFetch
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
-from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from cluster.surveyor import Surveyor

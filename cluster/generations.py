@@ -85,12 +85,17 @@ def plan_of(served: Mapping[GenerationKey, Deployed]) -> Plan | None:
 
 
 def bundle(variant: Variant) -> dict[str, float]:
-    """Ray resources of one replica: all its GPUs (or slots) on one node."""
+    """Ray resources of one replica on one node: all its GPUs (or slots) there."""
     resource = SLOT if variant.gpu == "cpu" else "GPU"
-    return {resource: float(_devices(variant))}
+    return {resource: float(_devices(variant) // variant.shape.num_nodes)}
+
+
+def bundles(variant: Variant) -> list[dict[str, float]]:
+    """Of a replica on all of its nodes, which are equal; the leader's first."""
+    return [bundle(variant)] * variant.shape.num_nodes
 
 
 def _devices(variant: Variant) -> int:
     if variant.placement:
         return sum(len(node.gpus) for node in variant.placement[0])
-    return variant.shape.num_gpus
+    return max(variant.gpus_per_replica, variant.shape.num_nodes)

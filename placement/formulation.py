@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from placement.milp import INFINITY, Answer, Program
-from placement.packing import MOST_PATTERNS, divisible, patterns
+from placement.packing import MOST_PATTERNS, divisible, patterns, whole_nodes
 from placement.problem import Need, Problem
 
 TIE = 1e-6  # of the objective: what breaks ties must not outweigh anything else
@@ -164,18 +164,19 @@ class Formulation:
 
     def _add_room(self, group: int) -> None:
         """What fits on the group's nodes, see `placement.packing`."""
-        by_size: defaultdict[int, list[int]] = defaultdict(list)
+        nodes, gpus = self._problem.groups[group].nodes, self._problem.groups[group].gpus_per_node
+        by_size: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
         for index, column in enumerate(self._problem.columns):
             if column.group == group:
-                by_size[column.gpus].append(self._counts[index])
-        nodes, gpus = self._problem.groups[group].nodes, self._problem.groups[group].gpus_per_node
+                whole = whole_nodes(column.gpus, gpus)
+                by_size[min(column.gpus, gpus)].append((self._counts[index], float(whole)))
         if divisible(by_size):
             for size in by_size:
                 taken = [
-                    (index, larger / size)
+                    (index, whole * larger / size)
                     for larger, indices in by_size.items()
                     if larger >= size
-                    for index in indices
+                    for index, whole in indices
                 ]
                 self.program.row(taken, upper=nodes * (gpus // size))
             return
@@ -189,5 +190,5 @@ class Formulation:
                 for index, way in zip(used, ways, strict=True)
                 if size in way
             ]
-            self.program.row([*((index, 1.0) for index in indices), *places], upper=0.0)
+            self.program.row([*indices, *places], upper=0.0)
         self._patterns.append((group, ways))

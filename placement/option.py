@@ -111,7 +111,8 @@ def ranks(option: Option) -> str:
     stages = candidate.pipeline_parallel_size
     if candidate.engine == "llamacpp":
         return f"gguf-{candidate.checkpoint.precision}-pp{stages}"
-    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "")
+    over = f"-{candidate.num_nodes}nodes" if candidate.num_nodes > 1 else ""
+    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "") + over
 
 
 def quality(option: Option) -> tuple[object, ...]:

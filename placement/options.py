@@ -119,9 +119,16 @@ def _option(
         replica_speed(candidate),
         catalogue,
         index=index,
-        slots=1 if simulated else candidate.num_ranks,
+        slots=_devices(candidate, group.pool, simulated=simulated),
         dearest=dearest,
     )
+
+
+def _devices(candidate: Candidate, pool: Pool, *, simulated: bool) -> int:
+    """GPUs or slots that a replica takes; of several nodes all."""
+    if candidate.num_nodes > 1:
+        return candidate.num_nodes * pool.gpus_per_node
+    return 1 if simulated else candidate.num_ranks
 
 
 def _llamacpp(

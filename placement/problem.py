@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from placement.packing import whole_nodes
+
 MET = 1 - 1e-6  # of a demand: the rest is the solver's tolerance
 
 
@@ -72,6 +74,8 @@ class Problem:
             return 0
         nodes = self.groups[column.group]
         room = nodes.nodes * (nodes.gpus_per_node // column.gpus)
+        if column.gpus > nodes.gpus_per_node:
+            room = nodes.nodes // whole_nodes(column.gpus, nodes.gpus_per_node)
         return min(self.needs[column.model].most, room)
 
     def rate(self, counts: Sequence[int], model: int, *, firm_only: bool = False) -> float:

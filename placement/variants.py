@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.assignment import Wanted, assign
+from placement.assignment import Wanted, assign, gangs_of
 from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
 from placement.fleet import FleetModel, ReplicaBounds
@@ -147,9 +147,12 @@ def _placements(
             if each.option.group == index
         ]
         nodes = dict.fromkeys(pools, group.pool.gpus_per_node)
-        for at, replicas in assign(nodes, wanted, busy).items():
-            for node in replicas:
-                found[at][pools[node.node]].append((node,))
+        for at, parts in assign(nodes, wanted, busy).items():
+            option, wish = picked[at].option, question.options[picked[at].model].wish
+            there = _same_flags(running_here(option, wish, before, question.groups), option, wish)
+            gangs = [replica for variant in there for replica in variant.placement]
+            for replica in gangs_of(parts, option.candidate.num_nodes, gangs):
+                found[at][pools[replica[0].node]].append(replica)
     for at, each in enumerate(picked):
         if not found[at]:
             found[at][each.option.pool.name] = []
@@ -159,20 +162,24 @@ def _placements(
 def _wanted(question: Question, key: int, picked: Picked, before: Sequence[Variant]) -> Wanted:
     """The replicas to place; those whose engines need not start anew stay where they are."""
     wish, option = question.options[picked.model].wish, picked.option
-    there = running_here(option, wish, before, question.groups)
-    if there:
-        flags = (
-            option.shape or make_shape(option.candidate, extra_args=wish.engine_args)
-        ).engine_args
-        there = [variant for variant in there if variant.shape.engine_args == flags]
+    there = _same_flags(running_here(option, wish, before, question.groups), option, wish)
+    nodes = option.candidate.num_nodes  # more than one: whole nodes, each placed as by itself
     return Wanted(
         key=key,
         model=wish.name,
-        gpus=option.gpus_per_replica,
-        replicas=picked.replicas,
-        spread=wish.spread,
+        gpus=option.gpus_per_replica // nodes,
+        replicas=picked.replicas * nodes,
+        spread=wish.spread and nodes == 1,
         running=tuple(_all_gpus(there)),
     )
+
+
+def _same_flags(there: list[Variant], option: Option, wish: FleetModel) -> list[Variant]:
+    """Of running variants those whose engines the plan would start with the same flags."""
+    if not there:
+        return there
+    shape = option.shape or make_shape(option.candidate, extra_args=wish.engine_args)
+    return [variant for variant in there if variant.shape.engine_args == shape.engine_args]
 
 
 def _all_gpus(variants: Sequence[Variant]) -> Iterator[NodeGpus]:
