@@ -118,6 +118,15 @@ class NodeList(Spec):
     declared: Inventory | None = None  # by the nodes' labels; None: they contradict each other
 
 
+class LoopTime(Spec):
+    """How long rounds of one of the controller's loops take."""
+
+    name: str
+    rounds: int  # that were counted, the last ones
+    p50_s: float
+    p99_s: float
+
+
 class FleetStatus(Spec):
     """GET /v1/status."""
 
@@ -127,6 +136,7 @@ class FleetStatus(Spec):
     gateways: tuple[str, ...]
     gateway_failure: str = ""  # the end of the log of a gateway that ended, until one reports
     events: tuple[Event, ...]
+    loops: tuple[LoopTime, ...] = ()
 
 
 class ScaleRequest(Spec):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,17 +54,17 @@ def differences(
     variant: Variant,
     reports: Iterable[ReplicaReport],
     nodes: Mapping[str, NodeFacts],
-    others: Iterable[ReplicaReport] = (),
+    shared: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """What is not as planned about the places of `variant`'s replicas; empty: all is.
 
-    `others` are the replicas of all variants, with which GPUs could be shared by mistake.
+    `shared` is what `shared_gpus` finds among the replicas of all variants.
     """
     reports = [report for report in reports if report.node_id]
     found: list[str] = []
     for report in reports:
         found += _of_replica(variant, report, nodes.get(report.node_id))
-        found += _shared(report, others)
+        found += (shared or {}).get(report.replica, ())
     return found + _other_nodes(variant, reports, nodes)
 
 
@@ -88,14 +89,18 @@ def _of_replica(variant: Variant, report: ReplicaReport, node: NodeFacts | None)
     return found
 
 
-def _shared(report: ReplicaReport, others: Iterable[ReplicaReport]) -> list[str]:
-    """GPUs that another replica holds too. Named once, by the one whose id comes first."""
-    return [
-        f"{report.replica} and {other.replica} both hold GPU {gpu} of {report.node}"
-        for other in others
-        if other.node_id == report.node_id and other.replica > report.replica
-        for gpu in sorted(set(report.gpus) & set(other.gpus))
-    ]
+def shared_gpus(reports: Iterable[ReplicaReport]) -> dict[str, list[str]]:
+    """GPUs that two replicas hold, by the one of the two whose id comes first."""
+    holders: defaultdict[tuple[str, int], list[ReplicaReport]] = defaultdict(list)
+    for report in sorted(reports, key=lambda report: report.replica):
+        for gpu in report.gpus if report.node_id else ():
+            holders[report.node_id, gpu].append(report)
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for (_, gpu), there in sorted(holders.items()):
+        for one, other in itertools.combinations(there, 2):
+            text = f"{one.replica} and {other.replica} both hold GPU {gpu} of {one.node}"
+            found[one.replica].append(text)
+    return dict(found)
 
 
 def _other_nodes(

@@ -21,11 +21,10 @@ import ray
 from ray import serve
 
 from cluster import checkpoints
-from cluster.engine_process import EngineProcess
-from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
+from cluster.running_engine import RunningEngine, engine_for
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
@@ -75,7 +74,7 @@ class Replica:
         self._variant: Variant | None = None
         self._version = ""
         self._failure = ""
-        self._engine: EngineProcess | None = None
+        self._engine: RunningEngine | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
@@ -91,8 +90,7 @@ class Replica:
         if started:
             return
         self._version = shape_version(variant)
-        self._engine = EngineProcess(
-            ENGINES[variant.shape.engine],
+        self._engine = engine_for(
             variant,
             host=self._site.engine_host or ray.util.get_node_ip_address(),
             log=Path(self._site.log_dir) / log_folder(variant.model) / f"{self._id}.log",

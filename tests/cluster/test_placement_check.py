@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.placement_check import NodeFacts, differences, explain_waiting
+from cluster.placement_check import NodeFacts, differences, explain_waiting, shared_gpus
 from placement.plan import NodeGpus, Variant
 from tests.builders import a_report, a_variant
 
@@ -54,7 +54,7 @@ def test_places_as_planned_are_no_news():
         a_report(replica="r2", node_id="id-b", gpus=(0, 1), num_devices=2),
     ]
 
-    assert differences(a_placed_variant(), reports, NODES, reports) == []
+    assert differences(a_placed_variant(), reports, NODES, shared_gpus(reports)) == []
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_two_replicas_on_one_gpu_are_named_once():
     two = a_report(replica="r2", node="a", node_id="id-a", gpus=(1, 2), num_devices=2)
     variant = a_placed_variant(placement=())
 
-    found = differences(variant, [one, two], NODES, [one, two])
+    found = differences(variant, [one, two], NODES, shared_gpus([two, one]))
 
     assert found == ["r1 and r2 both hold GPU 1 of a"]
 
