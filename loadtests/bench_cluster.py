@@ -51,6 +51,7 @@ _MODEL = """
     max_model_len: 8192
     max_num_seqs: 32
     replicas: {{min: {least}, max: {most}}}
+    scaling: {{scale_down_delay_s: 3600}}
     engine_args: [--sim-inside, --sim-speed=10]
 """
 _COLUMNS = (
@@ -105,6 +106,7 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for each size. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     sizes = [int(size) for size in options.sizes.split(",")]
     _print(" | ".join(["", *_COLUMNS, ""]).strip())
     _print("|" + " ---: |" * len(_COLUMNS))
@@ -266,7 +268,7 @@ def _scale(bench: Bench, size: int) -> tuple[float, float]:
     took = []
     for wanted in (count + 1, count):
         begun_s = time.perf_counter()
-        bench.cluster.bora("scale", "model-0", str(wanted))
+        bench.controller.scale("model-0", wanted)
         bench.until(
             f"model-0 has {wanted} replicas",
             lambda wanted=wanted: all(p.ready["model-0"] == wanted for p in bench.pages()),  # type: ignore[misc]

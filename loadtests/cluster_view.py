@@ -42,6 +42,12 @@ class Controller:
             return dict(json.loads(_read(request)))
         return {}
 
+    def scale(self, model: str, count: int) -> None:
+        """As `bora scale`."""
+        body = json.dumps({"model": model, "replicas": count}).encode()
+        headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
+        _read(urllib.request.Request(self.url + "/v1/scale", data=body, headers=headers))  # noqa: S310
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
