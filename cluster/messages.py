@@ -27,6 +27,7 @@ class ReplicaReport(Spec):
     version: str = ""  # of the shape that the engine was started with
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
+    number: int = 0  # of this report, among the replica's own
     node: str = ""
     node_id: str = ""  # Ray's
     gpus: tuple[int, ...] = ()  # indices on that node

@@ -25,6 +25,9 @@ class Registry:
     def report(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a heartbeat in; True when the replica or its state is new."""
         before = self._reports.get(report.replica)
+        if before is not None and _is_late(report, before):
+            self._heard_s[report.replica] = now_s
+            return False
         if report.replica in self._retired and report.state in ("ready", "unhealthy"):
             report = report.model_copy(update={"state": "draining"})  # it will hear of it
         self._keep(report)
@@ -129,6 +132,11 @@ class Registry:
             if report.state in ("ready", "draining")
         )
         return EndpointTable(version=version, models=tuple(models.values()), endpoints=endpoints)
+
+
+def _is_late(report: ReplicaReport, before: ReplicaReport) -> bool:
+    """Whether a later one has overtaken it on the way, as calls of one actor may."""
+    return report.started_s == before.started_s and report.number < before.number
 
 
 def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:

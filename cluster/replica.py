@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -71,6 +72,7 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
+        self._numbers = itertools.count(1)
         self._variant: Variant | None = None
         self._version = ""
         self._failure = ""
@@ -204,6 +206,7 @@ class Replica:
             state=self._state,
             stage=engine.stage,
             started_s=self._started_s,
+            number=next(self._numbers),
             node=socket.gethostname(),
             node_id=self._place.node_id,
             gpus=self._place.gpus,
