@@ -20,6 +20,7 @@ class Settings:
     api_key: str = ""
     has_token_ids: bool = True
     fault: Fault | None = None
+    max_lora_rank: int = 0  # 0: no adapters
 
 
 def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
@@ -44,4 +45,5 @@ def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
         api_key,
         has_token_ids=not options.no_token_ids,
         fault=options.drill,
+        max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
     )
