@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway drill-cluster bench-planner format proto docs accuracy calibrate lock test-multihost
+.PHONY: help install serve test check test-fast test-engine test-ray test-system test-drill bench-gateway bench-grpc bench-streams bench-fairness drill-gateway drill-cluster bench-planner bench-cluster format proto docs accuracy calibrate lock test-multihost
 
 help:  ## what can be typed here
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ bench-planner: install  ## the planner: time, gap and memory over size; cost bes
 
 bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
 	$(BIN)/python -m loadtests.bench_grpc
+
+bench-cluster: install  ## 50, 100, 200 replicas: deploy, scale, node loss, loop times, memory
+	$(BIN)/python -m loadtests.bench_cluster
 
 bench-streams: install  ## 10,000 streams through one gateway worker, 24,000 clients that come and go
 	$(BIN)/python -m loadtests.bench_streams

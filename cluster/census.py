@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group_table
 
 from cluster import serve_apps
 from cluster.errors import ClusterError
-from cluster.generations import Census
+from cluster.generations import RUNNING, Census
 from cluster.names import POOL_LABEL
 from cluster.placement_check import NodeFacts
 from cluster.ray_inventory import node_name
@@ -27,10 +27,14 @@ def take() -> Census:
         ray.exceptions.RayError: Serve's controller does not answer.
     """
     begun_s = time.monotonic()
-    groups: dict[str, Any] = placement_group_table()
+    generations = serve_apps.deployed()
+    # The table keeps every group that there ever was, of each replica that ever lived: whoever runs
+    # has its place, so it is read only while somebody does not.
+    settled = all(each.count(*RUNNING) == len(each.replicas) for each in generations.values())
+    groups: dict[str, Any] = {} if settled else placement_group_table()
     return Census(
         begun_s=begun_s,
-        generations=serve_apps.deployed(),
+        generations=generations,
         placeless=frozenset(
             # Serve names a group after its actor: SERVE_REPLICA::application#deployment#id
             str(group["name"]).rpartition("#")[2]

@@ -42,6 +42,8 @@ from cluster.messages import (
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.pace import Pace
+from cluster.publishing import Publisher
 from cluster.ray_fetch import RayFetch
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
@@ -51,7 +53,7 @@ from cluster.status import variant_status
 from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
 from cluster.weight_events import WeightEvents
-from gateway.endpoints import SyncRequest, SyncResponse
+from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
 from placement.observation import observe
@@ -82,6 +84,8 @@ class Controller:
         self._registry = Registry()
         self._autoscaler = Autoscaler()
         self._desk = SyncDesk(self._run_dir.parent, self._settling)
+        self._publisher = Publisher(self._desk, self._table)
+        self._paces = (Pace("scaling"), Pace("census"), Pace("delay"))
         self._events = EventLog(self._run_dir / EVENTS_FILE)
         self._weights = WeightEvents(self._events)
         facts_file = self._run_dir.parent / FACTS_FILE
@@ -313,6 +317,7 @@ class Controller:
             gateways=self._autoscaler.gateways(time.monotonic()),
             gateway_failure=self._gateway_failure,
             events=tuple(self._events)[-SHOWN_EVENTS:],
+            loops=tuple(pace.told() for pace in self._paces),
         )
 
     def _compare(self, report: ReplicaReport) -> None:
@@ -337,22 +342,29 @@ class Controller:
             log.exception("the observation could not be kept")
 
     async def _run_forever(self) -> None:
+        scaling, _, delay = self._paces
         due_s = time.monotonic()
         while True:
             due_s += SCALE_PERIOD_S
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             late_s = time.monotonic() - due_s
+            delay.took(late_s)
             if late_s > 1.0:  # this process was held up, and heartbeats wait to be read
                 self._registry.pardon(late_s)
                 due_s = time.monotonic()
-            self._expire()
-            for variant in self._variants():
-                await self._follow_load(variant)
+            with scaling.round():
+                self._expire()
+                for variant in self._variants():
+                    await self._follow_load(variant)
 
     async def _look_forever(self) -> None:
+        _, census_pace, _ = self._paces
         while True:
             await asyncio.sleep(LOOK_PERIOD_S)
-            if await self._lifecycle.look(act=self._plan is not None and not self._settling()):
+            with census_pace.round():
+                act = self._plan is not None and not self._settling()
+                changed = await self._lifecycle.look(act=act)
+            if changed:
                 self._publish()
 
     def _expire(self) -> None:
@@ -395,10 +407,12 @@ class Controller:
 
     def _publish(self) -> None:
         """Put the table before all waiting gateways, if anything in it differs."""
-        # Milliseconds since the epoch keep growing over a restart of the controller.
-        version = max(self._desk.table.version + 1, int(time.time() * 1000))
+        self._publisher.changed()
+
+    def _table(self, version: int, changed_s: float) -> EndpointTable:
         outgoing = self._lifecycle.outgoing()
-        self._desk.publish(self._registry.table(self._variants(), version, outgoing=outgoing))
+        table = self._registry.table(self._variants(), version, outgoing=outgoing)
+        return table.model_copy(update={"changed_s": changed_s})
 
     def _note(self, model: str, text: str, *, kind: EventKind = "note", reason: str = "") -> None:
         self._events.note(time.time(), kind, text, model=model, reason=reason)

@@ -28,6 +28,7 @@ from cluster.generations import bundles
 from cluster.messages import RankPlace
 from cluster.names import log_folder
 from cluster.processes import free_ports
+from cluster.running_engine import RunningEngine
 from cluster.seat import Seat, interface_of, my_seat, with_gpus
 from placement.plan import Variant
 
@@ -209,7 +210,7 @@ class Gang:
             )
             await asyncio.sleep(_ASK_PERIOD_S)
 
-    def fault(self, leader: EngineProcess) -> str:
+    def fault(self, leader: RunningEngine) -> str:
         """Why the gang must start anew; empty: it is sound."""
         if self._watch is None:
             return ""
@@ -217,7 +218,7 @@ class Gang:
         own = RankState(0, self._seat.host, stage=leader.stage, heard_s=now_s)
         return self._watch.fault([own, *self._ranks], now_s)
 
-    async def watch_start(self, leader: EngineProcess) -> None:
+    async def watch_start(self, leader: RunningEngine) -> None:
         """Until cancelled.
 
         Raises:

@@ -44,6 +44,7 @@ class ReplicaReport(Spec):
     version: str = ""  # of the shape that the engine was started with
     stage: str = ""  # what a starting engine is doing
     started_s: float = 0.0  # epoch seconds
+    number: int = 0  # of this report, among the replica's own
     node: str = ""
     node_id: str = ""  # Ray's
     gpus: tuple[int, ...] = ()  # indices on that node
@@ -144,6 +145,15 @@ class NodeList(Spec):
     declared: Inventory | None = None  # by the nodes' labels; None: they contradict each other
 
 
+class LoopTime(Spec):
+    """How long rounds of one of the controller's loops take."""
+
+    name: str
+    rounds: int  # that were counted, the last ones
+    p50_s: float
+    p99_s: float
+
+
 class FleetStatus(Spec):
     """GET /v1/status."""
 
@@ -153,6 +163,7 @@ class FleetStatus(Spec):
     gateways: tuple[str, ...]
     gateway_failure: str = ""  # the end of the log of a gateway that ended, until one reports
     events: tuple[Event, ...]
+    loops: tuple[LoopTime, ...] = ()
 
 
 class ScaleRequest(Spec):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,17 +62,17 @@ def differences(
     variant: Variant,
     reports: Iterable[ReplicaReport],
     nodes: Mapping[str, NodeFacts],
-    others: Iterable[ReplicaReport] = (),
+    shared: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """What is not as planned about the places of `variant`'s replicas; empty: all is.
 
-    `others` are the replicas of all variants, with which GPUs could be shared by mistake.
+    `shared` is what `shared_gpus` finds among the replicas of all variants.
     """
     reports = [report for report in reports if report.node_id]
     found: list[str] = []
     for report in reports:
         found += _of_replica(variant, report, nodes)
-        found += _shared(report, others)
+        found += (shared or {}).get(report.replica, ())
     planned_here = {part.node for replica in variant.placement for part in replica}
     if not planned_here or not planned_here <= {node.name for node in nodes.values()}:
         return found  # planned on an inventory with other names
@@ -104,17 +105,18 @@ def _of_replica(
     return found
 
 
-def _shared(report: ReplicaReport, others: Iterable[ReplicaReport]) -> list[str]:
-    """GPUs that another replica holds too. Named once, by the one whose id comes first."""
-    return [
-        f"{report.replica} and {other.replica} both hold GPU {gpu} of {mine.node}"
-        for other in others
-        if other.replica > report.replica
-        for mine in _parts(report)
-        for their in _parts(other)
-        if mine.node_id == their.node_id
-        for gpu in sorted(set(mine.gpus) & set(their.gpus))
-    ]
+def shared_gpus(reports: Iterable[ReplicaReport]) -> dict[str, list[str]]:
+    """GPUs that two replicas hold, by the one of the two whose id comes first."""
+    holders: defaultdict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)
+    for report in sorted(reports, key=lambda report: report.replica):
+        for part in _parts(report):
+            for gpu in part.gpus if part.node_id else ():
+                holders[part.node_id, gpu].append((report.replica, part.node))
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for (_, gpu), there in sorted(holders.items()):
+        for (one, node), (other, _) in itertools.combinations(there, 2):
+            found[one].append(f"{one} and {other} both hold GPU {gpu} of {node}")
+    return dict(found)
 
 
 def _other_nodes(

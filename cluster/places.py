@@ -9,7 +9,7 @@ from dataclasses import replace
 from cluster.event_log import EventLog
 from cluster.generations import Census, bundle, key_of
 from cluster.messages import EventKind
-from cluster.placement_check import differences, explain_waiting
+from cluster.placement_check import differences, explain_waiting, shared_gpus
 from cluster.registry import Registry
 from placement.plan import Variant
 
@@ -37,6 +37,7 @@ class Places:
             node_id: replace(node, draining=node_id in drained)
             for node_id, node in now.nodes.items()
         }
+        shared = shared_gpus(self._registry.reports)
         for variant in variants:
             served = now.generations.get(key_of(variant))
             replicas = served.replicas if served else ()
@@ -47,7 +48,7 @@ class Places:
                 self._note(variant, "no-place", waits)
             self._waiting[variant.variant] = waits
             reports = self._registry.of_generation(key_of(variant))
-            found = differences(variant, reports, nodes, self._registry.reports)
+            found = differences(variant, reports, nodes, shared)
             for text in found:
                 if text not in self.misplaced(variant.variant):
                     self._note(variant, "mismatch", f"not as planned: {text}")

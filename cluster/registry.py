@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from cluster.generations import GenerationKey, key_of
@@ -16,6 +17,7 @@ class Registry:
     def __init__(self, timeout_s: float = 10.0) -> None:
         self._timeout_s = timeout_s
         self._reports: dict[str, ReplicaReport] = {}
+        self._of_variant: defaultdict[str, dict[str, ReplicaReport]] = defaultdict(dict)
         self._heard_s: dict[str, float] = {}
         self._first_s: dict[str, float] = {}
         self._retired: set[str] = set()
@@ -23,9 +25,12 @@ class Registry:
     def report(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a heartbeat in; True when the replica or its state is new."""
         before = self._reports.get(report.replica)
+        if before is not None and _is_late(report, before):
+            self._heard_s[report.replica] = now_s
+            return False
         if report.replica in self._retired and report.state in ("ready", "unhealthy"):
             report = report.model_copy(update={"state": "draining"})  # it will hear of it
-        self._reports[report.replica] = report
+        self._keep(report)
         self._heard_s[report.replica] = now_s
         self._first_s.setdefault(report.replica, now_s)
         if report.state == "stopped":
@@ -35,8 +40,11 @@ class Registry:
     def retire(self, replica: str) -> None:
         """Send no more requests there, although it still says that it is ready."""
         self._retired.add(replica)
-        report = self._reports[replica]
-        self._reports[replica] = report.model_copy(update={"state": "draining"})
+        self._keep(self._reports[replica].model_copy(update={"state": "draining"}))
+
+    def _keep(self, report: ReplicaReport) -> None:
+        self._reports[report.replica] = report
+        self._of_variant[report.variant][report.replica] = report
 
     def lost(self, known: Collection[str], begun_s: float) -> list[ReplicaReport]:
         """Forget and return who is not `known` to Serve, when that was asked at `begun_s` or later.
@@ -49,7 +57,9 @@ class Registry:
     def _forget(self, replica: str) -> ReplicaReport:
         del self._heard_s[replica], self._first_s[replica]
         self._retired.discard(replica)
-        return self._reports.pop(replica)
+        report = self._reports.pop(replica)
+        del self._of_variant[report.variant][replica]
+        return report
 
     def expire(self, now_s: float) -> list[ReplicaReport]:
         """Forget the silent ones and return them."""
@@ -76,7 +86,7 @@ class Registry:
 
     def of(self, variant: str) -> list[ReplicaReport]:
         """Reports of a variant's replicas, oldest first."""
-        found = [report for report in self._reports.values() if report.variant == variant]
+        found = self._of_variant[variant].values() if variant in self._of_variant else ()
         return sorted(found, key=lambda report: (report.started_s, report.replica))
 
     def ready(self, variant: Variant) -> int:
@@ -92,9 +102,12 @@ class Registry:
         get no new requests, except those that only they can answer.
         """
         variants = tuple(variants)
+        of_model: defaultdict[str, list[Variant]] = defaultdict(list)
+        for variant in variants:
+            of_model[variant.model].append(variant)
         models: dict[str, ServedModel] = {}
         for variant in variants:
-            same = [each for each in variants if each.model == variant.model]
+            same = of_model[variant.model]
             models.setdefault(
                 variant.model,
                 ServedModel(
@@ -120,6 +133,11 @@ class Registry:
             if report.state in ("ready", "draining")
         )
         return EndpointTable(version=version, models=tuple(models.values()), endpoints=endpoints)
+
+
+def _is_late(report: ReplicaReport, before: ReplicaReport) -> bool:
+    """Whether a later one has overtaken it on the way, as calls of one actor may."""
+    return report.started_s == before.started_s and report.number < before.number
 
 
 def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -19,12 +20,11 @@ import ray
 from ray import serve
 
 from cluster import weights
-from cluster.engine_process import EngineProcess
-from cluster.engines.kinds import ENGINES
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE
+from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
@@ -45,11 +45,12 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
+        self._numbers = itertools.count(1)
         self._variant: Variant | None = None
         self._version = ""
         self._features = ServingFeatures()
         self._failure = ""
-        self._engine: EngineProcess | None = None
+        self._engine: RunningEngine | None = None
         self._gang: Gang | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
@@ -67,8 +68,7 @@ class Replica:
             self._features.want(variant)
             return
         self._version = shape_version(variant)
-        self._engine = EngineProcess(
-            ENGINES[variant.shape.engine],
+        self._engine = engine_for(
             variant,
             host=self._site.host(),
             log=self._site.log(variant, self._id),
@@ -89,7 +89,7 @@ class Replica:
         watch.add_done_callback(self._watch_ended)
         self._tasks.append(watch)
 
-    async def _start(self, variant: Variant, engine: EngineProcess) -> None:
+    async def _start(self, variant: Variant, engine: RunningEngine) -> None:
         """Start the engine, in a gang once all of its nodes are ready to."""
         if self._gang:
             engine.stage = "assembling the gang"
@@ -109,7 +109,7 @@ class Replica:
         for task in done:
             task.result()
 
-    async def _fail(self, error: Exception, engine: EngineProcess) -> None:
+    async def _fail(self, error: Exception, engine: RunningEngine) -> None:
         """Tell why, in the engine's own last words where it ended by itself; leave nothing behind."""
         ended = isinstance(error, EngineFailed) and engine.ended and not self._gang
         self._failure = "" if ended else _told(error)
@@ -182,7 +182,7 @@ class Replica:
             logging.getLogger("ray.serve").critical("watching failed", exc_info=task.exception())
             self._die()
 
-    async def _follow_features(self, engine: EngineProcess, variant: Variant) -> None:
+    async def _follow_features(self, engine: RunningEngine, variant: Variant) -> None:
         task = await self._features.start(
             variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
         )
@@ -228,6 +228,7 @@ class Replica:
             state=self._state,
             stage=engine.stage,
             started_s=self._started_s,
+            number=next(self._numbers),
             node=self._seat.host,
             node_id=self._seat.node_id,
             gpus=self._seat.gpus,

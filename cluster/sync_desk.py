@@ -22,8 +22,9 @@ class SyncDesk:
         self._changed = asyncio.Event()
 
     def publish(self, table: EndpointTable) -> None:
-        """Put a new table before all waiting gateways, if anything but its version differs."""
-        if table.model_copy(update={"version": self.table.version}) != self.table:
+        """Put a new table before all waiting gateways, if it routes otherwise than the last."""
+        now, last = table, self.table
+        if (now.models, now.endpoints) != (last.models, last.endpoints):
             self.table = table
             self._wake()
 

@@ -86,6 +86,9 @@ class EndpointTable(Spec):
     version: NonNegativeInt = 0
     models: tuple[ServedModel, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
+    changed_s: NonNegativeFloat = Field(
+        0.0, description="When the controller heard of the first change in it, epoch seconds."
+    )
 
 
 class EndpointsFile(Spec):

@@ -17,6 +17,11 @@ from gateway.routing import EndpointState
 from gateway.tally import LATENCY_BUCKETS_S, Tally
 from gateway.tenant_metrics import TenantMetrics, add_counts
 
+_TABLE_DELAY_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.0, 5.0),
+)
+
 
 class Meter:
     """The gateway's metrics (`bora_gateway_*`). With several workers they are summed by scraping any."""
@@ -109,6 +114,12 @@ class Meter:
             registry=registry,
             multiprocess_mode="livemin",
         )
+        self._table_delay = Histogram(
+            "bora_gateway_endpoint_table_delay_seconds",
+            "From when the controller heard of a change until this gateway routes by it.",
+            buckets=_TABLE_DELAY_BUCKETS_S,
+            registry=registry,
+        )
         self._counted_models: set[str] = set()
         self._told_endpoints: set[tuple[str, str, str]] = set()
         endpoint = ("model", "variant", "endpoint")
@@ -190,6 +201,10 @@ class Meter:
         self._breaker_open.labels(*labels).set(not breaker.closed)
         if breaker.is_slow and breaker.state(now) == "open":
             self._ejections.labels(*labels).inc()
+
+    def table_delayed(self, seconds: float) -> None:
+        """A table from the controller is in force so long after what it tells happened."""
+        self._table_delay.observe(max(seconds, 0.0))  # hosts' clocks may differ a little
 
     def endpoints_listed(self, endpoints: Iterable[Endpoint]) -> None:
         """The table's endpoints: those that are gone must not look dead for ever."""

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal, Self
@@ -107,6 +108,8 @@ class Gateway:
         ready = {model.name: router.num_ready(model.name) for model in router.models}
         self.meter.table_applied(table.version, ready.items())
         self.meter.endpoints_listed(table.endpoints)
+        if table.changed_s:
+            self.meter.table_delayed(time.time() - table.changed_s)
         _log.info("endpoint table %d: %s", table.version, ready)
         self._tell_health()
 

@@ -23,6 +23,7 @@ _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disa
 _HOST = "127.0.0.1"
 _MARK = "BORA_DRILL_NODE"
 _START_S = 180.0
+_TRIES = 3  # of a node's start
 # A dead node is found after some 3 s instead of Ray's 15.
 _HEALTH = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "3"}
 
@@ -35,7 +36,13 @@ class DrillCluster:
     """
 
     def __init__(
-        self, temporary: Path, *, workers: Sequence[str], slots: int, gpus: int = 0
+        self,
+        temporary: Path,
+        *,
+        workers: Sequence[str],
+        slots: int,
+        gpus: int = 0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = temporary
         self._slots = slots
@@ -55,6 +62,7 @@ class DrillCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             **{f"RAY_health_check_{name}": value for name, value in _HEALTH.items()},
+            **(env or {}),
         }
 
     @property
@@ -91,6 +99,17 @@ class DrillCluster:
         command += ["--dashboard-agent-listen-port", str(agent)]
         command += ["--dashboard-agent-grpc-port", str(agent_grpc)]
         command += ["--metrics-export-port", str(metrics)]
+        for left in reversed(range(_TRIES)):
+            try:
+                self._try_node(name, command)
+            except CannotRun:
+                if not left:
+                    raise
+                self.kill_node(name)  # Ray gives up after 30 s, which a busy machine may need
+            else:
+                return
+
+    def _try_node(self, name: str, command: Sequence[str]) -> None:
         log = self._folder / f"{name}-{time.monotonic_ns()}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -188,14 +207,19 @@ class DrillCluster:
 
 @contextlib.contextmanager
 def drill_cluster(
-    temporary: Path, *, workers: Sequence[str], slots: int, gpus: int = 0
+    temporary: Path,
+    *,
+    workers: Sequence[str],
+    slots: int,
+    gpus: int = 0,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[DrillCluster]:
-    """A running cluster, ended by process id in any case.
+    """A running cluster, ended by process id in any case. `env` is added to its processes'.
 
     Raises:
         CannotRun: it does not come up.
     """
-    cluster = DrillCluster(temporary, workers=workers, slots=slots, gpus=gpus)
+    cluster = DrillCluster(temporary, workers=workers, slots=slots, gpus=gpus, env=env)
     try:
         cluster.start()
         yield cluster

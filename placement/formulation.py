@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from placement.milp import INFINITY, Answer, Program
 from placement.packing import MOST_PATTERNS, divisible, patterns, whole_nodes
 from placement.problem import Need, Problem
+from placement.rounding import rounded
 
 TIE = 1e-6  # of the objective: what breaks ties must not outweigh anything else
 _SHORT = 1e-7  # relative: a demand that is missed by this much is met
@@ -53,6 +54,18 @@ class Formulation:
     def counts(self, answer: Answer) -> list[int]:
         """Replicas of each of the problem's columns."""
         return [round(answer.values[index]) for index in self._counts]
+
+    def start(self, counts: Sequence[int] | None) -> list[float] | None:
+        """Where the search begins: at `counts`, or nearer to the best if the program is large."""
+        given = None if counts is None else self.point(counts)
+        if not self.program.large:
+            return given
+        columns = self._problem.columns
+        weights = [float(column.gpus) for column in columns]
+        weights += [0.0] * (self.program.width - len(weights))
+        near = rounded(self.program, weights)
+        points = [point for point in (given, near) if point is not None]
+        return min(points, key=self.program.cost, default=None)
 
     def point(self, counts: Sequence[int]) -> list[float] | None:
         """`counts` as a value for each column; None where patterns would have to be found first."""

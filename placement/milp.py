@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -108,7 +109,7 @@ class Program:
             float(round(value)) if whole else value
             for value, whole in zip(solver.getSolution().col_value, self._integer, strict=True)
         )
-        cost = sum(c * v for c, v in zip(self._costs, values, strict=True))
+        cost = self.cost(values)
         bound = info.mip_dual_bound if any(self._integer) else info.objective_function_value
         return Answer(
             values=values,
@@ -116,6 +117,25 @@ class Program:
             bound=min(cost, bound / scale),
             seconds=solver.getRunTime(),
         )
+
+    @property
+    def whole(self) -> list[int]:
+        """The columns that are whole numbers."""
+        return [index for index, whole in enumerate(self._integer) if whole]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return len(self._costs)
+
+    @property
+    def large(self) -> bool:
+        """Whether it is too large to be solved to the end."""
+        return len(self._costs) > _SMALL
+
+    def cost(self, point: Sequence[float]) -> float:
+        """What a point costs."""
+        return sum(cost * value for cost, value in zip(self._costs, point, strict=True))
 
     def _problem(self, scale: float) -> highspy.HighsLp:
         problem = highspy.HighsLp()
@@ -136,6 +156,62 @@ class Program:
         matrix.index_ = np.array([index for index, _ in terms], dtype=np.int32)
         matrix.value_ = np.array([value for _, value in terms], dtype=float)
         return problem
+
+
+class Relaxation:
+    """A program whose columns need not be whole, solved anew whenever a bound changes.
+
+    `values`: the best point; None: there is none.
+    """
+
+    def __init__(self, program: Program) -> None:
+        problem = program._problem(1.0)  # noqa: SLF001 - the same program, of this module
+        problem.integrality_ = []
+        self._bounds = list(zip(problem.col_lower_, problem.col_upper_, strict=True))
+        self._demands: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+        for row, (terms, lower, _) in enumerate(program._rows):  # noqa: SLF001
+            for index, factor in terms.items():
+                if factor > 0 and lower > -INFINITY:
+                    self._demands[index].append((row, lower))
+        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        self._solver.silent()
+        for option, value in (("threads", 1), ("random_seed", 0), ("presolve", "off")):
+            self._solver.setOptionValue(option, value)
+        self._solver.passModel(problem)
+        self.values: Sequence[float] | None = None
+        self._rows: Sequence[float] = ()
+        self._solve()
+
+    def narrow(self, column: int, lower: float, upper: float) -> bool:
+        """Keep a column between these bounds from now on; False: it cannot be, and stays free.
+
+        What cannot be leaves the `values` as they were.
+        """
+        before, values, rows = self._bounds[column], self.values, self._rows
+        self._bounds[column] = (max(before[0], lower), min(before[1], upper))
+        if self._bounds[column][0] <= self._bounds[column][1]:
+            self._solver.changeColBounds(column, *self._bounds[column])
+            self._solve()
+            if self.values is not None:
+                return True
+        self._bounds[column] = before
+        self._solver.changeColBounds(column, *before)
+        self.values, self._rows = values, rows
+        return False
+
+    def is_scarce(self, column: int) -> bool:
+        """Whether a row that it adds to has just as much as it needs."""
+        return any(
+            self._rows[row] <= lower + 1e-6 * max(1.0, abs(lower))
+            for row, lower in self._demands[column]
+        )
+
+    def _solve(self) -> None:
+        self._solver.run()
+        self.values = None
+        if self._solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
+            solution = self._solver.getSolution()
+            self.values, self._rows = solution.col_value, solution.row_value
 
 
 def _solver(limits: Limits, columns: int) -> highspy.Highs:

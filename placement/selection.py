@@ -47,7 +47,7 @@ def _short(problem: Problem, limits: Limits, first: Sequence[int]) -> Selection:
     """Not all needs can be met: the least shortfall, then the best objective with just that."""
     counts = list(first)
     form = Formulation(problem, soft=True)
-    answer = form.program.solve(limits)
+    answer = form.program.solve(limits, form.start(None))
     seconds = 0.0
     if answer is not None:
         counts, seconds = form.counts(answer), answer.seconds
@@ -73,7 +73,7 @@ def _what_is_met(problem: Problem, counts: Sequence[int], model: int) -> Need:
 
 def _solve(problem: Problem, limits: Limits, start: Sequence[int] | None) -> Selection | None:
     form = Formulation(problem, start=start)
-    answer = form.program.solve(limits, form.point(start) if start is not None else None)
+    answer = form.program.solve(limits, form.start(start))
     if answer is None:
         return None
     counts = form.counts(answer)
@@ -84,7 +84,7 @@ def _solve(problem: Problem, limits: Limits, start: Sequence[int] | None) -> Sel
         factor = answer.values[form.load_factor]
         bound = -answer.bound
         form = Formulation(problem, load_factor=factor * (1 - 1e-9), start=counts)
-        cheapest = form.program.solve(limits, form.point(counts))
+        cheapest = form.program.solve(limits, form.start(counts))
         if cheapest is not None:
             counts, seconds = form.counts(cheapest), seconds + cheapest.seconds
         bound = 1 / bound if bound > 0 else 0.0

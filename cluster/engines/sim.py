@@ -13,6 +13,7 @@ from placement.plan import Shape, Variant
 
 _OWN_FLAG = "--sim-"
 _SERVER, _GANG = "cluster.engines.sim_server", "cluster.engines.sim_gang"
+_INSIDE = "--sim-inside"
 
 _STAGES = {
     "distributed_init_method=tcp": MEETING,
@@ -29,6 +30,7 @@ class SimEngine:
     `reference_input_tokens` is the prompt length that `shape.prediction.ttft_s` was made for.
     Of `shape.engine_args` it takes what begins with `--sim-`, without that prefix: `--sim-speed 20`
     is the server's `--speed 20`. The others are flags of the engine that is simulated.
+    With `--sim-inside` no process is started: the replica's own one simulates (`sim_inside`).
     """
 
     reference_input_tokens: int = 512
@@ -123,6 +125,11 @@ def prefill_tokens_per_s(shape: Shape, reference_input_tokens: int) -> float:
     return reference_input_tokens / max(ttft_s - step_s, ttft_s / 10)
 
 
+def runs_inside(variant: Variant) -> bool:
+    """Whether the replica's own process simulates the engine (`--sim-inside`)."""
+    return variant.shape.engine == "sim" and _INSIDE in variant.shape.engine_args
+
+
 def _adapter_flags(arguments: Sequence[str]) -> list[str]:
     """What the simulator understands of vLLM's flags for adapters."""
     if "--enable-lora" not in arguments:
@@ -135,7 +142,9 @@ def _own_flags(arguments: Sequence[str]) -> Iterator[str]:
     """`--sim-x value` and `--sim-x=value` as `--x value` and `--x=value`; others are left out."""
     takes_value = False
     for argument in arguments:
-        if argument.startswith(_OWN_FLAG):
+        if argument == _INSIDE:
+            takes_value = False
+        elif argument.startswith(_OWN_FLAG):
             yield f"--{argument.removeprefix(_OWN_FLAG)}"
             takes_value = "=" not in argument
         else:

@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from uuid import uuid4
 
 import uvloop
@@ -35,33 +34,22 @@ from cluster.engines.sim_api import (
     parse,
     prompt_of,
 )
-from cluster.engines.sim_batch import Batch, Delta, Generation, Limits, Timing
+from cluster.engines.sim_batch import Batch, Delta, Generation
 from cluster.engines.sim_drill import PATH as DRILL_PATH
 from cluster.engines.sim_drill import Drill, Fault
 from cluster.engines.sim_metrics import Metrics
 from cluster.engines.sim_middleware import authentication, faults, refusals
 from cluster.engines.sim_options import parse_options
+from cluster.engines.sim_settings import Settings, settings_of
 from cluster.engines.sim_vocabulary import NoSuchToken, text_of
+
+LOG_FORMAT = "%(levelname)s %(asctime)s %(message)s"
 
 logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 64 * 2**20
 _MAX_LAG_S = 0.1  # how far behind its own timetable the engine tries to catch up
 _BACKLOG = 2048  # as uvicorn; with fewer a burst of new connections waits for SYN retries
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is served, and how fast. `speed` divides all times. `fault`: None allows none."""
-
-    model: str
-    limits: Limits
-    timing: Timing
-    speed: float = 1.0
-    api_key: str = ""
-    has_token_ids: bool = True
-    fault: Fault | None = None
-    max_lora_rank: int = 0  # 0: no adapters
 
 
 class SimulatedEngine:
@@ -120,6 +108,10 @@ class SimulatedEngine:
             app.router.add_get(DRILL_PATH, self._drill.get)
             app.router.add_post(DRILL_PATH, self._drill.post)
         return app
+
+    def metrics(self) -> str:
+        """The page that `/metrics` shows."""
+        return self._metrics.text().decode()
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = parse(await request.read(), ChatRequest)
@@ -260,41 +252,25 @@ class SimulatedEngine:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, which end the process at once."""
     options = parse_options(arguments)
-    logging.basicConfig(
-        stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s"
-    )
-    limits = Limits(
-        options.max_num_seqs,
-        options.max_num_batched_tokens,
-        options.kv_cache_tokens,
-        options.max_model_len,
-    )
-    timing = Timing(
-        options.prefill_tokens_per_s,
-        options.tpot_ms,
-        max(options.tpot_ms, options.tpot_ms_at_max),
-        options.max_num_seqs,
-    )
-    api_key = os.environ.get("VLLM_API_KEY", "")
-    settings = Settings(
-        options.model,
-        limits,
-        timing,
-        options.speed,
-        api_key,
-        has_token_ids=not options.no_token_ids,
-        fault=options.drill,
-        max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
-    )
-    uvloop.run(_serve(settings, options))
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=LOG_FORMAT)
+    uvloop.run(_serve(options, os.environ.get("VLLM_API_KEY", "")))
 
 
-async def _serve(settings: Settings, options: argparse.Namespace) -> None:
+async def _serve(options: argparse.Namespace, api_key: str) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, os._exit, 0)
+    engine, _ = await listen(options, api_key)
+    await engine.run()
+
+
+async def listen(
+    options: argparse.Namespace, api_key: str
+) -> tuple[SimulatedEngine, web.AppRunner]:
+    """An engine that listens, once it has "loaded"; it answers while its `run` is awaited."""
     if options.fail_after_s is not None:
-        loop.call_later(options.fail_after_s, _fail)
+        asyncio.get_running_loop().call_later(options.fail_after_s, _fail)
+    settings = settings_of(options, api_key)
     # Lines as vLLM writes them, so that one parser reads both.
     logger.info("Starting to load model %s (simulated)", settings.model)
     await asyncio.sleep(options.start_delay_s)
@@ -313,7 +289,7 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> None:
     await web.TCPSite(runner, options.host, options.port, backlog=_BACKLOG).start()
     host, port = runner.addresses[0][:2]
     logger.info("Application startup complete: http://%s:%d", host, port)
-    await engine.run()
+    return engine, runner
 
 
 def _fail() -> None:

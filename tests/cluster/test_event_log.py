@@ -34,7 +34,12 @@ def a_lifecycle(log: EventLog) -> Lifecycle:
         events=log,
         take=lambda: Census(0.0, {}, frozenset(), {}),
         drain_node=lambda *_: None,
+        fetch=_no_fetch,
     )
+
+
+async def _no_fetch(*_: object) -> None:
+    raise AssertionError("nothing is rolled out")
 
 
 def test_events_are_numbered_and_told_from_where_one_stopped(tmp_path):

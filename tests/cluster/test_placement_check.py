@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.messages import RankPlace
-from cluster.placement_check import NodeFacts, differences, explain_waiting
+from cluster.placement_check import NodeFacts, differences, explain_waiting, shared_gpus
 from placement.plan import NodeGpus, Variant
 from tests.builders import a_report, a_shape, a_variant
 
@@ -55,7 +55,7 @@ def test_places_as_planned_are_no_news():
         a_report(replica="r2", node_id="id-b", gpus=(0, 1), num_devices=2),
     ]
 
-    assert differences(a_placed_variant(), reports, NODES, reports) == []
+    assert differences(a_placed_variant(), reports, NODES, shared_gpus(reports)) == []
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_two_replicas_on_one_gpu_are_named_once():
     two = a_report(replica="r2", node="a", node_id="id-a", gpus=(1, 2), num_devices=2)
     variant = a_placed_variant(placement=())
 
-    found = differences(variant, [one, two], NODES, [one, two])
+    found = differences(variant, [one, two], NODES, shared_gpus([two, one]))
 
     assert found == ["r1 and r2 both hold GPU 1 of a"]
 
@@ -118,8 +118,8 @@ def test_a_gang_on_its_planned_nodes_in_any_order_is_no_news():
     there = a_report(node_id="id-a", followers=(a_follower(),), **leader)
     swapped = a_report(node_id="id-b", followers=(a_follower(node_id="id-a"),), **leader)
 
-    assert differences(a_gang(), [there], NODES, [there]) == []
-    assert differences(a_gang(), [swapped], NODES, [swapped]) == []
+    assert differences(a_gang(), [there], NODES, shared_gpus([there])) == []
+    assert differences(a_gang(), [swapped], NODES, shared_gpus([swapped])) == []
 
 
 def test_what_is_not_as_planned_about_a_follower_is_said():
@@ -136,7 +136,7 @@ def test_a_gang_that_shares_a_gpu_by_a_follower_is_named():
     gang = a_report(replica="r1", node_id="id-a", num_devices=2, followers=(a_follower(),))
     other = a_report(replica="r2", node_id="id-b", gpus=(1,))
 
-    found = differences(a_gang(placement=()), [gang], NODES, [gang, other])
+    found = differences(a_gang(placement=()), [gang], NODES, shared_gpus([gang, other]))
 
     assert found == ["r1 and r2 both hold GPU 1 of b"]
 

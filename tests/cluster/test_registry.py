@@ -103,6 +103,25 @@ def test_a_heartbeat_is_news_only_when_the_state_changes():
     assert registry.report(a_report(state="ready"), now_s=2)
 
 
+def test_a_report_that_a_later_one_overtook_changes_nothing_but_shows_life():
+    registry = Registry(timeout_s=10.0)
+    registry.report(a_report(replica="r", state="ready", started_s=5.0, number=2), 0.0)
+
+    news = registry.report(a_report(replica="r", state="starting", started_s=5.0, number=1), 9.0)
+
+    assert not news
+    assert [report.state for report in registry.reports] == ["ready"]
+    assert registry.expire(15.0) == []
+
+
+def test_a_replica_that_started_anew_counts_its_reports_anew():
+    registry = Registry()
+    registry.report(a_report(replica="r", state="ready", started_s=5.0, number=9), 0.0)
+
+    assert registry.report(a_report(replica="r", state="starting", started_s=7.0, number=1), 1.0)
+    assert [report.state for report in registry.reports] == ["starting"]
+
+
 def test_a_stopped_replica_leaves_at_once():
     registry = Registry()
     registry.report(a_report(state="draining"), now_s=0)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,23 @@ async def test_requests_tokens_and_latencies_are_counted_by_model_and_variant() 
         assert await value("in_flight") == 0
         assert await metric(client, "bora_gateway_endpoints", model="chat") == 1
         assert await metric(client, "bora_gateway_endpoint_table_version") == 1
+
+
+async def test_the_delay_of_a_table_shows_and_clocks_that_differ_do_no_harm() -> None:
+    name = "bora_gateway_endpoint_table_delay_seconds"
+    async with (
+        an_engine() as engine,
+        a_gateway(a_table(an_endpoint(engine))) as gateway,
+        a_client(gateway) as client,
+    ):
+        assert await metric(client, f"{name}_count") == 0  # a file tells no time
+        for changed_s in (time.time() - 100.0, time.time() + 100.0):
+            changes = {"changed_s": changed_s}
+            gateway.apply(a_table(an_endpoint(engine)).model_copy(update=changes))
+
+        assert await metric(client, f"{name}_count") == 2
+        assert await metric(client, f"{name}_bucket", le="0.005") == 1
+        assert await metric(client, f"{name}_sum") == pytest.approx(100.0, abs=5.0)
 
 
 async def test_requests_under_way_show() -> None:

@@ -1,0 +1,49 @@
+"""What the simulated engine serves, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from cluster.engines.sim_batch import Limits, Timing
+from cluster.engines.sim_drill import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is served, and how fast. `speed` divides all times. `fault`: None allows none."""
+
+    model: str
+    limits: Limits
+    timing: Timing
+    speed: float = 1.0
+    api_key: str = ""
+    has_token_ids: bool = True
+    fault: Fault | None = None
+    max_lora_rank: int = 0  # 0: no adapters
+
+
+def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
+    """From the command line's flags."""
+    limits = Limits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        options.kv_cache_tokens,
+        options.max_model_len,
+    )
+    timing = Timing(
+        options.prefill_tokens_per_s,
+        options.tpot_ms,
+        max(options.tpot_ms, options.tpot_ms_at_max),
+        options.max_num_seqs,
+    )
+    return Settings(
+        options.model,
+        limits,
+        timing,
+        options.speed,
+        api_key,
+        has_token_ids=not options.no_token_ids,
+        fault=options.drill,
+        max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
+    )

@@ -1,0 +1,127 @@
+"""What a cluster tells about itself: the controller's status, the gateways' metrics, memory in use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+_TIMEOUT_S = 20.0
+_DELAY = "bora_gateway_endpoint_table_delay_seconds"
+_READY = "bora_gateway_endpoints"
+_ALIVE = "bora_gateway_endpoint_alive"
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """The controller's API, as `bora status --json` reads it, without a command's start-up."""
+
+    url: str
+    token: str
+
+    @classmethod
+    def of(cls, state: Path) -> Controller:
+        """From the folder in `BORA_STATE`, once something is deployed."""
+        context = json.loads((state / "context.json").read_text(encoding="utf-8"))
+        return cls(context["controller_url"], context["token"])
+
+    def status(self) -> dict[str, Any]:
+        """The state of the fleet; empty while the controller does not answer."""
+        headers = {"authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(self.url + "/v1/status", headers=headers)  # noqa: S310
+        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
+            return dict(json.loads(_read(request)))
+        return {}
+
+    def scale(self, model: str, count: int) -> None:
+        """As `bora scale`."""
+        body = json.dumps({"model": model, "replicas": count}).encode()
+        headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
+        _read(urllib.request.Request(self.url + "/v1/scale", data=body, headers=headers))  # noqa: S310
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A gateway's metrics at one moment."""
+
+    families: Mapping[str, Metric]
+
+    @classmethod
+    def of(cls, url: str) -> Page:
+        """Read now."""
+        text = _read(urllib.request.Request(url + "/metrics")).decode()  # noqa: S310
+        return cls({family.name: family for family in text_string_to_metric_families(text)})
+
+    @property
+    def ready(self) -> dict[str, int]:
+        """Endpoints of each model in its table."""
+        return {s.labels["model"]: int(s.value) for s in self._samples(_READY)}
+
+    def dead(self) -> set[str]:
+        """Endpoints that it sends nothing to since its health checks fail."""
+        return {s.labels["endpoint"] for s in self._samples(_ALIVE) if s.value == 0}
+
+    def delays(self) -> dict[float, float]:
+        """How many tables were in force within so many seconds of what they tell."""
+        return {
+            float(s.labels["le"]): s.value
+            for s in self._samples(_DELAY)
+            if s.name == f"{_DELAY}_bucket"
+        }
+
+    def _samples(self, name: str) -> Iterator[Any]:
+        family = self.families.get(name)
+        yield from family.samples if family else ()
+
+
+def _read(request: urllib.request.Request) -> bytes:
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
+        body: bytes = response.read()
+        return body
+
+
+def delays_between(before: Sequence[Page], after: Sequence[Page]) -> dict[float, float]:
+    """Of all gateways together, by upper bounds; cumulative, as Prometheus tells them."""
+    found: dict[float, float] = {}
+    for earlier, later in zip(before, after, strict=True):
+        known = earlier.delays()
+        for bound, count in later.delays().items():
+            found[bound] = found.get(bound, 0.0) + count - known.get(bound, 0.0)
+    return found
+
+
+def quantile(cumulative: Mapping[float, float], share: float) -> float | None:
+    """The bound below which at least `share` of the counts lie; None: there are none."""
+    total = max(cumulative.values(), default=0.0)
+    if total == 0:
+        return None
+    return min(bound for bound, count in cumulative.items() if count >= share * total)
+
+
+def replicas(status: Mapping[str, Any], state: str = "ready") -> list[dict[str, Any]]:
+    """All replicas of the fleet in one state."""
+    variants = status.get("variants", ())
+    return [each for v in variants for each in v["replicas"] if each["state"] == state]
+
+
+def memory_mib(pids: Collection[int]) -> float:
+    """What processes hold by themselves, and their share of what they hold together, MiB."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += psutil.Process(pid).memory_full_info().pss
+    return total / 2**20
+
+
+def free_gib() -> float:
+    """What the machine has left for others."""
+    return float(psutil.virtual_memory().available) / 2**30
