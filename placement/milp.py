@@ -49,6 +49,7 @@ class Answer:
     cost: float
     bound: float
     seconds: float
+    prices: tuple[float, ...] = ()  # of a row's bound, one more: without whole columns only
 
 
 @dataclass(slots=True)
@@ -105,16 +106,19 @@ class Program:
         if not found:
             return None
         values = tuple(
-            float(round(value)) if whole else value
-            for value, whole in zip(solver.getSolution().col_value, self._integer, strict=True)
+            float(round(value)) if integer else value
+            for value, integer in zip(solver.getSolution().col_value, self._integer, strict=True)
         )
         cost = sum(c * v for c, v in zip(self._costs, values, strict=True))
-        bound = info.mip_dual_bound if any(self._integer) else info.objective_function_value
+        whole = any(self._integer)
+        bound = info.mip_dual_bound if whole else info.objective_function_value
+        prices = () if whole else tuple(dual / scale for dual in solver.getSolution().row_dual)
         return Answer(
             values=values,
             cost=cost,
             bound=min(cost, bound / scale),
             seconds=solver.getRunTime(),
+            prices=prices,
         )
 
     def _problem(self, scale: float) -> highspy.HighsLp:
