@@ -172,6 +172,12 @@ class FleetModel(Spec):
         default=None, description="None: the planner chooses."
     )
     expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
+    across_nodes: Literal["needed", "always", "never"] = Field(
+        default="needed",
+        description="Whether a replica's pipeline stages may stand on two nodes, also of two pools "
+        "with unlike GPUs: `needed` where no node alone runs the model, `always` wherever that "
+        "serves the objective.",
+    )
     demand: Demand | None = Field(
         default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
     )

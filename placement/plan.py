@@ -48,6 +48,9 @@ class Shape(Spec):
     data_parallel_size: int = 1
     decode_context_parallel_size: int = 1
     num_nodes: int = Field(default=1, description="That one replica spreads over.")
+    layer_partition: tuple[int, ...] = Field(
+        default=(), description="Layers of each pipeline stage; empty: as the engine splits them."
+    )
     expert_parallel: bool = False
     max_model_len: int
     max_num_seqs: int
@@ -89,6 +92,14 @@ class NodeGpus(Spec):
     gpus: tuple[int, ...]
 
 
+class StageNodes(Spec):
+    """Nodes that a pipeline goes on to, and what it takes of each."""
+
+    pool: str
+    gpu: str
+    gpus: int
+
+
 class Predicted(Spec):
     """What a variant's users will see."""
 
@@ -108,6 +119,9 @@ class Variant(Spec):
     checkpoint_format: Literal["hf", "mistral", "gguf"] = "hf"
     pool: str
     gpu: str
+    beside: tuple[StageNodes, ...] = Field(
+        default=(), description="Where a pipeline goes on that begins on `pool`, stage by stage."
+    )
     simulated_gpu: str | None = None
     shape: Shape
     replicas: int = Field(description="To start with.")
@@ -118,7 +132,11 @@ class Variant(Spec):
         default=1, description="GPUs (on a `cpu` pool: slots) that one replica occupies."
     )
     price_per_hour: float = Field(default=0.0, description="Of all replicas.")
-    placement: tuple[tuple[NodeGpus, ...], ...] = Field(description="For each replica, its GPUs.")
+    placement: tuple[tuple[NodeGpus, ...], ...] = Field(
+        description="For each replica, its GPUs. Over several nodes: in the order of its ranks (stage "
+        "x tensor_parallel_size + position), as many GPUs in each entry; a node that gives more has "
+        "more than one."
+    )
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
     limited_by: str = Field(
         default="",
@@ -128,6 +146,18 @@ class Variant(Spec):
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()
     fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Of the nodes that a replica spreads over, in the order of its stages."""
+        return (self.pool, *(nodes.pool for nodes in self.beside))
+
+    @property
+    def hardware(self) -> str:
+        """The GPUs of a replica in words."""
+        first = self.gpus_per_replica - sum(nodes.gpus for nodes in self.beside)
+        words = [f"{first} x {self.gpu}", *(f"{n.gpus} x {n.gpu}" for n in self.beside)]
+        return " + ".join(words)
 
 
 class Unmet(Spec):

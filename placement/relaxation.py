@@ -82,7 +82,7 @@ def replica_limit(option: Option, options: Options) -> Unmet:
 
 def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
     """The GPUs are there, but other models have them; `free` are those that they leave."""
-    each = option.gpus_per_replica
+    each = option.gpus_here
     room = free.room(each)
     missing = max(1, option.replicas - room) * each
     return Unmet(
@@ -108,6 +108,9 @@ def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unme
 
 def _on(option: Option) -> str:
     ranks, precision = option.gpus_per_replica, option.candidate.checkpoint.precision
+    if option.beside:
+        pools = " and ".join(part.pool.name for part in option.parts)
+        return f"pools {pools} ({option.hardware}, {precision})"
     return f"pool {option.pool.name} ({ranks} x {option.gpu.name}, {precision})"
 
 

@@ -126,7 +126,7 @@ def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
         escape(variant.pool),
         f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
-        f"{variant.gpus_per_replica} x {escape(variant.gpu)}",
+        escape(variant.hardware),
         f"{shape.max_model_len:,}",
         f"{shape.kv_cache_tokens:,}",
         f"{rate:.3g}",

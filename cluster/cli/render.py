@@ -152,7 +152,7 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
         variant.model,
         variant.variant,
         f"{variant.replicas} ({variant.bounds.min}-{variant.bounds.max})",
-        f"{variant.gpus_per_replica} x {variant.gpu}",
+        variant.hardware,
         f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB{beside_gpus(variant)}",
         f"{shape.kv_cache_tokens:,}",
         ", ".join(nodes),
