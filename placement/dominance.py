@@ -33,13 +33,13 @@ def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, 
 
 
 def _dominates(one: Option, other: Option) -> bool:
-    return (
-        len(one.parts) <= len(other.parts)
-        and all(
-            here.group == there.group and here.gpus <= there.gpus
-            for here, there in zip(one.parts, other.parts, strict=False)
-        )
-        and _rate(one) >= _rate(other)
+    if one.group != other.group or _rate(one) < _rate(other):
+        return False
+    if not one.beside and not other.beside:
+        return one.gpus_per_replica <= other.gpus_per_replica
+    return len(one.parts) <= len(other.parts) and all(
+        here.group == there.group and here.gpus <= there.gpus
+        for here, there in zip(one.parts, other.parts, strict=False)
     )
 
 

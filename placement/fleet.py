@@ -283,6 +283,11 @@ class FleetSpec(Spec):
         description="Nodes of each pool that stay empty, so that the replicas of a lost node can "
         "start again: 1 survives the loss of one node of each pool.",
     )
+    carry_node_loss: bool = Field(
+        default=False,
+        description="Every model carries its demand, within its service level, when any one node "
+        "is lost, before anything starts again (N+1); a model without a demand has two replicas.",
+    )
     max_spot_share: float = Field(
         default=1.0,
         ge=0.0,

@@ -178,6 +178,30 @@ class Robustness(Spec):
     )
 
 
+class NodeLoss(Spec):
+    """What happens when any one node is lost, in the worst case."""
+
+    carried: bool = Field(description="Every model still carries its demand, at once.")
+    restarts: bool = Field(description="Whichever it is, free GPUs of its pool take its replicas.")
+    node: str = Field(description="Whose loss leaves least of a demand.")
+    model: str
+    share: float = Field(description="Of that model's demand, which its other replicas carry.")
+    restart_s: float | None = Field(
+        description="Until that node's replicas run again on free GPUs; None: there is no room."
+    )
+
+    @property
+    def in_words(self) -> str:
+        """One line."""
+        left = f"without {self.node}, {self.model} carries {100 * self.share:.0f} % of its demand"
+        if self.carried:
+            return f"survives the loss of any one node: yes, slowest case: {left}"
+        again = "and there is no room to start its replicas again"
+        if self.restart_s is not None:
+            again = f"until its replicas run again on free GPUs, after {self.restart_s:.0f} s"
+        return f"survives the loss of any one node: no, {left}, {again}"
+
+
 class Plan(Spec):
     """The whole answer for a fleet on an inventory."""
 
@@ -195,6 +219,9 @@ class Plan(Spec):
     unmet: tuple[Unmet, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     robustness: Robustness | None = None
+    node_loss: NodeLoss | None = Field(
+        default=None, description="None: nothing runs, or there is but one node."
+    )
     gateway: GatewaySpec = GatewaySpec()
 
     @classmethod

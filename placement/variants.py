@@ -84,6 +84,8 @@ def _best_checkpoint(
 
 
 def _alike(one: Option, other: Option) -> bool:
+    if not one.beside and not other.beside:
+        return one.group == other.group and one.gpus_per_replica == other.gpus_per_replica
     return [(part.group, part.gpus) for part in one.parts] == [
         (part.group, part.gpus) for part in other.parts
     ]

@@ -80,6 +80,8 @@ def _head(plan: Plan) -> Iterator[str]:
         told = "holds" if plan.robustness.holds else "falls short"
         yield _tile(told, "if 15 % slower")
     yield "</div>"
+    if plan.node_loss is not None:
+        yield f'<p class="quiet">{escape(plan.node_loss.in_words)}.</p>'
     if plan.robustness is not None and plan.robustness.short:
         short = escape(", ".join(plan.robustness.short))
         dearer = plan.robustness.objective_to_hold

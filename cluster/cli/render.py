@@ -50,6 +50,8 @@ def plan_page(plan: Plan) -> RenderableType:
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    if plan.node_loss is not None:
+        parts.append(Text(plan.node_loss.in_words))
     if plan.robustness is not None and plan.robustness.short:
         parts.append(Text(_if_slower(plan, plan.robustness), style="yellow"))
     for unmet in plan.unmet:
