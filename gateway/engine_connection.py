@@ -21,10 +21,11 @@ class EngineConnection(asyncio.Protocol):
     """Asks one thing at a time. `on_free` gets it back when an answer is complete and it may live."""
 
     __slots__ = (
-        *("_answer", "_begun", "_body", "_done", "_head", "_head_bytes", "_heard", "_held_bytes"),
+        *("_answer", "_begun", "_between_chunks", "_body", "_done", "_had_chunk", "_head"),
+        *("_head_bytes", "_heard", "_held_bytes"),
         *("_informational", "_keep_alive", "_known", "_listener", "_max_answer_bytes", "_name"),
         *("_on_free", "_parser", "_paused"),
-        *("_transport", "_until_close", "closed", "idle_since", "reused"),
+        *("_transport", "_until_close", "closed", "idle_since", "reused", "take_chunks"),
     )
 
     def __init__(
@@ -51,14 +52,22 @@ class EngineConnection(asyncio.Protocol):
         self._max_answer_bytes = max_answer_bytes
         self._begun = self._done = self._heard = self._informational = False
         self._keep_alive = self._until_close = self._paused = False
+        self._had_chunk = self._between_chunks = False  # of HTTP's chunks
+        self.take_chunks: Callable[[bytes], bytes] | None = None
 
     def ask(self, head: bytes, body: bytes, listener: Listener) -> None:
-        """Send a request; `listener` hears what comes of it."""
+        """Send a request; `listener` hears what comes of it.
+
+        `take_chunks`, if it is set on the way, gets what comes between HTTP's chunks as it came, and
+        returns what it does not take: of that the listener hears.
+        """
         self._listener = listener
         self._answer = Answer()
         self._head, self._head_bytes, self._held_bytes = [], 0, 0
         self._body.clear()
         self._begun = self._done = self._heard = self._until_close = False
+        self._had_chunk = self._between_chunks = False
+        self.take_chunks = None
         if len(body) <= _COPIED_BODY_BYTES:
             self._transport.write(head + body)
         else:
@@ -78,7 +87,7 @@ class EngineConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Hang up; the listener hears nothing more."""
-        self._listener = None
+        self._listener = self.take_chunks = None
         self.closed = True
         self._transport.abort()
 
@@ -88,6 +97,12 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
+        if self._between_chunks and self.take_chunks is not None:
+            data = self.take_chunks(data)
+        if data:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         is_first = not self._heard
         if is_first:
             self._heard = True
@@ -108,6 +123,8 @@ class EngineConnection(asyncio.Protocol):
         if not self._answer.status and self._is_endless(len(data)):
             self._fail("its headers are too large")
             return
+        # After a chunk may come the beginning of the next one's size, but no line end.
+        self._between_chunks = self._had_chunk and data.endswith(b"\r\n")
         if self._body and not self._answer.is_json:
             self._pass_on()
         if self._done:
@@ -165,6 +182,12 @@ class EngineConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:  # noqa: D102
         self._body.append(data)
 
+    def on_chunk_header(self) -> None:  # noqa: D102
+        self._had_chunk = False
+
+    def on_chunk_complete(self) -> None:  # noqa: D102
+        self._had_chunk = True
+
     def on_message_complete(self) -> None:  # noqa: D102
         self._done = not self._informational
 
@@ -197,6 +220,7 @@ class EngineConnection(asyncio.Protocol):
         if not self._begun and not answer.is_json and self._listener is not None:
             self._listener.began(answer)  # which may hang up
         listener, self._listener = self._listener, None
+        self.take_chunks = None
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._done = self._until_close = False

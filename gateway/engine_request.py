@@ -11,6 +11,8 @@ from gateway.routing import Lease
 from gateway.transcript import Transcript
 
 _ASK_FOR_IDS = b',"return_token_ids":true}'
+# Events of all streams together (some 300 bytes each) that wait unread; of one stream.
+_UNREAD, _LEAST_UNREAD, _MOST_UNREAD = 100_000, 16, 1024
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
 
 
@@ -36,8 +38,11 @@ def engine_request(call: Call, lease: Lease, migration: Migration | None) -> tup
     return head, body
 
 
-def transcript_of(call: Call, lease: Lease) -> Transcript | None:
-    """Where what the engine at `lease` says is noted, if streams of this kind can go on elsewhere."""
+def transcript_of(call: Call, lease: Lease, num_running: int) -> Transcript | None:
+    """Where what the engine at `lease` says is noted, if streams of this kind can go on elsewhere.
+
+    The fewer are `num_running`, the more it may keep unread.
+    """
     if not can_be_continued(call.path):
         return None
     try:
@@ -45,7 +50,10 @@ def transcript_of(call: Call, lease: Lease) -> Transcript | None:
     except BadRequest:
         return None  # the engine can read it, but we cannot
     return Transcript(
-        is_chat=call.path == CHAT_PATH, hides_ids=_hides_ids(call, lease), num_held=held
+        is_chat=call.path == CHAT_PATH,
+        hides_ids=_hides_ids(call, lease),
+        num_held=held,
+        max_unread=min(max(_LEAST_UNREAD, _UNREAD // max(1, num_running)), _MOST_UNREAD),
     )
 
 

@@ -319,7 +319,7 @@ class Exchange:
         return Relay(
             self.record,
             self._write_first,
-            transcript=transcript_of(self._call, lease),
+            transcript=transcript_of(self._call, lease, len(self._plant.running)),
             rename=self._renamer(),
             on_fault=self._told_of_fault,
         )
@@ -333,6 +333,9 @@ class Exchange:
         if self._relay is not None:
             self.record.ttft_s = self.record.age_s
             self._relay.write = write
+            self._relay.write_chunks = self._client.write_chunks
+            if self._connection is not None:
+                self._connection.take_chunks = self._relay.feed_chunks
         else:
             self.received = write
         write(data)

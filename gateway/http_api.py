@@ -49,8 +49,12 @@ class HttpClient:
         self._call = call
         self._is_event_stream = False
 
-    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+    @property
+    def write_chunks(self) -> Callable[[bytes], None] | None:
         """See `gateway.plant.Client`, as for what follows."""
+        return self._to.write_chunks
+
+    def whole(self, status: int, headers: bytes, body: bytes) -> None:  # noqa: D102
         self._to.respond(status, headers, body)
 
     def start(self, status: int, headers: bytes, *, is_event_stream: bool) -> None:  # noqa: D102

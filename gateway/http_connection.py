@@ -128,6 +128,14 @@ class HttpConnection(asyncio.Protocol):
         """Send a part of a body, which is not empty."""
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    @property
+    def write_chunks(self) -> Callable[[bytes], None] | None:
+        """For what has HTTP's chunks around it already; None if this client knows none.
+
+        To be had once the answer has started, and to be used no more once the client has left.
+        """
+        return self._write if self._chunked else None
+
     def finish(self) -> None:
         """The body is complete."""
         if self._chunked:

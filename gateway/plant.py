@@ -25,6 +25,10 @@ class Client(Protocol):
     def write(self) -> Callable[[bytes], None]:
         """Takes a part of a body, not empty."""
 
+    @property
+    def write_chunks(self) -> Callable[[bytes], None] | None:
+        """After `start`, for parts with HTTP's chunks around them; None where nobody reads those."""
+
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
         """All of an answer. `headers` are lines that each end in CRLF."""
 

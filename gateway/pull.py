@@ -68,6 +68,8 @@ class Pull:
 
     # What the exchange does
 
+    write_chunks = None  # bytes without HTTP's chunks are wanted
+
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
         """See `gateway.plant.Client`, as for what follows."""
         self.status, self.headers, self.body = status, headers_of(headers), body

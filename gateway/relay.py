@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Callable
+from time import monotonic
 
 from gateway.record import GAP_BUCKETS_S, Gaps, Record
 from gateway.reply import Renamer
@@ -12,16 +12,20 @@ from gateway.sse import EventAligner
 from gateway.transcript import Transcript
 from gateway.usage import USAGE_KEY, Usage, find_usage
 
+# How HTTP writes the size of a chunk, for those sizes that events have.
+_SIZES = {b"%x\r\n" % size: size for size in range(0x10, 0x1000)}
+
 
 class Relay:
     """Passes whole events on to `write`; `on_fault` is called when the engine tells of its own failure.
 
-    `splice` puts what another engine says into the form of the stream.
+    `splice` puts what another engine says into the form of the stream. `write_chunks`, if it is
+    there, takes a body with its HTTP chunks around it.
     """
 
     __slots__ = (
-        *("_aligner", "_on_fault", "_gaps", "_record", "_rename", "last_at", "splice"),
-        *("transcript", "write", "wrote"),
+        *("_aligner", "_on_fault", "_gaps", "_is_plain", "_record", "_rename", "last_at"),
+        *("splice", "transcript", "write", "write_chunks", "wrote"),
     )
 
     def __init__(
@@ -36,8 +40,10 @@ class Relay:
         self.transcript = transcript
         self.splice: Callable[[bytes], bytes] | None = None
         self._gaps = record.gaps = Gaps()
-        self.last_at = time.monotonic()
+        self.last_at = monotonic()
         self.wrote = False
+        self.write_chunks: Callable[[bytes], None] | None = None
+        self._is_plain = False  # what comes next may go on as it comes
         self._aligner = EventAligner()
         self._record = record
         self._rename = rename
@@ -46,11 +52,46 @@ class Relay:
 
     def feed(self, data: bytes) -> None:
         """One read of the stream: whole events go on, and cost little when they came whole."""
+        self._is_plain = False
         if self._aligner.tail or not data.endswith(b"\n\n"):
             data = self._aligner.feed(data)
             if not data:
                 return
         self._pass_on(data)
+        self._is_plain = self.write_chunks is not None and self._may_be_plain()
+
+    def feed_chunks(self, data: bytes) -> bytes:
+        """Pass on HTTP chunks as they came, as long as each is one event with only more text in it.
+
+        Returns the rest: the engine's connection reads it, and what is in it comes to `feed`. Nearly
+        all that goes through a gateway goes through here.
+        """
+        told, write, gaps = self.transcript, self.write_chunks, self._gaps
+        while self._is_plain and told is not None and write is not None:
+            start = 5
+            size = _SIZES.get(data[:start])
+            if size is None:
+                start = 4
+                size = _SIZES.get(data[:start])
+            if size is None or (end := start + size) + 2 > len(data):
+                break
+            rest = b""
+            if end + 2 < len(data):
+                data, rest = data[: end + 2], data[end + 2 :]
+            event = told.note(data, start)
+            if event is None:
+                return data + rest
+            now = monotonic()
+            gap, self.last_at = now - self.last_at, now
+            gaps.counts[bisect_left(GAP_BUCKETS_S, gap)] += 1
+            gaps.sum_s += gap
+            if event is not data:
+                event = b"%x\r\n%b" % (len(event) - start - 2, event[start:])
+            write(event)
+            if not rest:
+                return rest
+            data = rest
+        return data
 
     def end(self) -> None:
         """The engine has said all: what is left of it goes on too."""
@@ -62,7 +103,7 @@ class Relay:
     def is_whole(self) -> bool:
         """The client has all of an answer, as far as can be told."""
         told = self.transcript
-        return self.wrote and (told is None or told.finished or not told.num_tokens)
+        return self.wrote and (told is None or told.finished or not told.has_tokens)
 
     def count(self) -> None:
         """Where the engine told no usage, note what the events tell of it."""
@@ -78,11 +119,10 @@ class Relay:
         self._aligner = EventAligner()
 
     def _pass_on(self, events: bytes) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if self.wrote:
-            gap = now - self.last_at
-            self._gaps.counts[bisect_left(GAP_BUCKETS_S, gap)] += 1
-            self._gaps.sum_s += gap
+            self._gaps.counts[bisect_left(GAP_BUCKETS_S, now - self.last_at)] += 1
+            self._gaps.sum_s += now - self.last_at
         self.last_at = now
         transcript = self.transcript
         if transcript is not None:
@@ -98,3 +138,18 @@ class Relay:
             self.wrote = True
         if transcript is not None and transcript.fault is not None:
             self._on_fault()
+
+    def _may_be_plain(self) -> bool:
+        """Whether what comes next may go on as it comes, if it looks like all the rest.
+
+        Not from an engine that tells the usage with every event: the last one counts.
+        """
+        told = self.transcript
+        return (
+            self.wrote
+            and told is not None
+            and self.splice is None
+            and self._rename is None
+            and self._record.usage is None
+            and not self._aligner.tail
+        )

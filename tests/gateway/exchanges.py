@@ -129,6 +129,8 @@ class FakeClient:
         self.body = b""
         self.error: GatewayError | None = None
 
+    write_chunks = None
+
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
         self._goes("waits", "over")
         self.status, self.body = status, body
