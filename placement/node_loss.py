@@ -20,6 +20,7 @@ class Lost:
     node: str
     model: str
     left: float  # requests/s that its other replicas carry
+    taken: float  # requests/s that those on the node carried
     wanted: float  # requests/s: its demand; without one, what its smallest replica carries
 
     @property
@@ -48,7 +49,7 @@ def losses(variants: Sequence[Variant], demands: Mapping[str, float]) -> list[Lo
         wanted = demands.get(model) or smallest[model]
         most, node = max((rate, name) for name, rate in taken[model].items())
         left = max(0.0, there[model] - most)
-        found.append(Lost(node, model, left, wanted))
+        found.append(Lost(node, model, left, most, wanted))
     return found
 
 

@@ -125,8 +125,12 @@ def _with_room_for_a_loss(
     How much a node takes is known once replicas have their GPUs, so the problem is solved again.
     Where not all can be raised, each is that can.
     """
-    best = solution.chosen.bound  # without a loss; nothing that carries one is better
     harder, hopeless = question, set[int]()
+    doubled = _doubled(question)
+    twice = solve(doubled)
+    if doubled.problem.meets(twice.chosen.counts):
+        harder, solution = doubled, twice
+    best = solution.chosen.bound  # nothing that carries a loss is better
     for _ in range(_LOSS_ROUNDS):
         short = _short_after_a_loss(question, solution, demands)
         wanted = {model: lost for model, lost in short.items() if model not in hopeless}
@@ -152,6 +156,15 @@ def _with_room_for_a_loss(
     ]
 
 
+def _doubled(question: Question) -> Question:
+    """The question in which every model that must run has two replicas: no loss is carried by less."""
+    needs = tuple(
+        replace(need, least=max(need.least, min(2, need.most))) if need.least else need
+        for need in question.problem.needs
+    )
+    return replace(question, problem=replace(question.problem, needs=needs))
+
+
 def _short_after_a_loss(
     question: Question, solution: _Solution, demands: Mapping[str, float]
 ) -> dict[int, Lost]:
@@ -164,14 +177,16 @@ def _short_after_a_loss(
 
 
 def _raised(question: Question, solution: _Solution, lost: Mapping[int, Lost]) -> Question:
-    """The question in which these models need as much more as a node would take too much."""
+    """The question in which these models have what a node takes beside their demand.
+
+    One replica becomes two, which may be smaller; more must carry the demand and what a node takes.
+    """
     needs = list(question.problem.needs)
     for model, each in lost.items():
-        if needs[model].rate > 0:
-            more = needs[model].rate + each.wanted - each.left
-            needs[model] = replace(needs[model], rate=more)
+        replicas = question.problem.replicas(solution.chosen.counts, model)
+        if needs[model].rate > 0 and replicas > 1:
+            needs[model] = replace(needs[model], rate=each.wanted + each.taken)
         else:
-            replicas = question.problem.replicas(solution.chosen.counts, model)
             needs[model] = replace(needs[model], least=replicas + 1)
     return replace(question, problem=replace(question.problem, needs=tuple(needs)))
 

@@ -89,6 +89,27 @@ def test_room_for_a_loss_costs_replicas_and_is_enough() -> None:
     assert told(safe).in_words.startswith("survives the loss of any one node: yes, slowest case")
 
 
+def test_a_replica_with_much_to_spare_gets_a_second_one_too() -> None:
+    plan = planned(a_chat(0.1), pools=(pool(),), carry_node_loss=True)
+
+    assert sum(variant.replicas for variant in plan.variants) == 2
+    assert told(plan).carried
+
+
+def test_replicas_over_two_nodes_are_doubled_on_other_nodes() -> None:
+    few = a_pool("a100", "A100-40-SXM", nodes=2, gpus_per_node=2)
+    rtx = a_pool("rtx", "RTX-4090", nodes=2, gpus_per_node=2)
+    bounds = ReplicaBounds(min=1, max=4)
+    wish = a_chat(0.5, model="mixtral-8x7b", max_model_len=16384, replicas=bounds)
+
+    plan = planned(wish, pools=(few, rtx), carry_node_loss=True)
+
+    assert told(plan).carried
+    nodes = [{entry.node for entry in r} for v in plan.variants for r in v.placement]
+    assert len(nodes) == 2
+    assert not nodes[0] & nodes[1]
+
+
 def test_a_model_without_a_demand_gets_a_second_replica() -> None:
     plan = planned(a_chat(demand=None), pools=(pool(),), carry_node_loss=True)
 
