@@ -25,6 +25,7 @@ from cluster.deployer import Deployer
 from cluster.event_log import EventLog
 from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
+from cluster.gang import Site
 from cluster.gateway_host import gateway_actors
 from cluster.generations import GenerationKey, key_of
 from cluster.key_keeper import KeyKeeper
@@ -42,7 +43,6 @@ from cluster.names import NAMESPACE
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
-from cluster.replica import Site
 from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from cluster.surveyor import Surveyor

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping
 
 from cluster import serve_apps
+from cluster.gang import Site
 from cluster.generations import Deployed, GenerationKey, key_of
-from cluster.replica import Site
 from placement.plan import Plan, Variant
 
 

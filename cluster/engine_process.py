@@ -13,7 +13,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from cluster.engines.adapter import Engine, EngineFacts, EngineLoad
+from cluster.devices import HeldDevices
+from cluster.engines.adapter import Engine, EngineFacts, EngineLoad, Rank
 from cluster.errors import EngineFailed
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from placement.plan import Variant
@@ -31,6 +32,7 @@ class EngineProcess:
         self._variant = variant
         self._host = host
         self._process: subprocess.Popen[bytes] | None = None
+        self._read = 0  # bytes of the log
         self.log = log
         self.api_key = secrets.token_urlsafe(24)
         self.url = ""
@@ -48,7 +50,14 @@ class EngineProcess:
         """Whether the engine was started and has ended."""
         return self._process is not None and self._process.poll() is not None
 
-    async def start(self, checkpoint: Path | str) -> None:
+    @property
+    def status(self) -> int | None:
+        """That the engine ended with; None: it runs, or was not started."""
+        return self._process.poll() if self._process else None
+
+    async def start(
+        self, checkpoint: Path | str, devices: HeldDevices | None = None, rank: Rank | None = None
+    ) -> None:
         """Start the engine and wait until it answers; `stage` tells how far it is.
 
         The port was free a moment ago, but another server may have taken it since: what answers
@@ -56,6 +65,24 @@ class EngineProcess:
 
         Raises:
             EngineFailed: it ended before that; the message holds the end of its log.
+        """
+        self.launch(checkpoint, devices, rank)
+        async with aiohttp.ClientSession() as session:
+            while not (await self._healthy(session) and await self._is_ours(session)):
+                self.follow_log()
+                await asyncio.sleep(POLL_S)
+                self._refuse_end()
+        self._refuse_end()  # what answered last was another server
+        self.facts = self._engine.facts(self.log.read_text(errors="replace"))
+        self.stage = ""
+
+    def launch(
+        self, checkpoint: Path | str, devices: HeldDevices | None = None, rank: Rank | None = None
+    ) -> None:
+        """Start the process, on these devices only, as this rank of a gang; do not wait.
+
+        Raises:
+            EngineFailed: the engine cannot be spread over nodes.
         """
         [port] = free_ports(1, self._host)
         self.url = f"http://{self._host}:{port}"
@@ -66,17 +93,18 @@ class EngineProcess:
             port=port,
             api_key=self.api_key,
         )
+        if rank is not None:
+            launch = self._engine.ranked(launch, rank)
         self.stage = "starting the engine"
-        self._process = start_guarded(launch.command, log=self.log, env=launch.env, grace_s=5.0)
-        offset = 0
-        async with aiohttp.ClientSession() as session:
-            while not (await self._healthy(session) and await self._is_ours(session)):
-                offset = self._follow_log(offset)
-                await asyncio.sleep(POLL_S)
-                self._refuse_end()
-        self._refuse_end()  # what answered last was another server
-        self.facts = self._engine.facts(self.log.read_text(errors="replace"))
-        self.stage = ""
+        self._process = start_guarded(
+            launch.command,
+            log=self.log,
+            env={**launch.env, **(devices.environment if devices else {})},
+            grace_s=5.0,
+            files=devices.files if devices else (),
+        )
+        if devices:
+            devices.let_go()
 
     async def observe(self) -> bool:
         """Refresh `load`; False when the engine does not say that it is healthy."""
@@ -129,14 +157,13 @@ class EngineProcess:
                 f"{self.log_tail()}"
             )
 
-    def _follow_log(self, offset: int) -> int:
-        """Note the stage that new log lines tell; the offset of what was read."""
+    def follow_log(self) -> None:
+        """Note the stage that new log lines tell."""
         with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
-            file.seek(offset)
+            file.seek(self._read)
             for line in file.read().decode(errors="replace").splitlines():
                 self.stage = self._engine.stage(line) or self.stage
-            return file.tell()
-        return offset
+            self._read = file.tell()
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):

@@ -68,9 +68,26 @@ class Census:
 
 
 def bundle(variant: Variant) -> dict[str, float]:
-    """Ray resources of one replica: all its GPUs (or slots) on one node."""
+    """Ray resources of one replica on one node: all its GPUs (or slots) there."""
     resource = SLOT if variant.gpu == "cpu" else "GPU"
-    return {resource: float(_devices(variant))}
+    return {resource: float(_devices(variant) // variant.shape.num_nodes)}
+
+
+def bundles(variant: Variant) -> list[dict[str, float]]:
+    """Of a replica on all of its nodes, which are equal; the leader's first."""
+    return [bundle(variant) for _ in range(variant.shape.num_nodes)]
+
+
+def spread(variant: Variant) -> str:
+    """Ray's strategy for the bundles of a replica.
+
+    A tensor parallel group needs one node; the nodes of a gang must not be the same one, unless
+    they give unequal numbers of GPUs, where one node has several of the equal bundles.
+    """
+    if variant.shape.num_nodes == 1:
+        return "STRICT_PACK"
+    unequal = variant.beside and variant.shape.num_nodes != len(variant.pools)
+    return "PACK" if unequal else "STRICT_SPREAD"
 
 
 def _devices(variant: Variant) -> int:

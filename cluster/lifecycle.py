@@ -193,7 +193,21 @@ class Lifecycle:
             reason="asked for",
         )
         there = [each.replica for each in self._registry.reports if each.node_id == node.node_id]
+        there += self._retire_gangs(node.node_id, request.timeout_s)
         return Drained(node_id=node.node_id, replicas=tuple(there))
+
+    def _retire_gangs(self, node_id: str, timeout_s: float) -> list[str]:
+        """Those with a follower on a node: Serve, which moves replicas, knows of leaders only."""
+        gangs = [
+            each
+            for each in self._registry.reports
+            if node_id in {follower.node_id for follower in each.followers}
+        ]
+        for each in gangs:
+            if each.replica not in self._retiring:
+                key = GenerationKey(each.variant, each.version)
+                self._retire(each, key, replaced=True, timeout_s=timeout_s)
+        return [each.replica for each in gangs]
 
     def _node(self, name: str) -> NodeFacts:
         nodes = self._census.nodes.values() if self._census else ()

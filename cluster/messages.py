@@ -17,6 +17,20 @@ EventKind = Literal[
 ]  # fmt: skip
 
 
+class RankPlace(Spec):
+    """A follower of a replica whose engine has ranks on several nodes."""
+
+    node: str
+    node_id: str  # Ray's
+    gpus: tuple[int, ...] = ()  # indices on that node
+    num_devices: int = 0
+    pid: int = 0
+    stage: str = ""  # what a starting engine is doing
+    status: int | None = None  # that its share of the engine ended with
+    log_file: str = ""
+    log_tail: str = ""  # of a share that ended
+
+
 class ReplicaReport(Spec):
     """A replica's heartbeat, about once a second."""
 
@@ -31,6 +45,7 @@ class ReplicaReport(Spec):
     node_id: str = ""  # Ray's
     gpus: tuple[int, ...] = ()  # indices on that node
     num_devices: int = 0  # GPUs, or slots on a node without
+    followers: tuple[RankPlace, ...] = ()  # on other nodes, by rank from 1 on
     pid: int = 0  # of the engine
     url: str = ""
     api_key: str = ""
@@ -53,6 +68,7 @@ class ReplicaStatus(Spec):
     node: str
     node_id: str = ""
     gpus: tuple[int, ...] = ()
+    followers: tuple[RankPlace, ...] = ()
     pid: int
     url: str
     log_file: str

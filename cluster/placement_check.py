@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.messages import ReplicaReport
+from cluster.messages import RankPlace, ReplicaReport
 from placement.plan import Variant
 
 _MEMORY_TOLERANCE = 0.1
@@ -29,8 +29,10 @@ def explain_waiting(
 ) -> str:
     """Which resource is missing where, for a replica that Ray has no place for."""
     [(resource, needed)] = bundle.items()
-    wish = f"{needed:g} {resource} on one node of pool {variant.pool}"
-    pool = [node for node in nodes if node.pool == variant.pool]
+    count = variant.shape.num_nodes
+    on = "one node" if count == 1 else f"each of {count} nodes"
+    wish = f"{needed:g} {resource} on {on} of pool {' and '.join(dict.fromkeys(variant.pools))}"
+    pool = [node for node in nodes if node.pool in variant.pools]
     if not pool:
         return f"a replica waits for {wish}: no node of that pool is alive"
     usable = [node for node in pool if not node.draining]
@@ -41,6 +43,12 @@ def explain_waiting(
         return (
             f"a replica can never be placed: it needs {wish}, where no node has more than "
             f"{largest:g}; deploy a fleet with smaller replicas, or add larger nodes"
+        )
+    fitting = sum(node.total.get(resource, 0.0) >= needed for node in usable)
+    if fitting < count:
+        return (
+            f"a replica can never be placed: it needs {wish}, which has {fitting} such; deploy a "
+            f"fleet with a smaller nodes_per_replica, or add nodes"
         )
     free = ", ".join(
         f"{node.name} has {node.free.get(resource, 0.0):g} of {node.total.get(resource, 0.0):g} free"
@@ -62,23 +70,31 @@ def differences(
     reports = [report for report in reports if report.node_id]
     found: list[str] = []
     for report in reports:
-        found += _of_replica(variant, report, nodes.get(report.node_id))
+        found += _of_replica(variant, report, nodes)
         found += _shared(report, others)
-    return found + _other_nodes(variant, reports, nodes)
+    planned_here = {part.node for replica in variant.placement for part in replica}
+    if not planned_here or not planned_here <= {node.name for node in nodes.values()}:
+        return found  # planned on an inventory with other names
+    return found + _other_nodes(variant, reports, nodes) + _other_gpus(variant, reports, nodes)
 
 
-def _of_replica(variant: Variant, report: ReplicaReport, node: NodeFacts | None) -> list[str]:
-    found = []
-    if node is not None and node.pool != variant.pool:
-        found.append(
-            f"{report.replica} runs on {node.name} of pool {node.pool or '(none)'}, planned was "
-            f"pool {variant.pool}"
-        )
-    if report.num_devices and report.num_devices != variant.gpus_per_replica:
-        found.append(
-            f"{report.replica} holds {report.num_devices} GPUs, planned were "
-            f"{variant.gpus_per_replica}"
-        )
+def _parts(report: ReplicaReport) -> tuple[ReplicaReport | RankPlace, ...]:
+    """What is on each of its nodes, by rank."""
+    return (report, *report.followers)
+
+
+def _of_replica(
+    variant: Variant, report: ReplicaReport, nodes: Mapping[str, NodeFacts]
+) -> list[str]:
+    found = [
+        f"{report.replica} runs on {node.name} of pool {node.pool or '(none)'}, planned was pool "
+        f"{' and '.join(dict.fromkeys(variant.pools))}"
+        for node in (nodes[part.node_id] for part in _parts(report) if part.node_id in nodes)
+        if node.pool not in variant.pools
+    ]
+    held = sum(part.num_devices for part in _parts(report))
+    if held and held != variant.gpus_per_replica:
+        found.append(f"{report.replica} holds {held} GPUs, planned were {variant.gpus_per_replica}")
     planned, actual = variant.shape.per_gpu.weights_bytes, report.weights_bytes
     if planned and actual and abs(actual - planned) > _MEMORY_TOLERANCE * planned:
         found.append(
@@ -91,10 +107,13 @@ def _of_replica(variant: Variant, report: ReplicaReport, node: NodeFacts | None)
 def _shared(report: ReplicaReport, others: Iterable[ReplicaReport]) -> list[str]:
     """GPUs that another replica holds too. Named once, by the one whose id comes first."""
     return [
-        f"{report.replica} and {other.replica} both hold GPU {gpu} of {report.node}"
+        f"{report.replica} and {other.replica} both hold GPU {gpu} of {mine.node}"
         for other in others
-        if other.node_id == report.node_id and other.replica > report.replica
-        for gpu in sorted(set(report.gpus) & set(other.gpus))
+        if other.replica > report.replica
+        for mine in _parts(report)
+        for their in _parts(other)
+        if mine.node_id == their.node_id
+        for gpu in sorted(set(mine.gpus) & set(their.gpus))
     ]
 
 
@@ -102,16 +121,42 @@ def _other_nodes(
     variant: Variant, reports: Sequence[ReplicaReport], nodes: Mapping[str, NodeFacts]
 ) -> list[str]:
     """Replicas on nodes where the plan has fewer of them. Beyond the plan's count any node will do."""
-    planned = Counter(replica[0].node for replica in variant.placement if replica)
-    known = {node.name for node in nodes.values()}
-    if not planned or not planned.keys() <= known:  # planned on an inventory with other names
-        return []
-    placed = Counter(nodes[each.node_id].name for each in reports if each.node_id in nodes)
+    planned = Counter(part.node for replica in variant.placement for part in replica)
+    placed = Counter(
+        nodes[part.node_id].name
+        for report in reports
+        for part in _parts(report)
+        if part.node_id in nodes
+    )
     missing = planned - placed
     surplus = placed - planned
     if not missing or not surplus:
         return []
     return [f"planned on {_counts(missing)}, runs on {_counts(surplus)} instead"]
+
+
+def _other_gpus(
+    variant: Variant, reports: Sequence[ReplicaReport], nodes: Mapping[str, NodeFacts]
+) -> list[str]:
+    """Replicas beside the GPUs that the plan has for them on their node, while those are unused."""
+    placed = [
+        (report.replica, nodes[part.node_id].name, part.gpus)
+        for report in reports
+        for part in _parts(report)
+        if part.gpus and part.node_id in nodes
+    ]
+    planned = Counter((part.node, part.gpus) for replica in variant.placement for part in replica)
+    unused = planned - Counter((node, gpus) for _, node, gpus in placed)
+    found = []
+    for replica, node, gpus in placed:
+        instead = [wanted for name, wanted in unused if name == node]
+        if instead and (node, gpus) not in planned:
+            found.append(f"{replica} runs on GPU {_list(gpus)} of {node}, not {_list(instead[0])}")
+    return found
+
+
+def _list(gpus: Iterable[int]) -> str:
+    return ", ".join(map(str, gpus))
 
 
 def _counts(nodes: Mapping[str, int]) -> str:

@@ -22,11 +22,13 @@ def start_guarded(
     log: Path,
     env: Mapping[str, str] | None = None,
     grace_s: float = 10.0,
+    files: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `command` under the guard: it and all it starts end with this process at the latest.
 
     Output goes to `log` (appended). `terminate()` or closing `stdin` of the returned process (the
-    guard) ends the whole tree; its return code is the command's.
+    guard) ends the whole tree; its return code is the command's. The guard, not the command, holds
+    the open `files` as long as anything of the tree is left.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     guard_command = [sys.executable, "-I", "-S", guard.__file__]
@@ -39,6 +41,7 @@ def start_guarded(
             stderr=errors,
             env={**os.environ, **(env or {})},
             start_new_session=True,  # a Ctrl-C at the terminal is for the parent alone
+            pass_fds=files,
         )
 
 

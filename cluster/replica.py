@@ -2,7 +2,8 @@
 
 Requests do not pass through it: gateways talk to the engine's port. It starts the engine, reports
 to the controller every second, drains it when Serve stops the replica, and ends itself at once
-when the engine ends, so that Serve starts another.
+when the engine ends, so that Serve starts another. Where the engine has ranks on several nodes, it
+leads a gang of actors there (`cluster.gang`), and any fault of the gang is its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,8 +22,10 @@ from cluster import checkpoints
 from cluster.engine_process import EngineProcess
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
+from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
-from cluster.names import CONTROLLER, NAMESPACE, SLOT, log_folder
+from cluster.names import CONTROLLER, NAMESPACE
+from cluster.seat import my_seat, with_gpus
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
@@ -35,40 +35,12 @@ SUSPECT_CHECKS = 2  # failed in a row, each of up to 2.5 s: then the endpoint le
 DEAD_CHECKS = 6  # in a row: then the engine is ended and started anew
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What replicas need to know of the place: where engines listen and where their logs go."""
-
-    log_dir: str
-    engine_host: str | None = None  # None: the node's address
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where Ray put this replica."""
-
-    node_id: str
-    gpus: tuple[int, ...]
-    num_devices: int
-
-
-def _place() -> _Place:
-    context = ray.get_runtime_context()
-    held = context.get_assigned_resources()
-    gpus = context.get_accelerator_ids().get("GPU", [])
-    return _Place(
-        node_id=context.get_node_id(),
-        gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
-        num_devices=round(held.get("GPU", 0.0) or held.get(SLOT, 0.0)),
-    )
-
-
 class Replica:
     """One copy of the variant that `reconfigure` is given."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._place = _place()
+        self._seat = my_seat()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: ReplicaState = "starting"
         self._started_s = time.time()
@@ -76,6 +48,7 @@ class Replica:
         self._version = ""
         self._failure = ""
         self._engine: EngineProcess | None = None
+        self._gang: Gang | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
@@ -94,23 +67,55 @@ class Replica:
         self._engine = EngineProcess(
             ENGINES[variant.shape.engine],
             variant,
-            host=self._site.engine_host or ray.util.get_node_ip_address(),
-            log=Path(self._site.log_dir) / log_folder(variant.model) / f"{self._id}.log",
+            host=self._site.host(),
+            log=self._site.log(variant, self._id),
         )
+        if variant.shape.num_nodes > 1:
+            self._gang = Gang(self._site, variant, self._id, self._seat)
         self._tasks.append(asyncio.create_task(self._report_forever()))
         try:
-            await self._engine.start(await asyncio.to_thread(checkpoints.locate, variant))
+            await self._start(variant, self._engine)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
         except Exception as error:
-            self._state = "failed"
-            self._failure = "" if isinstance(error, EngineFailed) else repr(error)
-            await self._report()
+            await self._fail(error, self._engine)
             raise
         self._state = "ready"
         await self._report()
         watch = asyncio.create_task(self._watch_forever())
         watch.add_done_callback(self._watch_ended)
         self._tasks.append(watch)
+
+    async def _start(self, variant: Variant, engine: EngineProcess) -> None:
+        """Start the engine, in a gang once all of its nodes are ready to."""
+        if self._gang:
+            engine.stage = "assembling the gang"
+            await self._gang.assemble()
+        engine.stage = "waiting for weights"
+        checkpoint = await asyncio.to_thread(checkpoints.locate, variant)
+        self._seat = await asyncio.to_thread(with_gpus, self._seat, variant, self._id)
+        if self._gang is None:
+            await engine.start(checkpoint, self._seat.devices)
+            return
+        rank = await self._gang.launch()
+        watch = asyncio.create_task(self._gang.watch_start(engine))
+        start = asyncio.create_task(engine.start(checkpoint, self._seat.devices, rank))
+        done, others = await asyncio.wait((watch, start), return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        for task in done:
+            task.result()
+
+    async def _fail(self, error: Exception, engine: EngineProcess) -> None:
+        """Tell why, in the engine's own last words where it ended by itself; leave nothing behind."""
+        ended = isinstance(error, EngineFailed) and engine.ended and not self._gang
+        self._failure = (
+            "" if ended else str(error) if isinstance(error, EngineFailed) else repr(error)
+        )
+        self._state = "failed"
+        await self._report()
+        await asyncio.to_thread(engine.kill)
+        if self._gang:
+            await self._gang.end()
 
     async def check_health(self) -> None:
         """For Serve, every second.
@@ -145,6 +150,8 @@ class Replica:
             task.cancel()
         if self._engine:
             await asyncio.to_thread(self._engine.stop)
+            if self._gang:
+                await self._gang.end()
             self._state = "stopped"
             await self._report()
 
@@ -160,7 +167,9 @@ class Replica:
         while self._state in ("ready", "unhealthy"):
             healthy = await self._engine.observe()
             failures = 0 if healthy else failures + 1
-            if self._engine.ended or failures >= DEAD_CHECKS:
+            if fault := self._gang.fault(self._engine) if self._gang else "":
+                self._failure = fault
+            if self._engine.ended or fault or failures >= DEAD_CHECKS:
                 self._die()
             await self._note_health(healthy=failures < SUSPECT_CHECKS)
             await asyncio.sleep(0.5)
@@ -182,6 +191,8 @@ class Replica:
         self._state = "failed"
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
+        if self._gang:
+            self._gang.end_now()
         if self._engine:
             self._engine.kill()
         os._exit(1)
@@ -206,10 +217,11 @@ class Replica:
             state=self._state,
             stage=engine.stage,
             started_s=self._started_s,
-            node=socket.gethostname(),
-            node_id=self._place.node_id,
-            gpus=self._place.gpus,
-            num_devices=self._place.num_devices,
+            node=self._seat.host,
+            node_id=self._seat.node_id,
+            gpus=self._seat.gpus,
+            num_devices=self._seat.num_devices,
+            followers=places_of(self._gang.places) if self._gang else (),
             pid=engine.pid,
             url=engine.url,
             api_key=engine.api_key,

@@ -18,9 +18,10 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
-from cluster.generations import Deployed, GenerationKey, ServedReplica, bundle, key_of
+from cluster.gang import Site
+from cluster.generations import Deployed, GenerationKey, ServedReplica, bundles, key_of, spread
 from cluster.names import POOL_LABEL
-from cluster.replica import DRAIN_TIMEOUT_S, Replica, Site
+from cluster.replica import DRAIN_TIMEOUT_S, Replica
 from placement.plan import Variant
 
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stops
@@ -109,7 +110,8 @@ def _key(application: str) -> GenerationKey:
 
 
 def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
-    resources = bundle(variant)
+    nodes = bundles(variant)
+    resources = nodes[0]  # the leader's; its followers take the others themselves (cluster.gang)
     actor: dict[str, Any] = {"num_cpus": 0}
     if "GPU" in resources:
         actor["num_gpus"] = resources["GPU"]
@@ -120,9 +122,9 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         name=variant.variant,
         num_replicas=max(replicas, 1),
         ray_actor_options=actor,
-        placement_group_bundles=[resources],
-        placement_group_bundle_label_selector=[{POOL_LABEL: variant.pool}],
-        placement_group_strategy="STRICT_PACK",  # tensor parallelism needs one node
+        placement_group_bundles=nodes,
+        placement_group_bundle_label_selector=[{POOL_LABEL: pool} for pool in variant.rank_pools],
+        placement_group_strategy=spread(variant),
         user_config=variant.model_dump(mode="json"),
         health_check_period_s=1,
         health_check_timeout_s=10,

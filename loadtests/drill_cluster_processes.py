@@ -28,14 +28,18 @@ _HEALTH = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "3"}
 
 
 class DrillCluster:
-    """A head node and `workers` of `slots` slots each. All processes carry a mark by which they end.
+    """A head node and `workers` of `slots` slots each, or of `gpus` GPUs, which need not be there.
 
+    All processes carry a mark by which they end.
     `temporary` is short: Unix socket paths end at 107 characters.
     """
 
-    def __init__(self, temporary: Path, *, workers: Sequence[str], slots: int) -> None:
+    def __init__(
+        self, temporary: Path, *, workers: Sequence[str], slots: int, gpus: int = 0
+    ) -> None:
         self._folder = temporary
         self._slots = slots
+        self._gpus = gpus
         self._workers = workers
         [self._gcs_port] = free_ports(1)
         self._started: list[subprocess.Popen[bytes]] = []
@@ -75,8 +79,10 @@ class DrillCluster:
         """Start one worker node, or start it again."""
         labels = "bora.pool=sim,bora.gpu=cpu,bora.memory-gib=8,bora.kv-cache-gib=1"
         resources = json.dumps({"bora_slot": self._slots})
+        if self._gpus:
+            labels, resources = "bora.pool=sim,bora.gpu=H100-SXM", "{}"
         worker = ["--address", self.address, "--resources", resources, "--labels", labels]
-        self._start_node(name, [*worker, "--num-gpus", "0"])
+        self._start_node(name, [*worker, "--num-gpus", str(self._gpus)])
 
     def _start_node(self, name: str, arguments: Sequence[str]) -> None:
         agent, agent_grpc, metrics = free_ports(3)
@@ -181,13 +187,15 @@ class DrillCluster:
 
 
 @contextlib.contextmanager
-def drill_cluster(temporary: Path, *, workers: Sequence[str], slots: int) -> Iterator[DrillCluster]:
+def drill_cluster(
+    temporary: Path, *, workers: Sequence[str], slots: int, gpus: int = 0
+) -> Iterator[DrillCluster]:
     """A running cluster, ended by process id in any case.
 
     Raises:
         CannotRun: it does not come up.
     """
-    cluster = DrillCluster(temporary, workers=workers, slots=slots)
+    cluster = DrillCluster(temporary, workers=workers, slots=slots, gpus=gpus)
     try:
         cluster.start()
         yield cluster

@@ -22,6 +22,7 @@ CONTEXT_STEP = 1024  # a context that is cut down is a multiple of this
 def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candidate]:
     """Checkpoints x tensor parallel sizes 1, 2, 4 ... on one node of `pool`, legal or not.
 
+    On `nodes_per_replica` nodes where the fleet says so, with a pipeline across them.
     Where GPUs have no NVLink, pipelines of 2, 4 ... such groups too: they exchange far less.
     What the fleet leaves open is filled in: 256 requests and 8,192 tokens a step on GPUs, 32 and
     2,048 on CPUs; the model's context, on CPUs at most 8,192, cut down to what the KV cache holds;
@@ -66,10 +67,12 @@ def _parallel_sizes(
     wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device
 ) -> list[tuple[int, int]]:
     """Tensor parallel ranks and pipeline stages."""
-    if wish.tensor_parallel_size is not None:
-        return [(wish.tensor_parallel_size, 1)]
     if checkpoint.format == "gguf":
         return [(1, 1)]  # one rejection says it all
+    if wish.nodes_per_replica > 1:
+        return _sizes_over_nodes(wish, device)
+    if wish.tensor_parallel_size is not None:
+        return [(wish.tensor_parallel_size, 1)]
     powers = [1 << power for power in range(device.gpus_per_node.bit_length())]
     sizes = [(ranks, 1) for ranks in powers]
     if device.link in ("pcie", "pcie-no-p2p") and model.supports_pipeline_parallel:
@@ -80,6 +83,17 @@ def _parallel_sizes(
             if ranks * stages <= device.gpus_per_node
         ]
     return sizes
+
+
+def _sizes_over_nodes(wish: FleetModel, device: Device) -> list[tuple[int, int]]:
+    """All GPUs of the nodes: tensor parallel groups inside a node, unless the fleet says larger."""
+    gpus = wish.nodes_per_replica * device.gpus_per_node
+    sizes = [
+        size for size in range(1, device.gpus_per_node + 1) if device.gpus_per_node % size == 0
+    ]
+    if wish.tensor_parallel_size is not None:
+        sizes = [wish.tensor_parallel_size]
+    return [(ranks, max(1, gpus // ranks)) for ranks in sizes]
 
 
 def filled_in(
@@ -97,7 +111,10 @@ def filled_in(
         checkpoint=checkpoint,
         device=device,
         engine=wish.engine,
+        num_nodes=wish.nodes_per_replica,
         tensor_parallel_size=ranks,
+        tensor_parallel_across_nodes=wish.nodes_per_replica > 1,
+        layer_partition=wish.layer_partition,
         expert_parallel=expert_parallel,
         max_model_len=wish.max_model_len or context,
         max_num_seqs=seqs,

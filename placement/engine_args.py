@@ -10,7 +10,8 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
 
     After the planned sizes come the checkpoint's and the model's flags from the catalogue, then
     `extra`, the fleet's, so that on a conflict the operator's flag wins. On a CPU the KV cache is given in
-    bytes (VLLM_CPU_KVCACHE_SPACE knows only whole GiB) and there is no memory share.
+    bytes (VLLM_CPU_KVCACHE_SPACE knows only whole GiB) and there is no memory share. Of several nodes
+    each gets the same flags, and `--node-rank`, `--master-addr` and `--master-port` of its own.
     """
     args = [
         *("--model", candidate.checkpoint.source),
@@ -31,9 +32,7 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
         if size > 1:
             args += [flag, str(size)]
     if candidate.num_nodes > 1:
-        args += ["--distributed-executor-backend", "ray"]
-        if candidate.data_parallel_size > 1:
-            args += ["--data-parallel-backend", "ray"]
+        args += ["--nnodes", str(candidate.num_nodes)]
     if candidate.expert_parallel:
         args.append("--enable-expert-parallel")
     if candidate.enable_eplb:

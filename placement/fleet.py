@@ -88,6 +88,7 @@ _PLANNED_FLAGS = {
     "--model": "model",
     "--tensor-parallel-size": "tensor_parallel_size",
     "-tp": "tensor_parallel_size",
+    "--nnodes": "nodes_per_replica",
     "--enable-expert-parallel": "expert_parallel",
     "--max-model-len": "max_model_len",
     "--max-num-seqs": "max_num_seqs",
@@ -171,6 +172,14 @@ class FleetModel(Spec):
     tensor_parallel_size: PositiveInt | None = Field(
         default=None, description="None: the planner chooses."
     )
+    nodes_per_replica: PositiveInt = Field(
+        default=1,
+        description="More than 1: each replica takes so many whole nodes of a pool, with tensor "
+        "parallelism inside them and pipeline stages across (engines vllm and sim).",
+    )
+    layer_partition: tuple[PositiveInt, ...] = Field(
+        default=(), description="Layers of each pipeline stage; empty: as vLLM splits them."
+    )
     expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
     across_nodes: Literal["needed", "always", "never"] = Field(
         default="needed",
@@ -221,7 +230,13 @@ class FleetModel(Spec):
     @model_validator(mode="after")
     def _llamacpp_splits_layers(self) -> Self:
         if self.engine == "llamacpp":
-            split = {"tensor_parallel_size": 1, "expert_parallel": False, "dtype": "auto"}
+            split = {
+                "tensor_parallel_size": 1,
+                "nodes_per_replica": 1,
+                "layer_partition": (),
+                "expert_parallel": False,
+                "dtype": "auto",
+            }
             for key, only in split.items():
                 if getattr(self, key) not in (None, only):
                     raise ValueError(

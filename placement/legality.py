@@ -21,6 +21,7 @@ RULES: Mapping[str, Rule] = {
     "tensor-parallel-exceeds-node": parallel_rules.tensor_parallel_exceeds_node,
     "tensor-parallel-across-nodes": parallel_rules.tensor_parallel_across_nodes,
     "replica-exceeds-gpus": parallel_rules.replica_exceeds_gpus,
+    "ranks-not-whole-on-nodes": parallel_rules.ranks_not_whole_on_nodes,
     "mixed-gpus-in-tensor-group": parallel_rules.mixed_gpus_in_tensor_group,
     "cpu-and-gpu-in-replica": parallel_rules.cpu_and_gpu_in_replica,
     "heads-not-divisible": parallel_rules.heads_not_divisible,

@@ -55,12 +55,15 @@ def node_groups(
         for name in wish.pools or ():
             inventory.pool(name)
     allowed = sorted({wish.pools for wish in fleet.models if wish.pools is not None})
+    # The nodes of one replica are of one pool, which counting nodes over pools would not see to.
+    apart = any(wish.nodes_per_replica > 1 for wish in fleet.models)
     groups: dict[str, list[Pool]] = {}
     for pool in sorted(inventory.pools, key=lambda pool: pool.name):
         catalogue.gpu(pool.gpu)
         same = pool.model_copy(update={"name": "", "nodes": 0, "node_names": None, "gpu": ""})
         may = [pool.name in names for names in allowed]
         key = f"{catalogue.gpu(pool.gpu).name} {may} {same.model_dump_json()}"
+        key += pool.name if apart else ""
         groups.setdefault(key, []).append(pool)
     return tuple(
         NodeGroup(pools=tuple(pools), spare_nodes=fleet.spare_nodes) for pools in groups.values()

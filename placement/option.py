@@ -151,7 +151,8 @@ def ranks(option: Option) -> str:
     stages = candidate.pipeline_parallel_size
     if candidate.engine == "llamacpp":
         return f"gguf-{candidate.checkpoint.precision}-pp{stages}"
-    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "")
+    over = f"-{len(option.parts)}nodes" if option.beside else ""
+    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "") + over
 
 
 def quality(option: Option) -> tuple[object, ...]:

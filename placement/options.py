@@ -152,17 +152,23 @@ def _option(
     *,
     dearest: float,
 ) -> Option:
+    """On one node, or on all GPUs of several."""
     simulated = candidate.device.gpu.name != catalogue.gpu(group.pool.gpu).name
-    return _carrying(
+    slots, nodes = 1 if simulated else candidate.num_ranks, candidate.num_nodes
+    if nodes > 1:
+        slots = nodes * group.pool.gpus_per_node
+    option = _carrying(
         wish,
         group,
         candidate,
         replica_speed(candidate),
         catalogue,
         index=index,
-        slots=1 if simulated else candidate.num_ranks,
+        slots=slots,
         dearest=dearest,
     )
+    each = replace(option.parts[0], gpus=slots // nodes)
+    return replace(option, beside=(each,) * (nodes - 1))
 
 
 def _over_two_nodes(
@@ -171,6 +177,8 @@ def _over_two_nodes(
     """On a node of each of two groups, and on two of one, where the fleet wants that."""
     if wish.across_nodes == "never" or (wish.across_nodes == "needed" and not needed):
         return
+    if wish.nodes_per_replica > 1 or wish.layer_partition:
+        return  # the fleet has said where layers are to be
     may = [group for _, group in _allowed(wish, groups) if group.usable.nodes]
     for one, other in itertools.combinations_with_replacement(may, 2):
         if one is not other or one.usable.nodes > 1:

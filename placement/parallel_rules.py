@@ -54,6 +54,15 @@ def _stages_exceed_node(candidate: Candidate) -> str | None:
     return None
 
 
+def ranks_not_whole_on_nodes(candidate: Candidate) -> str | None:
+    """Each node starts as many ranks, in order (vLLM's `--nnodes`); groups must not be torn."""
+    nodes, ranks, tensor = candidate.num_nodes, candidate.num_ranks, candidate.tensor_parallel_size
+    each, rest = divmod(ranks, nodes)
+    if nodes == 1 or (not rest and (each % tensor == 0 or tensor % each == 0)):
+        return None
+    return f"{ranks} ranks in tensor-parallel groups of {tensor} do not lie evenly on {nodes} nodes"
+
+
 def mixed_gpus_in_tensor_group(candidate: Candidate) -> str | None:
     """Ranks of a tensor-parallel group work in step, so the slowest and smallest would decide."""
     for stage in range(candidate.pipeline_parallel_size):

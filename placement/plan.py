@@ -47,7 +47,11 @@ class Shape(Spec):
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     decode_context_parallel_size: int = 1
-    num_nodes: int = Field(default=1, description="That one replica spreads over.")
+    num_nodes: int = Field(
+        default=1,
+        description="Nodes that one replica spreads over, each with as many ranks; one that gives "
+        "more GPUs than another counts as several.",
+    )
     layer_partition: tuple[int, ...] = Field(
         default=(), description="Layers of each pipeline stage; empty: as the engine splits them."
     )
@@ -151,6 +155,13 @@ class Variant(Spec):
     def pools(self) -> tuple[str, ...]:
         """Of the nodes that a replica spreads over, in the order of its stages."""
         return (self.pool, *(nodes.pool for nodes in self.beside))
+
+    @property
+    def rank_pools(self) -> tuple[str, ...]:
+        """The pool of each entry of a replica's placement."""
+        each = self.gpus_per_replica // self.shape.num_nodes
+        others = [nodes.pool for nodes in self.beside for _ in range(nodes.gpus // each)]
+        return (*(self.pool,) * (self.shape.num_nodes - len(others)), *others)
 
     @property
     def hardware(self) -> str:

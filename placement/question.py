@@ -106,6 +106,7 @@ def same_engine(option: Option, variant: Variant, wish: FleetModel) -> bool:
         and shape.tensor_parallel_size == candidate.tensor_parallel_size
         and shape.pipeline_parallel_size == candidate.pipeline_parallel_size
         and shape.data_parallel_size == candidate.data_parallel_size
+        and shape.num_nodes == candidate.num_nodes
         and shape.expert_parallel == candidate.expert_parallel
         and shape.layer_partition == candidate.layer_partition
     )

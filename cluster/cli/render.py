@@ -168,13 +168,15 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
     tokens = "?" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
     weights = "?" if replica.weights_bytes is None else f"{replica.weights_bytes / GIB:.3f}"
     stage = f" ({replica.stage})" if replica.stage else ""
-    gpus = f" GPU {','.join(map(str, replica.gpus))}" if replica.gpus else ""
+    ranks = [(replica.node, replica.gpus)]
+    ranks += [(follower.node, follower.gpus) for follower in replica.followers]
+    places = [node + (f" GPU {','.join(map(str, gpus))}" if gpus else "") for node, gpus in ranks]
     return (
         "",
         Text(f"  {replica.replica}"),
         age(replica.age_s),
         Text(f"{replica.state}{stage}", style=_STYLES.get(replica.state, "yellow")),
-        Text(f"{replica.node}{gpus}"),
+        Text(" + ".join(places)),
         f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
         f"{variant.planned_kv_cache_tokens:,} / {tokens}",
         f"{replica.running} running, {replica.waiting} waiting",

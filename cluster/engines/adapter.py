@@ -9,6 +9,8 @@ from typing import Protocol
 
 from placement.plan import Variant
 
+MEETING = "meeting the other ranks"  # the stage of a rank that waits for those of other nodes
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -16,6 +18,21 @@ class Launch:
 
     command: tuple[str, ...]
     env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One node of a gang: an engine with ranks on several nodes, a process tree on each.
+
+    The node with rank 0 leads: it serves requests, and the others meet it at its `master` address.
+    """
+
+    node_rank: int
+    num_nodes: int
+    master_host: str
+    master_port: int
+    host: str  # this node's own address
+    interface: str  # that has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,14 @@ class Engine(Protocol):
         """Command and environment that serve `variant` on `host:port` under the name `variant.model`.
 
         `checkpoint` is a local folder or file, or a Hugging Face repo id.
+        """
+        ...
+
+    def ranked(self, launch: Launch, rank: Rank) -> Launch:
+        """`launch`, made to run that node's share of a gang.
+
+        Raises:
+            EngineFailed: such an engine cannot be spread over nodes.
         """
         ...
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
+from cluster.engines.adapter import EngineFacts, EngineLoad, Launch, Rank
+from cluster.errors import EngineFailed
 from placement.plan import Variant
 
 MIB = 2**20
@@ -58,6 +59,15 @@ class LlamacppEngine:
             *("--host-memory-bytes", str(shape.host_memory_bytes)),
         )
         return Launch(command, {"LLAMA_API_KEY": api_key})
+
+    def ranked(self, launch: Launch, rank: Rank) -> Launch:
+        """It has no such form.
+
+        Raises:
+            EngineFailed: always.
+        """
+        del launch
+        raise EngineFailed(f"llama.cpp cannot run on {rank.num_nodes} nodes; the plan must say 1")
 
     def stage(self, log_line: str) -> str | None:
         """What llama.cpp is doing, if this line of its log tells."""

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engines import vllm_output
-from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
+from cluster.engines.adapter import MEETING, EngineFacts, EngineLoad, Launch, Rank
 from placement.plan import Shape, Variant
 
 _OWN_FLAG = "--sim-"
+_SERVER, _GANG = "cluster.engines.sim_server", "cluster.engines.sim_gang"
 
 _STAGES = {
+    "distributed_init_method=tcp": MEETING,
     "Starting to load model": "loading weights",
     "GPU KV cache size": "starting the server",
     "Application startup complete": "ready",
@@ -58,11 +60,19 @@ class SimEngine:
                 shape, shape.max_num_seqs * shape.data_parallel_size, self.reference_input_tokens
             ),
         }
-        command = [sys.executable, "-m", "cluster.engines.sim_server"]
+        command = [sys.executable, "-m", _SERVER]
         for name, value in flags.items():
             command += [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)]
         command += _own_flags(shape.engine_args)
         return Launch(tuple(command), {"VLLM_API_KEY": api_key} if api_key else {})
+
+    def ranked(self, launch: Launch, rank: Rank) -> Launch:
+        """A node's share: it meets the others before it serves."""
+        own = ["--node-rank", str(rank.node_rank), "--num-nodes", str(rank.num_nodes)]
+        own += ["--master-addr", rank.master_host, "--master-port", str(rank.master_port), "--"]
+        server = launch.command.index(_SERVER)
+        command = (*launch.command[:server], _GANG, *own, *launch.command[server + 1 :])
+        return Launch(command, launch.env)
 
     def stage(self, log_line: str) -> str | None:
         """What the engine is doing, if this line of its log tells."""

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.engines import vllm_output
-from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
+from cluster.engines import vllm_gang, vllm_output
+from cluster.engines.adapter import MEETING, EngineFacts, EngineLoad, Launch, Rank
 from cluster.nano.store import default_cache
 from placement.plan import Shape, Variant
 
@@ -19,6 +19,7 @@ KEEP_ALIVE_S = 120  # longer than a gateway keeps an idle connection, so that th
 _STAGES = (
     ("non-default args", "reading the configuration"),
     ("Resolved architecture", "starting workers"),
+    ("distributed_init_method=tcp", MEETING),
     ("Starting to load model", "loading weights"),
     ("Loading weights took", "preparing weights"),
     ("Using cache directory", "compiling"),
@@ -67,12 +68,17 @@ class VllmEngine:
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # `responses_store` bounds it
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
+            **variant.shape.engine_environment,
         }
         if isinstance(checkpoint, Path):
             env["HF_HUB_OFFLINE"] = "1"
         if on_cpu:
             env |= _cpu_environment(variant.shape)
         return Launch(command, env)
+
+    def ranked(self, launch: Launch, rank: Rank) -> Launch:
+        """A node's share of an engine that spans several."""
+        return vllm_gang.ranked(launch, rank)
 
     def stage(self, log_line: str) -> str | None:
         """What vLLM is doing, if this line of its log tells."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from cluster.messages import RankPlace
 from cluster.placement_check import NodeFacts, differences, explain_waiting
 from placement.plan import NodeGpus, Variant
-from tests.builders import a_report, a_variant
+from tests.builders import a_report, a_shape, a_variant
 
 
 def a_node(name: str = "a", **changes: Any) -> NodeFacts:
@@ -62,6 +63,7 @@ def test_places_as_planned_are_no_news():
     [
         ({"num_devices": 1}, "holds 1 GPUs, planned were 2"),
         ({"weights_bytes": 94 * 10**9}, "weights take 87.54 GiB a GPU, planned were 43.77"),
+        ({"gpus": (2, 3)}, "r1 runs on GPU 2, 3 of a, not 0, 1"),
         ({"node_id": "id-c", "node": "c"}, "planned on a (1), b (1), runs on c (1) instead"),
     ],
 )
@@ -98,3 +100,50 @@ def test_more_replicas_than_were_planned_may_be_anywhere():
     ]
 
     assert differences(a_placed_variant(), reports, NODES) == []
+
+
+def a_gang(**changes: Any) -> Variant:
+    placement = ((NodeGpus(node="a", gpus=(0, 1)), NodeGpus(node="b", gpus=(0, 1))),)
+    fields = {"gpus_per_replica": 4, "placement": placement, "shape": a_shape(num_nodes=2)}
+    return a_placed_variant(**{**fields, **changes})
+
+
+def a_follower(**changes: Any) -> RankPlace:
+    fields: dict[str, Any] = {"node": "b", "node_id": "id-b", "gpus": (0, 1), "num_devices": 2}
+    return RankPlace(**{**fields, **changes})
+
+
+def test_a_gang_on_its_planned_nodes_in_any_order_is_no_news():
+    leader = {"replica": "r1", "gpus": (0, 1), "num_devices": 2}
+    there = a_report(node_id="id-a", followers=(a_follower(),), **leader)
+    swapped = a_report(node_id="id-b", followers=(a_follower(node_id="id-a"),), **leader)
+
+    assert differences(a_gang(), [there], NODES, [there]) == []
+    assert differences(a_gang(), [swapped], NODES, [swapped]) == []
+
+
+def test_what_is_not_as_planned_about_a_follower_is_said():
+    leader = a_report(replica="r1", node_id="id-a", gpus=(0, 1), num_devices=2)
+    lost = leader.model_copy(update={"followers": (a_follower(node_id="id-c", num_devices=1),)})
+
+    assert differences(a_gang(), [lost], NODES) == [
+        "r1 holds 3 GPUs, planned were 4",
+        "planned on b (1), runs on c (1) instead",
+    ]
+
+
+def test_a_gang_that_shares_a_gpu_by_a_follower_is_named():
+    gang = a_report(replica="r1", node_id="id-a", num_devices=2, followers=(a_follower(),))
+    other = a_report(replica="r2", node_id="id-b", gpus=(1,))
+
+    found = differences(a_gang(placement=()), [gang], NODES, [gang, other])
+
+    assert found == ["r1 and r2 both hold GPU 1 of b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("a", "needs 2 GPU on each of 2 nodes of pool h100, which has 1 such"), ("ab", "a has 0 of")],
+)
+def test_a_gang_without_a_place_says_how_many_nodes_it_needs(names: str, said: str):
+    assert said in explain_waiting(a_gang(), {"GPU": 2.0}, [a_node(name) for name in names])

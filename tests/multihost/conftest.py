@@ -45,7 +45,7 @@ def cluster() -> Iterator[Cluster]:
     """Pools of 4090, A100 and H100; of the two H100 hosts one is down."""
     if os.geteuid() != 0:
         pytest.fail("hosts with their own networks need root: sudo make test-multihost")
-    _install_missing()
+    install_missing()
     with running_lab("head", "r1", "a1", "h1", "h2", shown=[ROOT]) as lab:
         for host in lab.hosts.values():
             _install_bora(host)
@@ -57,7 +57,8 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(lab)
 
 
-def _install_missing() -> None:
+def install_missing() -> None:
+    """What hosts are made of, by apt where it is not there."""
     missing = [package for program, package in _PACKAGES.items() if not _found(program)]
     if missing:
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts nothing

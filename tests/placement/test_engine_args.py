@@ -37,8 +37,7 @@ def test_every_kind_of_parallelism_has_its_flag() -> None:
     assert "--data-parallel-size 2 " in text
     assert "--decode-context-parallel-size 2" in text
     assert "--enable-expert-parallel" in text
-    assert "--distributed-executor-backend ray" in text
-    assert "--data-parallel-backend ray" in text
+    assert "--nnodes 2" in text
 
 
 def test_balancing_experts_and_leaving_out_vision_have_flags() -> None:

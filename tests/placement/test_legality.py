@@ -106,6 +106,11 @@ IN_FP8_BLOCKS = a_model(
             "16 would cross nodes of 8",
         ),
         (
+            "ranks-not-whole-on-nodes",
+            a_candidate(tensor_parallel_size=4, pipeline_parallel_size=3, num_nodes=2),
+            "12 ranks in tensor-parallel groups of 4 do not lie evenly on 2 nodes",
+        ),
+        (
             "replica-exceeds-gpus",
             a_candidate(tensor_parallel_size=8, pipeline_parallel_size=3, num_nodes=2),
             "3 groups of 8 GPUs need 24",

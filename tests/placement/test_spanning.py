@@ -87,7 +87,7 @@ def test_a_model_that_no_node_holds_gets_stages_on_two_pools() -> None:
 
     assert variant.pools == ("a100", "rtx")
     assert variant.hardware == "2 x A100-40-SXM + 2 x RTX-4090"
-    assert variant.variant == "chat@a100-and-rtx-tp2-pp2-ep"
+    assert variant.variant == "chat@a100-and-rtx-tp2-pp2-2nodes-ep"
     first, second = variant.shape.layer_partition
     assert first + second == 32
     assert first > second  # more memory, and faster
