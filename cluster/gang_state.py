@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cluster.engines.adapter import MEETING
 
 RENDEZVOUS_S = 300.0  # from the first rank that waits for the others; weights are loaded later
+LATE_S = 5.0  # who looks so seldom was held up, and answers wait to be read
 SILENT_S = 10.0  # a short cut of the network ends no gang: its connections outlive that
 
 
@@ -45,9 +46,14 @@ class GangWatch:
         self._silent_s = silent_s
         self._met = False
         self._meeting_since_s: float | None = None
+        self._looked_s: float | None = None
+        self._listening_since_s = 0.0
 
     def fault(self, ranks: Sequence[RankState], now_s: float) -> str:
         """Why the gang must start anew; empty: it need not."""
+        if self._looked_s is None or now_s - self._looked_s > LATE_S:
+            self._listening_since_s = now_s
+        self._looked_s = now_s
         for rank in ranks:
             if rank.gone:
                 return f"{rank.name} is gone: {rank.gone}"
@@ -56,8 +62,9 @@ class GangWatch:
                 said = f"{rank.log_tail}\n" if rank.log_tail else ""
                 return f"{said}{rank.name} ended with status {rank.status}, and the gang with it"
         for rank in ranks:
-            if now_s - rank.heard_s > self._silent_s:
-                return f"{rank.name} has not been heard of for {now_s - rank.heard_s:.0f} s"
+            silent_s = now_s - max(rank.heard_s, self._listening_since_s)
+            if silent_s > self._silent_s:
+                return f"{rank.name} has not been heard of for {silent_s:.0f} s"
         return "" if self._met else self._rendezvous(ranks, now_s)
 
     def _rendezvous(self, ranks: Sequence[RankState], now_s: float) -> str:

@@ -75,7 +75,7 @@ def bundle(variant: Variant) -> dict[str, float]:
 
 def bundles(variant: Variant) -> list[dict[str, float]]:
     """Of a replica on all of its nodes, which are equal; the leader's first."""
-    return [bundle(variant) for _ in range(variant.shape.num_nodes)]
+    return [bundle(variant)] * variant.shape.num_nodes
 
 
 def spread(variant: Variant) -> str:
@@ -93,4 +93,4 @@ def spread(variant: Variant) -> str:
 def _devices(variant: Variant) -> int:
     if variant.placement:
         return sum(len(node.gpus) for node in variant.placement[0])
-    return variant.shape.num_gpus
+    return max(variant.gpus_per_replica, variant.shape.num_nodes)

@@ -42,11 +42,17 @@ def test_a_rank_whose_actor_is_gone_ends_the_gang():
 def test_a_short_silence_is_borne_a_long_one_is_not():
     watch = a_watch()
 
-    assert watch.fault([a_rank(0, heard_s=9), a_rank(1)], 9) == ""
-    assert (
-        watch.fault([a_rank(0, heard_s=12), a_rank(1)], 12)
-        == "rank 1 on b has not been heard of for 12 s"
-    )
+    faults = [watch.fault([a_rank(0, heard_s=now), a_rank(1)], now) for now in range(12)]
+
+    assert faults[:11] == [""] * 11
+    assert faults[11] == "rank 1 on b has not been heard of for 11 s"
+
+
+def test_nobody_was_silent_while_the_leader_was_held_up():
+    watch = a_watch()
+    watch.fault([a_rank(0), a_rank(1)], 0)
+
+    assert watch.fault([a_rank(0), a_rank(1)], 20) == ""
 
 
 def test_ranks_that_do_not_meet_are_told_apart_from_those_that_are_not_there_yet():

@@ -58,7 +58,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def install_missing() -> None:
-    """What hosts are made of, by apt where it is not there."""
+    """Programs of Debian's that hosts run."""
     missing = [package for program, package in _PACKAGES.items() if not _found(program)]
     if missing:
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts nothing

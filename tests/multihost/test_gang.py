@@ -65,11 +65,12 @@ def lab() -> Iterator[Lab]:
 
 def start_ray(lab: Lab, name: str) -> None:
     head = lab.address("head")
-    where = "--head --port 6379" if name == "head" else f"--address {head}:6379"
+    alone = "--head --port 6379 --include-dashboard false"
+    where = alone if name == "head" else f"--address {head}:6379"
     labels = f"bora.pool={POOLS[name]},bora.gpu=cpu,bora.memory-gib=6,bora.kv-cache-gib=1"
     command = f"python -m ray.scripts.scripts start {where} --node-ip-address {lab.address(name)}"
     command += " --num-cpus 2 --num-gpus 0 --object-store-memory 100000000 --disable-usage-stats"
-    command += f" --include-dashboard false --labels {labels} --resources '{{\"bora_slot\": 1}}'"
+    command += f" --labels {labels} --resources '{{\"bora_slot\": 1}}'"
     lab.run(name, f"{command} >ray.log 2>&1 || (cat ray.log; exit 1)", timeout_s=90)
 
 
