@@ -106,19 +106,17 @@ class Program:
         if not found:
             return None
         values = tuple(
-            float(round(value)) if integer else value
-            for value, integer in zip(solver.getSolution().col_value, self._integer, strict=True)
+            float(round(value)) if whole else value
+            for value, whole in zip(solver.getSolution().col_value, self._integer, strict=True)
         )
         cost = sum(c * v for c, v in zip(self._costs, values, strict=True))
-        whole = any(self._integer)
-        bound = info.mip_dual_bound if whole else info.objective_function_value
-        prices = () if whole else tuple(dual / scale for dual in solver.getSolution().row_dual)
+        bound = info.mip_dual_bound if any(self._integer) else info.objective_function_value
         return Answer(
             values=values,
+            prices=() if any(self._integer) else _prices(solver, scale),
             cost=cost,
             bound=min(cost, bound / scale),
             seconds=solver.getRunTime(),
-            prices=prices,
         )
 
     def _problem(self, scale: float) -> highspy.HighsLp:
@@ -157,6 +155,10 @@ def _solver(limits: Limits, columns: int) -> highspy.Highs:
     ):
         solver.setOptionValue(option, value)
     return solver
+
+
+def _prices(solver: highspy.Highs, scale: float) -> tuple[float, ...]:
+    return tuple(dual / scale for dual in solver.getSolution().row_dual)
 
 
 def _of_nothing(rows: Iterable[tuple[Mapping[int, float], float, float]]) -> Answer | None:
