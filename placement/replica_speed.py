@@ -142,7 +142,8 @@ def spanning_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Re
     Every stage works as its own GPUs do; what is not of layers is the last one's.
     """
     stages = stages_of(candidate)
-    alone = {device: _alone(candidate, device, constants) for device in candidate.rank_devices}
+    kinds = dict.fromkeys(candidate.rank_devices)
+    alone = {device: _alone(candidate, device, constants) for device in kinds}
     layers = candidate.architecture.num_layers
     parts = []
     for stage in stages:
@@ -162,6 +163,19 @@ def spanning_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Re
         kv_cache_tokens=memory_use(candidate).kv.tokens,
         pipeline_parallel_size=candidate.pipeline_parallel_size,
         stages=tuple(parts),
+    )
+
+
+def recut(speed: ReplicaSpeed, candidate: Candidate) -> ReplicaSpeed:
+    """The costs of `candidate`, which differs from that of `speed` in its split and context only."""
+    layers = candidate.architecture.num_layers
+    return replace(
+        speed,
+        kv_cache_tokens=memory_use(candidate).kv.tokens,
+        stages=tuple(
+            replace(part, share=stage.num_layers / layers)
+            for part, stage in zip(speed.stages, stages_of(candidate), strict=True)
+        ),
     )
 
 

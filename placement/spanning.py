@@ -32,10 +32,10 @@ from placement.option import carried
 from placement.performance import prompt_cost, replica_speed, stage_s
 from placement.pipeline import Stage
 from placement.plan import Rejection
-from placement.replica_speed import StageSpeed
+from placement.replica_speed import ReplicaSpeed, StageSpeed, recut
 from placement.weight_bytes import checkpoint_bytes
 
-_REQUESTS = (1, 4, 16, 64, 256)  # that the cache should hold, of the demand's mean lengths
+_REQUESTS = (1, 8, 64)  # that the cache should hold, of the demand's mean lengths
 _ROOMY = 1.5  # times the checkpoint: with such memory on fewer GPUs, more are not looked at
 _MEMORY_RULES = frozenset({"weights-exceed-memory", "kv-cache-below-one-request"})
 
@@ -142,11 +142,12 @@ def _best_of(
         if rejection is not None and rejection.rule not in _MEMORY_RULES:
             closest = closest or Spanning(candidate, order, rejection)
             continue
-        for cut in _cut(wish, candidate):
+        speed = replica_speed(candidate)
+        for cut in _cut(wish, candidate, speed):
             rejection = first_rejection(cut)
             if rejection is not None:
                 continue
-            rate = carried(wish, cut, replica_speed(cut), wish.slo).requests_per_s
+            rate = carried(wish, cut, recut(speed, cut), wish.slo).requests_per_s
             if best is None or rate > best[0] * (1 + 1e-9):
                 best = rate, Spanning(cut, order, None)
         closest = closest or Spanning(candidate, order, first_rejection(candidate))
@@ -185,7 +186,7 @@ def _uncut(
     )
 
 
-def _cut(wish: FleetModel, candidate: Candidate) -> Iterator[Candidate]:
+def _cut(wish: FleetModel, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[Candidate]:
     """The candidate with each split that some size of the cache asks for."""
     demand = wish.demand or DEFAULT_DEMAND
     each = demand.input_tokens.mean + demand.output_tokens.mean
@@ -197,7 +198,7 @@ def _cut(wish: FleetModel, candidate: Candidate) -> Iterator[Candidate]:
         if requests > candidate.max_num_seqs:
             break
         tokens = max(least, math.ceil(requests * each))
-        cost = stage_costs(wish, candidate, memories, requests=requests, cache_tokens=tokens)
+        cost = stage_costs(wish, speed, memories, requests=requests, cache_tokens=tokens)
         partition = split_layers(layers, stages, cost)
         if partition is None:
             return
@@ -209,31 +210,40 @@ def _cut(wish: FleetModel, candidate: Candidate) -> Iterator[Candidate]:
 
 
 class StageMemories:
-    """Tokens that a stage's cache holds beside its layers; each kind of stage is looked at once."""
+    """How many layers stages hold beside a cache; each kind of stage is looked at once."""
 
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
         moe = candidate.architecture.moe
         self._dense = 0 if moe is None else moe.num_dense_layers
-        self._known: dict[tuple[object, ...], int] = {}
+        self._most: dict[tuple[int, ...], int] = {}
 
-    def cache_tokens(self, stage: int, first: int, end: int) -> int:
-        """With layers `first` to `end` - 1; 0: not even they fit."""
-        last = self._candidate.pipeline_parallel_size - 1
-        dense = max(0, min(end, self._dense) - first)
-        node = self._candidate.stage_nodes[stage]
-        key = (node, stage == 0, stage == last, dense, end - first)
-        if key not in self._known:
-            self._known[key] = self._look(stage, first, end, is_last=stage == last)
-        return self._known[key]
+    def most_layers(self, stage: int, first: int, cache_tokens: int) -> int:
+        """From layer `first` on, beside a cache of so many tokens; more layers never need less."""
+        candidate = self._candidate
+        last = candidate.pipeline_parallel_size - 1
+        dense = min(first, self._dense)  # layers before it that are unlike the others
+        node = candidate.stage_nodes[stage]
+        key = (node, int(stage == 0), int(stage == last), dense, cache_tokens)
+        if key not in self._most:
+            low, high = 0, candidate.architecture.num_layers
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self._cache_tokens(stage, first, middle) >= cache_tokens:
+                    low = middle
+                else:
+                    high = middle - 1
+            self._most[key] = low
+        return self._most[key]
 
-    def _look(self, stage: int, first: int, end: int, *, is_last: bool) -> int:
+    def _cache_tokens(self, stage: int, first: int, num_layers: int) -> int:
+        """That the stage's cache holds beside these layers; 0: not even they fit."""
         layers = Stage(
             index=stage,
             first_layer=first,
-            num_layers=end - first,
+            num_layers=num_layers,
             is_first=stage == 0,
-            is_last=is_last,
+            is_last=stage == self._candidate.pipeline_parallel_size - 1,
         )
         memory = stage_memory(self._candidate, layers)
         return 0 if memory.missing_bytes else memory.kv.tokens
@@ -241,16 +251,15 @@ class StageMemories:
 
 def stage_costs(
     wish: FleetModel,
-    candidate: Candidate,
+    speed: ReplicaSpeed,
     memories: StageMemories,
     *,
     requests: int,
     cache_tokens: int,
 ) -> Cost:
     """Seconds that a request takes of a stage, when `requests` are under way in all of them."""
-    demand, layers = wish.demand or DEFAULT_DEMAND, candidate.architecture.num_layers
-    batch = max(1.0, requests / candidate.pipeline_parallel_size)
-    stages = replica_speed(candidate).stages
+    demand, layers = wish.demand or DEFAULT_DEMAND, speed.architecture.num_layers
+    batch, stages = max(1.0, requests / speed.pipeline_parallel_size), speed.stages
 
     def seconds(stage: StageSpeed, share: float) -> float:
         part = replace(stage, share=share)
@@ -263,7 +272,7 @@ def stage_costs(
     all_layers = [seconds(stage, 1.0) - none for stage, none in zip(stages, fixed, strict=True)]
 
     def cost(stage: int, first: int, end: int) -> float:
-        if memories.cache_tokens(stage, first, end) < cache_tokens:
+        if end - first > memories.most_layers(stage, first, cache_tokens):
             return math.inf
         return fixed[stage] + all_layers[stage] * (end - first) / layers
 

@@ -215,7 +215,8 @@ def test_no_other_split_of_the_layers_carries_more(
             continue
         best = max(rate_of(wish, replace(chosen, layer_partition=split)) for split in splits)
         assert rate_of(wish, chosen) >= 0.99 * best
-        cost = stage_costs(wish, chosen, StageMemories(chosen), requests=1, cache_tokens=2048)
+        speed = replica_speed(chosen)
+        cost = stage_costs(wish, speed, StageMemories(chosen), requests=1, cache_tokens=2048)
         quickest = split_layers(layers, chosen.pipeline_parallel_size, cost)
         assert quickest is not None
         assert slowest(quickest, cost) == min(slowest(split, cost) for split in splits)
