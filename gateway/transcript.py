@@ -14,6 +14,7 @@ from gateway.lenient_json import quoted, read_json
 
 _ANY_IDS = re.compile(rb'("(prompt_)?token_ids": ?)\[([\d, ]*)\]')
 _BACKSLASH = 0x5C
+_UNUSUAL = b" "  # in front of an event that is kept unread: it may say more than text
 _ABORT = "abort"  # vLLM's own reason for an end that nobody asked for
 _CHUNK_NAMES = ("id", "object", "created", "model")
 
@@ -144,13 +145,17 @@ class Transcript:
         `data` as the client should have it; None if the event is for `feed`. Engines write each
         event of a stream in the same way: what is the same in all tells that it is one.
         """
-        after = self._after_in_chunk if start else self._after
-        if not data.startswith(self._before, start) or not data.endswith(after):
+        after, length = (self._after_in_chunk, 4) if start else (self._after, 2)
+        if not (
+            data.endswith(after)
+            and data.startswith(self._before, start)
+            and data.find(b"\n", start) + length == len(data)  # there is only one
+        ):
             return None
         at = 0
         if self._before_ids:
             at = data.rfind(b"[") + 1  # the list of ids is the last one
-            if not data.endswith(self._before_ids, start, at) or data.find(b"\n", start) < at:
+            if not data.endswith(self._before_ids, start, at):
                 return None
         self._unread.append(data)
         if len(self._unread) > self._max_unread:
@@ -216,11 +221,6 @@ class Transcript:
         self._num_tokens, self._num_pending = kept, 0
         return Again(self._num_sent - kept, text)
 
-    def _keep(self, event: bytes) -> None:
-        self._unread.append(event)
-        if len(self._unread) > self._max_unread:
-            self._read_up()
-
     def _read_up(self) -> None:
         """Read what was kept unread."""
         if not self._unread:
@@ -228,9 +228,9 @@ class Transcript:
         unread, self._unread = self._unread, []
         fault = self.fault
         for event in unread:
-            if not self._read_text(event) and not self._read(
-                event[event.find(b"data:") :].rstrip()
-            ):
+            if not event.startswith(_UNUSUAL) and self._read_text(event):
+                continue
+            if not self._read(event[event.find(b"data:") :].rstrip()):
                 self._blocked = f"what it said could not be read: {self.fault}"
         self.fault, self._only_ids = fault, False
 
@@ -240,8 +240,6 @@ class Transcript:
         end = event.find(b'"', start)
         # A second quote at once: beside no text stand other things.
         if start < len(self._mark) or end <= start or event[end - 1] == _BACKSLASH or self._blocked:
-            return False
-        if event.find(b"\n\n", end) < len(event) - len(b"\n\n\r\n"):  # there are more
             return False
         ids = b""
         at = event.find(self._ids_mark, end)
@@ -260,7 +258,7 @@ class Transcript:
         for event in events.split(b"\n\n"):
             was_read = self._read(event) if event else True
             if self._skims and was_read and b"data:" in event:
-                self._unread.append(event)
+                self._unread.append(_UNUSUAL + event)
             if was_read and not self._only_ids:
                 passed.append(event)
                 continue
@@ -283,7 +281,7 @@ class Transcript:
                     self.finished = self.done = True
                 elif not self._read_chunk(data):
                     return False
-            elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:")):
                 self.fault = f"it sent {line[:40]!r} in a stream of events"
                 return False
         return True
@@ -330,7 +328,7 @@ class Transcript:
             self._blocked = "it is in the middle of tool calls"
             return True
         if delta.get("reasoning") or delta.get("reasoning_content"):
-            self._blocked = "it is in the middle of reasoning"
+            self._blocked = self._blocked or "it is in the middle of reasoning"
             return True
         if text and self._blocked and "reasoning" in self._blocked:
             self._blocked = None
