@@ -21,8 +21,9 @@ from loadtests.helix_clusters import Cluster, Kind, Span
 from loadtests.layer_flow import flow
 from placement.milp import Limits, Program
 
-_UNITS = 200  # in which a rate is counted when branches are put together
+_UNITS = 120  # in which a rate is counted when branches are put together
 _CLOSE = 0.002  # relative: when the bisection ends
+_WORTH_A_TRY = 0.95  # of what is reached: stages for less hardly ever carry more
 _ROUNDS = 60  # of pricing, at most
 _UNWANTED = 1e3  # layers that a missing wide stage costs
 _LIMITS = Limits(time_s=3.0, gap=0.001, nodes=3000)
@@ -72,6 +73,8 @@ def planned(cluster: Cluster) -> list[Span]:
             high = rate
             continue
         low = rate
+        if rate < _WORTH_A_TRY * carried:
+            continue
         for spans in _orders(cluster, stages):
             reached = flow(cluster, spans)
             if reached > carried:
@@ -161,15 +164,18 @@ def _uniform_stages(rules: _Rules) -> Iterator[Stage]:
                         yield Stage(length, (branch,) * times)
 
 
-def _branches(cluster: Cluster, place: Mapping[Kind, int], length: int) -> Iterator[Branch]:
+def _branches(cluster: Cluster, place: Mapping[Kind, int], length: int) -> list[Branch]:
     """Chains that hold `length` layers; longer ones only where they carry more."""
+    found = []
     for kind, count in place.items():
         rates, best = cluster.rates_of(kind), 0.0
-        for nodes in range(1, min(count, length) + 1):
-            held = -(-length // nodes)
-            if held <= len(rates) and rates[held - 1] > best:
-                best = rates[held - 1]
-                yield Branch(kind, nodes, best)
+        fewest = -(-length // len(rates))
+        for nodes in range(fewest, min(count, length) + 1):
+            rate = rates[-(-length // nodes) - 1]
+            if rate > best:
+                best = rate
+                found.append(Branch(kind, nodes, best))
+    return found
 
 
 def _priced(rules: _Rules, prices: Sequence[float]) -> Iterator[Stage]:
@@ -178,7 +184,7 @@ def _priced(rules: _Rules, prices: Sequence[float]) -> Iterator[Stage]:
     bonus = max(0.0, -prices[-1]) if prices and rules.borders else 0.0
     for length in range(1, rules.cluster.layers + 1):
         for place in rules.places:
-            branches = list(_branches(rules.cluster, place, length))
+            branches = _branches(rules.cluster, place, length)
             for least, worth in {(1, 0.0), (rules.wide if rules.borders else 1, bonus)}:
                 found = _cheapest(branches, price, rules.rate, least)
                 if found is None or found[0] > length + worth - 1e-6:
@@ -194,16 +200,18 @@ def _cheapest(
     """The cheapest set of at least so many branches that carries the rate, by units of it."""
     units = [min(_UNITS, int(branch.rate / rate * _UNITS + 1e-9)) for branch in branches]
     costs = [price[branch.kind] * branch.nodes for branch in branches]
+    items = list(zip(range(len(branches)), units, costs, strict=True))
     best = {(0, 0): (0.0, -1)}
     for left, more in itertools.product(range(_UNITS + 1), range(least + 1)):
         if left == more == 0:
             continue
-        found = (math.inf, -1)
-        for index, (unit, cost) in enumerate(zip(units, costs, strict=True)):
-            if unit or not left:
-                total = best[max(0, left - unit), max(0, more - 1)][0] + cost
-                found = min(found, (total, index))
-        best[left, more] = found
+        least_cost, chosen_index = math.inf, -1
+        fewer = more - 1 if more else 0
+        for index, unit, cost in items:
+            total = best[left - unit if left > unit else 0, fewer][0] + cost
+            if total < least_cost and (unit or not left):
+                least_cost, chosen_index = total, index
+        best[left, more] = least_cost, chosen_index
     left, more, chosen = _UNITS, least, []
     if math.isinf(best[left, more][0]):
         return None
@@ -232,9 +240,11 @@ def _orders(cluster: Cluster, stages: Sequence[Stage]) -> Iterator[list[Span]]:
 
 
 def _cut_to_fit(cluster: Cluster, row: Sequence[Stage]) -> Iterator[list[Span]]:
-    """Layers beyond the model's are taken from one stage, each in turn."""
+    """Layers beyond the model's are taken from one stage: of two regions the longest, else each."""
     beyond = sum(stage.length for stage in row) - cluster.layers
-    for at in range(len(row)) if beyond else (0,):
+    longest = max(range(len(row)), key=lambda at: row[at].length)
+    each = cluster.between_regions is None and beyond > 0
+    for at in range(len(row)) if each else (longest,):
         if row[at].length > beyond:
             lengths = [stage.length - (beyond if i == at else 0) for i, stage in enumerate(row)]
             yield _spans(row, lengths)
