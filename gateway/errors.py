@@ -23,6 +23,7 @@ GatewayError
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
 │   ├── EngineUnreachable                        nobody listens at the endpoint
 │   └── WouldBeLate                              the queue is longer than the client waits
+├── LateRefusal         as the engine says       it refused what had a status already: a stream that waited
 ├── EngineBroke         502 UNAVAILABLE          the engine went away while it answered
 └── DeadlineExceeded    504 DEADLINE_EXCEEDED    the client's own time limit has passed
 
@@ -33,6 +34,7 @@ fact is known and turned into a response at the edges: `http_api`, `http_server`
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -259,6 +261,38 @@ class WouldBeLate(Unavailable):
     """More time would pass in the queue than the client gives."""
 
     code = "deadline_out_of_reach"
+
+
+class LateRefusal(GatewayError):
+    """The engine refused the request, whose client was already told to wait in a stream.
+
+    An error event says so in the engine's words, with its status as `code`.
+    """
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, body: bytes) -> None:
+        try:
+            told = json.loads(body)
+        except (ValueError, RecursionError):
+            told = None
+        error = told.get("error", told) if isinstance(told, dict) else None
+        self._error = error if isinstance(error, dict) else {}
+        message = self._error.get("message") or body[:300].decode(errors="replace")
+        super().__init__(str(message or f"the engine answered {status}"))
+        self.status = status
+        self.grpc_status = "RESOURCE_EXHAUSTED" if status == 429 else "INVALID_ARGUMENT"
+        self.code = str(self._error.get("code") or status)
+
+    def body(self) -> ErrorBody:
+        """The engine's own fields, where it has them."""
+        error: Error = {
+            "message": self.message,
+            "type": str(self._error.get("type") or self.type),
+            "param": self._error.get("param"),
+            "code": self.status,
+        }
+        return {"error": error}
 
 
 class EngineBroke(GatewayError):

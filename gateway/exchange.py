@@ -23,6 +23,7 @@ from gateway.errors import (
     EngineBroke,
     EngineUnreachable,
     GatewayError,
+    LateRefusal,
     NotSupported,
 )
 from gateway.missing_path import refuse_if_missing
@@ -236,11 +237,13 @@ class Exchange:
     def _was_refused(self, answer: Answer, body: bytes) -> None:
         """An answer has begun, and an engine says something that cannot be a part of it."""
         status, told = answer.status, body[:300].decode(errors="replace")
-        error = EngineBroke(f"the engine answered {status}: {told}")
+        error: GatewayError = EngineBroke(f"the engine answered {status}: {told}")
         if status in RETRIED_STATUSES:
             self._go_elsewhere(error, status)
-        else:
-            self._fail(error)
+            return
+        if 400 <= status < 500 and (self._relay is None or not self._relay.wrote):
+            error = LateRefusal(status, body)  # nothing but heartbeats: it is about the request
+        self._fail(error)
 
     def _go_elsewhere(self, error: GatewayError, fault: GatewayError | int) -> None:
         if self._lease is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-_BYTES_PER_TOKEN = 4
-_TOKENS_PER_IMAGE = 1000
+BYTES_PER_TOKEN = 4
+TOKENS_PER_IMAGE = 1024
 _BASE64 = b";base64,"
 USUAL_COMPLETION_TOKENS = 256.0
 _MEMORY = 0.95  # of the running mean, per answer
@@ -15,13 +15,13 @@ _GENERATING = ("/completions", "/responses", "/messages")
 def prompt_tokens(body: bytes) -> int:
     """About how many tokens go in: four bytes each, and a fixed price for an inlined image."""
     if _BASE64 not in body:
-        return max(1, len(body) // _BYTES_PER_TOKEN)
+        return max(1, len(body) // BYTES_PER_TOKEN)
     first, *rest = body.split(_BASE64)
     text_bytes = len(first)
     for part in rest:
         end = part.find(b'"')
         text_bytes += len(part) - end if end >= 0 else 0
-    return max(1, text_bytes // _BYTES_PER_TOKEN) + len(rest) * _TOKENS_PER_IMAGE
+    return max(1, text_bytes // BYTES_PER_TOKEN) + len(rest) * TOKENS_PER_IMAGE
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,6 @@
 """Features: what routing knows of a request, from its raw bytes. Nothing is parsed a second time.
 
-All numbers are estimates: a token is taken for 4 bytes of JSON, and an image for 1,024 tokens.
+All numbers are estimates: as `gateway.prediction` has them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from zlib import crc32
 import msgspec
 
 from gateway.call import Call
-
-BYTES_PER_TOKEN = 4
-TOKENS_PER_IMAGE = 1024
+from gateway.prediction import BYTES_PER_TOKEN, TOKENS_PER_IMAGE
 
 # Ends of the blocks that a prompt's beginning is hashed in: two an octave, at most 256 KiB.
 BLOCK_ENDS = (
@@ -27,9 +25,6 @@ _STARTS = {
     "/v1/embeddings": b'"input"',
 }
 _ANY_START = re.compile(rb'"(?:messages|prompt|input|system|instructions)"\s*:')
-_MAX_TOKENS = re.compile(rb'"max_(?:completion_|output_)?tokens"\s*:\s*(\d{1,9})')
-_LIMIT = b'"max_'
-_TAIL_BYTES = 300
 _SMALL_BODY = 2048
 _IMAGE = b'"image'
 _FIRST_BLOCK = BLOCK_ENDS[0]
@@ -38,11 +33,10 @@ _INLINE = re.compile(rb';base64,|"data"\s*:\s*"')
 
 
 class Features(msgspec.Struct, eq=False):  # a dataclass takes three times as long to make
-    """Of one request. `max_tokens` is what the client allows, if it says so near the body's ends."""
+    """Of one request."""
 
     prompt_tokens: int
     num_bytes: int  # of the body, from where the prompt starts
-    max_tokens: int | None
     num_images: int
     hashes: list[int]
     session: str | None
@@ -61,14 +55,9 @@ def features_of(call: Call) -> Features:
         num_images, inline_bytes = images(body)
         prompt_tokens += num_images * TOKENS_PER_IMAGE - inline_bytes // BYTES_PER_TOKEN
         prompt_tokens = max(prompt_tokens, 1)  # an image may stand before what looks like the start
-    # Clients write limits after the prompt or before it.
-    at = body.rfind(_LIMIT, total - _TAIL_BYTES if total > _TAIL_BYTES else 0)
-    if at < 0 < start:
-        at = body.find(_LIMIT, 0, start)
     return Features(
         prompt_tokens,
         num_bytes,
-        _max_tokens(body, at) if at >= 0 else None,
         num_images,
         prefix_hashes(body, total - num_bytes) if num_bytes >= _FIRST_BLOCK else _NONE,
         call.headers.get("x-session-id"),
@@ -125,8 +114,3 @@ def _may_hold_base64(body: bytes) -> bool:
 def _any_start(body: bytes) -> int:
     found = _ANY_START.search(body)
     return found.start() if found else -1
-
-
-def _max_tokens(body: bytes, at: int) -> int | None:
-    found = _MAX_TOKENS.match(body, at)
-    return int(found[1]) if found else None

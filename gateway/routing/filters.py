@@ -45,7 +45,7 @@ def fitting(
     if needed:
         known = [(state, route.capabilities(state)) for state in states]
         states = [state for state, has in known if not has or needed in has] or states
-    tokens = features.prompt_tokens + (features.max_tokens or 1)
+    tokens = features.prompt_tokens + (call.max_tokens or 1)
     long_enough = [state for state in states if _context(state) >= tokens]
     if long_enough or not states:
         return long_enough

@@ -41,7 +41,7 @@ def request_of(route: Route, call: Call | None, features: Features | None) -> Re
         return Request(route.usual_work, route.usual_work)
     if features is None:
         features = features_of(call)
-    work = route.work_of(features, answers=call.path != "/v1/embeddings")
+    work = route.work_of(call, features)
     if not features.hashes:
         return Request(work, route.usual_work, features)
     holders = route.index.holders(features.hashes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from gateway.call import Call
 from gateway.endpoints import ServedModel
 from gateway.routing.breaker import Fault
 from gateway.routing.features import Features
@@ -100,11 +101,11 @@ class Route:
         """Its home, then where it goes when that is overloaded."""
         return map(self._by_key.__getitem__, self.ring().walk(key))
 
-    def work_of(self, features: Features, *, answers: bool = True) -> int:
-        """What a request costs an engine that has seen nothing of it; `answers`: in text."""
-        output_tokens = self.mean_output_tokens if answers else 0
-        if features.max_tokens is not None and features.max_tokens < output_tokens:
-            output_tokens = features.max_tokens
+    def work_of(self, call: Call, features: Features) -> int:
+        """What a request costs an engine that has seen nothing of it."""
+        output_tokens = self.mean_output_tokens if call.path != "/v1/embeddings" else 0
+        if call.max_tokens is not None and call.max_tokens < output_tokens:
+            output_tokens = call.max_tokens
         work = features.prompt_tokens + OUTPUT_TOKEN_WORK * int(output_tokens)
         self.usual_work += (work - self.usual_work) >> 5
         return work

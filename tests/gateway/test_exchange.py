@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -51,6 +52,21 @@ async def test_an_empty_503_is_tried_elsewhere_and_answered_once(pooled: bool) -
     second.says(an_event("yes", "stop") + DONE)
     second.ends()
     assert text_of(scene.client.body) == "yes"
+    scene.check_end()
+
+
+async def test_who_waited_in_a_stream_is_told_of_a_refusal_in_the_engines_words() -> None:
+    scene = Scene(some_endpoints(1), a_call(), limits={"heartbeat_s": 0.01})
+    await scene.begin()
+    await asyncio.sleep(0.05)
+    assert scene.client.body.startswith(b": the request waits\n\n")
+
+    refusal = {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}
+    scene.connection.answers(400, json.dumps({"error": refusal}).encode())
+
+    assert scene.client.error is not None
+    assert scene.client.error.body() == {"error": refusal}
+    assert scene.finished[0].status == 400
     scene.check_end()
 
 

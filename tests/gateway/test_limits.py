@@ -92,7 +92,7 @@ def test_a_bucket_is_full_at_first_fills_evenly_and_may_owe() -> None:
         (b'{"max_completion_tokens":12 }', 7, 12),
         (b'{"max_output_tokens" : 3}', 6, 3),
         (b'{"max_tokens": null, "content": "\\"max_tokens\\": 9"}', 12, None),
-        (b'{"url": "data:image/png;base64,' + b"A" * 400_000 + b'"}', 1008, None),
+        (b'{"url": "data:image/png;base64,' + b"A" * 400_000 + b'"}', 1032, None),
         (b'{"max_tokens": 5, "max_other": 6}', 8, 5),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.call import Call
+from gateway.call import Call, make_call
 from gateway.endpoints import Endpoint, EndpointTable, ServedModel
 from gateway.record import Record
 from gateway.routing import EndpointState, Fault, Lease, Router
@@ -29,7 +29,7 @@ def a_call(
 ) -> Call:
     asked = a_chat(messages=[{"role": "user", "content": text}], **body)
     headers = {"x-session-id": session} if session else {}
-    return Call("http", path, "chat", json.dumps(asked).encode(), "id", headers)
+    return make_call("http", path, json.dumps(asked).encode(), headers, "id")
 
 
 def some_endpoints(count: int, **changes: object) -> list[Endpoint]:

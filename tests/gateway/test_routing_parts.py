@@ -35,7 +35,7 @@ def test_text_is_a_token_for_four_bytes() -> None:
     features = features_of(a_call(a_message("word " * 1000)))
 
     assert features.prompt_tokens == pytest.approx(1250, rel=0.02)
-    assert (features.num_images, features.max_tokens, features.session) == (0, None, None)
+    assert (features.num_images, features.session) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -76,26 +76,6 @@ def test_images_are_found_however_the_json_is_spaced(separators: tuple[str, str]
 
     assert count == 1
     assert inline_bytes == len(IMAGE)
-
-
-@pytest.mark.parametrize(
-    ("changes", "path", "expected"),
-    [
-        ({"max_tokens": 17}, CHAT, 17),
-        ({"max_completion_tokens": 18}, CHAT, 18),
-        ({"max_output_tokens": 19}, "/v1/responses", 19),
-        ({"max_tokens": None}, CHAT, None),
-        ({"max_tokens": -1}, CHAT, None),
-        ({"metadata": '"max_tokens": 5'}, CHAT, None),
-    ],
-)
-def test_the_clients_limit_is_seen_before_and_after_the_prompt(
-    changes: dict[str, object], path: str, expected: int | None
-) -> None:
-    prompt = a_message("word " * 200)
-
-    assert features_of(a_call({**prompt, **changes}, path)).max_tokens == expected
-    assert features_of(a_call({**changes, **prompt}, path)).max_tokens == expected
 
 
 def test_a_prompt_begins_where_its_key_is() -> None:
