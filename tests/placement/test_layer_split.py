@@ -4,12 +4,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.layer_split import split_layers
-
-UNEVEN = st.lists(st.integers(1, 9), min_size=2, max_size=4)
 
 
 def every_split(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
@@ -27,6 +25,7 @@ def times(split: tuple[int, ...], cost: list[list[float]], limits: list[int]) ->
     return found
 
 
+@settings(deadline=None)
 @given(
     data=st.data(),
     layers=st.integers(1, 8),
