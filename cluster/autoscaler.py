@@ -31,9 +31,10 @@ class Autoscaler:
                 del self._reports[name]
         return tuple(sorted(self._reports))
 
-    def load(self, model: str) -> ModelLoad:
-        """Of a model, summed over gateways."""
-        loads = [loads.get(model, _IDLE) for _, loads in self._reports.values()]
+    def load(self, *models: str) -> ModelLoad:
+        """Of a model (with its adapters, which it serves too), summed over gateways."""
+        reports = [loads for _, loads in self._reports.values()]
+        loads = [each.get(model, _IDLE) for each in reports for model in models]
         return ModelLoad(
             in_flight=sum(load.in_flight for load in loads),
             queued=sum(load.queued for load in loads),
@@ -69,7 +70,7 @@ class Autoscaler:
         """
         if not self.gateways(now_s):
             return None  # nobody tells about the load: leave everything as it is
-        load = self.load(variant.model)
+        load = self.load(variant.model, *variant.adapters)
         share = self._share(variant, siblings or (variant,))
         decision, self._states[variant.variant] = scaling.decide(
             self._states.get(variant.variant, scaling.ScalingState()),

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from cluster import census, serve_apps
+from cluster.adapter_events import adapter_events
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
 from cluster.control_api import serve_control_api
@@ -142,6 +143,7 @@ class Controller:
         """
         await self.start()
         report = ReplicaReport.model_validate_json(text)
+        adapters_changed = self._note_adapters(report)
         if self._registry.report(report, time.monotonic()):
             self._events.replica(time.time(), report)
             self._lifecycle.heard(report)
@@ -152,7 +154,25 @@ class Controller:
                 self._failures.pop(key, None)
                 self._compare(report)
             self._publish()
+        elif adapters_changed:
+            self._publish()
         return self._lifecycle.order_for(report.replica)
+
+    def _note_adapters(self, report: ReplicaReport) -> bool:
+        """Tell what a replica has loaded since its last heartbeat; whether there was anything."""
+        before = self._registry.get(report.replica)
+        found = list(adapter_events(before, report)) if before else []
+        for event in found:
+            self._events.note(
+                time.time(),
+                "adapter",
+                event.text,
+                model=report.model,
+                replica=report.replica,
+                node=report.node,
+                reason=event.reason,
+            )
+        return bool(found)
 
     async def sync(self, request: SyncRequest) -> SyncResponse:
         """Take a gateway's load and usage in; answer when it lacks a table or keys."""
@@ -271,7 +291,7 @@ class Controller:
                     self._registry.of(variant.variant),
                     ready=self._registry.ready(variant),
                     wanted=self._autoscaler.target(variant) if variant in self._variants() else 0,
-                    load=self._autoscaler.load(variant.model),
+                    load=self._autoscaler.load(variant.model, *variant.adapters),
                     events=self._events,
                     failure=self._failures.get(key_of(variant), ""),
                     lifecycle=self._lifecycle,

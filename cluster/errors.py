@@ -3,6 +3,7 @@
 ClusterError
 ├── ClusterUnreachable   no cluster, controller or gateway answers (exit code 4)
 ├── EngineFailed         an engine did not start; its last log lines are in the message (5)
+├── AdapterFailed        a LoRA adapter could not be loaded; its engine serves on
 ├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
 ├── PortInUse            (2)
 └── AlreadyRunning       a bora of this user already runs here (2)
@@ -27,6 +28,10 @@ class EngineFailed(ClusterError):
     """An engine ended before it was ready."""
 
     exit_code = 5
+
+
+class AdapterFailed(ClusterError):
+    """An adapter is not there, or the engine refuses it."""
 
 
 class InventoryDiffers(ClusterError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
+
+from pydantic import Field
 
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
@@ -13,7 +16,7 @@ EventKind = Literal[
     "note", "replica-started", "replica-ready", "replica-unhealthy", "replica-draining",
     "replica-stopped", "replica-died", "replica-lost", "scaled", "deployed", "deleted", "drained",
     "calibration", "gateway", "node-joined", "node-lost", "node-unprobed", "mismatch",
-    "rollout", "no-place",
+    "rollout", "no-place", "adapter",
 ]  # fmt: skip
 
 
@@ -56,6 +59,9 @@ class ReplicaReport(Spec):
     kv_cache_usage: float = 0.0
     kv_cache_tokens: int | None = None
     weights_bytes: int | None = None
+    adapters: Mapping[str, str] = Field(default_factory=dict)  # loaded: name, and the engine's name
+    adapter_failures: Mapping[str, str] = Field(default_factory=dict)  # why others are not
+    expert_balance: float | None = None  # mean load of ranks over the largest, 0..1
 
 
 class ReplicaStatus(Spec):
@@ -78,6 +84,9 @@ class ReplicaStatus(Spec):
     kv_cache_usage: float
     kv_cache_tokens: int | None
     weights_bytes: int | None
+    adapters: Mapping[str, str] = Field(default_factory=dict)
+    adapter_failures: Mapping[str, str] = Field(default_factory=dict)
+    expert_balance: float | None = None
 
 
 class VariantStatus(Spec):
@@ -105,6 +114,7 @@ class VariantStatus(Spec):
     waiting: str = ""  # which resource is missing where, for replicas that Ray has no place for
     misplaced: tuple[str, ...] = ()  # what is not as planned about places and memory
     rollout: str = ""  # how far the replacement of an older shape is
+    adapters: Mapping[str, str] = Field(default_factory=dict)  # wanted: name, and its source
 
 
 class Event(Spec):

@@ -106,6 +106,7 @@ class Registry:
                     managed=True,
                     routing=variant.routing,
                     fallback=variant.fallback,
+                    adapters=tuple(dict.fromkeys(name for each in same for name in each.adapters)),
                 ),
             )
         shapes = {key_of(variant): variant for variant in outgoing if variant.model in models}
@@ -134,5 +135,6 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         engine=variant.shape.engine,
         api_key=report.api_key or None,
         state="draining" if report.state == "draining" else "ready",
+        adapters=report.adapters,
         tokens_per_s=variant.shape.prediction.output_tokens_per_s or None,
     )

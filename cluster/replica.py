@@ -26,6 +26,7 @@ from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.names import CONTROLLER, NAMESPACE
 from cluster.seat import my_seat, with_gpus
+from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
 from placement.plan import Variant
 
@@ -46,6 +47,7 @@ class Replica:
         self._started_s = time.time()
         self._variant: Variant | None = None
         self._version = ""
+        self._features = ServingFeatures()
         self._failure = ""
         self._engine: EngineProcess | None = None
         self._gang: Gang | None = None
@@ -62,6 +64,7 @@ class Replica:
         started = self._variant is not None
         self._variant = variant
         if started:
+            self._features.want(variant)
             return
         self._version = shape_version(variant)
         self._engine = EngineProcess(
@@ -79,6 +82,7 @@ class Replica:
         except Exception as error:
             await self._fail(error, self._engine)
             raise
+        await self._follow_features(self._engine, variant)
         self._state = "ready"
         await self._report()
         watch = asyncio.create_task(self._watch_forever())
@@ -175,10 +179,17 @@ class Replica:
             await asyncio.sleep(0.5)
 
     def _watch_ended(self, task: asyncio.Task[None]) -> None:
-        """A bug in the watch must not leave an engine unwatched: a new replica starts over."""
+        """A bug there must not leave an engine unwatched: a new replica starts over."""
         if not task.cancelled() and task.exception() is not None:
             logging.getLogger("ray.serve").critical("watching failed", exc_info=task.exception())
             self._die()
+
+    async def _follow_features(self, engine: EngineProcess, variant: Variant) -> None:
+        task = await self._features.start(
+            variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
+        )
+        task.add_done_callback(self._watch_ended)
+        self._tasks.append(task)
 
     async def _note_health(self, *, healthy: bool) -> None:
         state: ReplicaState = "ready" if healthy else "unhealthy"
@@ -232,6 +243,7 @@ class Replica:
             kv_cache_usage=engine.load.kv_cache_usage,
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
+            **self._features.report(),
         )
 
 

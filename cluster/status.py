@@ -47,6 +47,7 @@ def variant_status(
         waiting=lifecycle.places.waiting(variant.variant),
         misplaced=lifecycle.places.misplaced(variant.variant),
         rollout=lifecycle.rollout(variant.model),
+        adapters=variant.adapters,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from gateway.call import Call
 from gateway.config import Limits
@@ -140,8 +140,16 @@ class Admission:
             lane = self._lanes[model]
             lane.load.ended(now)
             lane.shares.ended(lease.tenant, now)
-            if lane.length:
+            if lease.state.siblings:
+                self._pump_all([*(each.endpoint.model for each in lease.state.siblings), model])
+            elif lane.length:
                 self._pump(model)
+
+    def _pump_all(self, models: Sequence[str]) -> None:
+        """A place is free at an engine that has several names: first to who runs least there."""
+        waiting = [model for model in models if self._lanes[model].length]
+        for model in sorted(waiting, key=lambda each: self._lanes[each].load.in_flight):
+            self._pump(model)
 
     def failed(self, lease: Lease, reason: GatewayError | int) -> None:
         """The lease's endpoint failed with `reason`, an error or its HTTP status: prefer others.

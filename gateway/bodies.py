@@ -30,6 +30,7 @@ class ModelCard(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
     aliases: list[str]
     capabilities: list[str]
     max_model_len: int | None

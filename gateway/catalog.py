@@ -19,6 +19,7 @@ def model_card(admission: Admission, model: ServedModel) -> ModelCard:
         "object": "model",
         "created": model.created,
         "owned_by": "bora",
+        "parent": model.parent,
         "aliases": list(model.aliases),
         "capabilities": list(model.capabilities),
         "max_model_len": model.max_model_len or admission.router.context(model.name),

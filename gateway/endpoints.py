@@ -42,6 +42,11 @@ class Endpoint(Spec):
     capabilities: tuple[str, ...] = Field(
         (), description="`vision`, `embeddings`, ...; empty: those of the model."
     )
+    adapters: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters that are loaded there: what clients send as `model`, and the"
+        " engine's name for it.",
+    )
 
     @property
     def key(self) -> str:
@@ -69,6 +74,10 @@ class ServedModel(Spec):
     fallback: tuple[str, ...] = Field(
         (), description="Models that answer in its place when it cannot, in this order."
     )
+    adapters: tuple[str, ...] = Field(
+        (), description="Names of its LoRA adapters, loaded anywhere or not yet."
+    )
+    parent: str | None = Field(None, description="The model that this is an adapter of.")
 
 
 class EndpointTable(Spec):

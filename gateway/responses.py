@@ -136,9 +136,13 @@ class StoredResponses:
         ours = _OURS.fullmatch(response_id)
         key, owner = self._seen.get(response_id) or ("", ours[2] if ours else "")
         if owner == owner_digits(tenant) or tenant is ANONYMOUS:
-            for endpoint in endpoints:
-                if endpoint.key == key or (ours and holder_digits(endpoint.key) == ours[1]):
-                    return endpoint
+            held = [
+                endpoint
+                for endpoint in endpoints
+                if endpoint.key == key or (ours and holder_digits(endpoint.key) == ours[1])
+            ]
+            if held:  # of a model and its adapters there, one that is for this tenant
+                return next((each for each in held if tenant.may_use((each.model,))), held[0])
             if only := tenant is ANONYMOUS and _only(endpoints, model):
                 return only  # it knows best what it has
         raise NoSuchResponse(

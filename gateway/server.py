@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from gateway.access import Access
 from gateway.access_log import AccessLog
 from gateway.accounts import Accounts
+from gateway.adapters import with_adapters
 from gateway.admission import Admission
 from gateway.config import GatewayConfig, Limits
 from gateway.endpoints import EndpointTable
@@ -99,6 +100,7 @@ class Gateway:
 
     def apply(self, table: EndpointTable) -> None:
         """Route by `table` from now on."""
+        table = with_adapters(table)
         self.admission.apply(table)
         router = self.admission.router
         ready = {model.name: router.num_ready(model.name) for model in router.models}

@@ -43,7 +43,9 @@ def table_from_file(path: Path, version: int) -> EndpointTable:
     listed = load_yaml(path, EndpointsFile)
     models = {model.name: model for model in listed.models}
     for endpoint in listed.endpoints:
-        models.setdefault(endpoint.model, ServedModel(name=endpoint.model, scalable=False))
+        model = models.setdefault(endpoint.model, ServedModel(name=endpoint.model, scalable=False))
+        adapters = tuple(dict.fromkeys((*model.adapters, *endpoint.adapters)))
+        models[model.name] = model.model_copy(update={"adapters": adapters})
     _refuse_ambiguity(path, listed, models)
     return EndpointTable(version=version, models=tuple(models.values()), endpoints=listed.endpoints)
 
@@ -52,6 +54,7 @@ def _refuse_ambiguity(path: Path, listed: EndpointsFile, models: Mapping[str, Se
     names = [model.name for model in listed.models]
     names += [name for name in models if name not in names]
     names += [alias for model in listed.models for alias in model.aliases]
+    names += [name for model in models.values() for name in model.adapters]
     keys = [(endpoint.model, endpoint.key) for endpoint in listed.endpoints]
     for name in names:
         if names.count(name) > 1:

@@ -253,9 +253,10 @@ class Transcript:
         """The long way: event by event, line by line."""
         passed: list[bytes] = []
         self._skims = bool(self._unread)
+        lines = events
         if b"\r" in events:
-            events = events.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        for event in events.split(b"\n\n"):
+            lines = events.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        for event in lines.split(b"\n\n"):
             was_read = self._read(event) if event else True
             if self._skims and was_read and b"data:" in event:
                 self._unread.append(_UNUSUAL + event)

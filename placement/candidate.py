@@ -9,6 +9,7 @@ from placement.architecture import Architecture
 from placement.calibration import Calibration
 from placement.catalogue import Checkpoint, GpuType, ModelSpec
 from placement.inventory import Pool
+from placement.serving_features import ExpertBalance, LoraLimits
 from placement.vllm_release import DEFAULT_RELEASE
 
 GIB = 1024**3
@@ -55,6 +56,8 @@ class Candidate:
     expert_parallel: bool = False
     enable_eplb: bool = False  # balances experts by moving and copying them
     num_redundant_experts: int = 0
+    eplb: ExpertBalance | None = None  # what the fleet wants, whether it is possible or not
+    lora: LoraLimits | None = None  # room for adapters
     layer_partition: tuple[int, ...] = ()  # layers of each stage; empty: as vLLM splits them
     rank_devices: tuple[Device, ...] = ()
     stage_nodes: tuple[int, ...] = ()  # on which of the replica's nodes each stage stands

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from placement.balancing import with_balance
 from placement.candidate import Candidate, Device, device_of, simulated_device
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
 from placement.fleet import FleetModel
@@ -123,8 +124,10 @@ def filled_in(
         gpu_memory_utilization=wish.gpu_memory_utilization,
         dtype=wish.dtype,
         kv_cache_dtype=wish.kv_cache_dtype,
+        lora=wish.adapter_room,
+        eplb=wish.eplb,
     )
-    return _with_whole_prompts(candidate)
+    return _with_whole_prompts(with_balance(candidate))
 
 
 def _with_whole_prompts(candidate: Candidate) -> Candidate:

@@ -258,7 +258,14 @@ def _model_change(name: str, running: Plan, wanted: Plan) -> ModelChange:
         tpot_p95_ms_after=max((v.predicted.tpot_p95_ms for v in new), default=None),
         cost_per_hour_before=sum(variant.price_per_hour for variant in old),
         cost_per_hour_after=sum(variant.price_per_hour for variant in new),
+        adapters_before=_adapters(running, name),
+        adapters_after=_adapters(wanted, name),
     )
+
+
+def _adapters(plan: Plan, model: str) -> dict[str, str]:
+    mine = [variant.adapters for variant in plan.variants if variant.model == model]
+    return {name: source for adapters in mine for name, source in adapters.items()}
 
 
 def _rate(plan: Plan, model: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from placement.balancing import balance_args
 from placement.candidate import Candidate
 
 
@@ -35,11 +36,14 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
         args += ["--nnodes", str(candidate.num_nodes)]
     if candidate.expert_parallel:
         args.append("--enable-expert-parallel")
-    if candidate.enable_eplb:
-        args.append("--enable-eplb")
-    if candidate.num_redundant_experts:
-        redundant = candidate.num_redundant_experts
-        args += ["--eplb-config", f'{{"num_redundant_experts": {redundant}}}']
+    args += balance_args(candidate)
+    if candidate.lora is not None:
+        args += ["--enable-lora", "--max-loras", str(candidate.lora.max_loras)]
+        args += ["--max-lora-rank", str(candidate.lora.max_lora_rank)]
+        args += [
+            "--max-cpu-loras",
+            str(max(candidate.lora.max_cpu_loras, candidate.lora.max_loras)),
+        ]
     if candidate.language_model_only:
         args.append("--language-model-only")
     args += ["--dtype", candidate.dtype, "--kv-cache-dtype", candidate.kv_cache_dtype]

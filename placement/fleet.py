@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import (
@@ -17,6 +19,7 @@ from pydantic import (
 from placement.catalogue import Precision
 from placement.errors import nearest
 from placement.routing_policy import RoutingPolicy
+from placement.serving_features import ExpertBalance, LoraLimits
 from placement.spec import Spec
 
 
@@ -83,6 +86,8 @@ class ScalingPolicy(Spec):
     )
 
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
+
 # Flags of the engines that the planner writes, and the key of the fleet that sets each.
 _PLANNED_FLAGS = {
     "--model": "model",
@@ -90,6 +95,13 @@ _PLANNED_FLAGS = {
     "-tp": "tensor_parallel_size",
     "--nnodes": "nodes_per_replica",
     "--enable-expert-parallel": "expert_parallel",
+    "--enable-eplb": "eplb",
+    "--eplb-config": "eplb",
+    "--enable-lora": "lora",
+    "--max-loras": "lora.max_loras",
+    "--max-lora-rank": "lora.max_lora_rank",
+    "--max-cpu-loras": "lora.max_cpu_loras",
+    "--lora-modules": "adapters",
     "--max-model-len": "max_model_len",
     "--max-num-seqs": "max_num_seqs",
     "--max-num-batched-tokens": "max_num_batched_tokens",
@@ -137,7 +149,7 @@ class FleetModel(Spec):
 
     name: str = Field(
         min_length=1,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$",
+        pattern=_NAME,
         description="What clients send as `model`.",
     )
     aliases: tuple[str, ...] = Field(default=(), description="Other names that clients may send.")
@@ -213,6 +225,20 @@ class FleetModel(Spec):
         default=(),
         description="Models of this fleet that answer in its place when it cannot, in this order.",
     )
+    adapters: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters of the model: what clients send as `model`, and a folder on the "
+        "nodes or a Hugging Face repo id. They come and go while engines run.",
+    )
+    lora: LoraLimits | None = Field(
+        default=None,
+        description="Room for adapters. None: the defaults where there are `adapters`, otherwise "
+        "none, so that the first adapter restarts the engines.",
+    )
+    eplb: ExpertBalance | None = Field(
+        default=None,
+        description="Balances the experts of replicas that spread them over several GPUs.",
+    )
     simulate_gpu: str | None = Field(
         default=None, description="engine: sim only: the GPU type whose speed is simulated."
     )
@@ -226,6 +252,43 @@ class FleetModel(Spec):
             if name in _PLANNED_FLAGS:
                 raise ValueError(f"{flag} would contradict the plan; use {_PLANNED_FLAGS[name]}")
         return flags
+
+    @property
+    def adapter_room(self) -> LoraLimits | None:
+        """Room that engines keep for adapters; None: they take none."""
+        return self.lora or (LoraLimits() if self.adapters else None)
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_have_names_and_sources(cls, adapters: Mapping[str, str]) -> Mapping[str, str]:
+        for name, source in adapters.items():
+            if not re.fullmatch(_NAME, name):
+                raise ValueError(
+                    f"an adapter cannot be called {name!r}: use letters, digits, ._/:-"
+                )
+            if not source.strip():
+                raise ValueError(f"{name} has no source; give a folder or a Hugging Face repo id")
+        return adapters
+
+    @model_validator(mode="after")
+    def _adapters_have_room(self) -> Self:
+        room = self.adapter_room
+        if room is None:
+            return self
+        if self.engine == "llamacpp":
+            key = "lora" if self.lora else "adapters"
+            raise ValueError(f"{key}: engine 'llamacpp' loads no adapters; use vllm")
+        if self.eplb is not None:
+            raise ValueError(
+                "eplb: vLLM moves experts without their adapters, so that answers would be wrong; "
+                "leave out either eplb, or adapters and lora"
+            )
+        if len(self.adapters) > room.max_cpu_loras:
+            raise ValueError(
+                f"{len(self.adapters)} adapters, but lora.max_cpu_loras is {room.max_cpu_loras}; "
+                "raise it (engines restart), or leave adapters out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _llamacpp_splits_layers(self) -> Self:
@@ -325,7 +388,7 @@ class FleetSpec(Spec):
     def _names_are_unique(self) -> Self:
         seen: set[str] = set()
         for model in self.models:
-            for name in (model.name, *model.aliases):
+            for name in (model.name, *model.aliases, *model.adapters):
                 if name in seen:
                     raise ValueError(f"two models of the fleet answer to the name {name!r}")
                 seen.add(name)

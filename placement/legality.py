@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from placement import format_rules, memory_rules, parallel_rules
+from placement import adapters, balancing, format_rules, memory_rules, parallel_rules
 from placement.candidate import Candidate
 from placement.plan import Rejection
 
@@ -34,6 +34,9 @@ RULES: Mapping[str, Rule] = {
     "expert-parallel-needs-experts": parallel_rules.expert_parallel_needs_experts,
     "eplb-needs-expert-parallel": parallel_rules.eplb_needs_expert_parallel,
     "eplb-needs-even-experts": parallel_rules.eplb_needs_even_experts,
+    "eplb-cannot-move-experts": balancing.eplb_cannot_move_experts,
+    "adapters-need-gpu-for-experts": adapters.adapters_need_gpu_for_experts,
+    "adapters-need-small-vocabulary": adapters.adapters_need_small_vocabulary,
     "context-parallel-not-divisible": parallel_rules.context_parallel_not_divisible,
     "context-parallel-needs-copied-heads": parallel_rules.context_parallel_needs_copied_heads,
     "context-parallel-has-no-windows": parallel_rules.context_parallel_has_no_windows,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from placement.adapters import adapter_bytes
 from placement.architecture import Architecture
+from placement.balancing import balance_bytes
 from placement.calibration import Correction, setup_of
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import (
@@ -147,30 +149,33 @@ def stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
     """
     correction = _correction(candidate)
     weights = max(0, weights_bytes(candidate, stage) + correction.weights_bytes)
+    adapters = adapter_bytes(candidate, stage)
     total = min(device.memory_bytes or 0 for device in candidate.stage_devices(stage.index))
     if candidate.device.is_cpu:
         wanted = candidate.device.kv_cache_budget_bytes or 0
         activation, graphs, non_torch = 0, 0, _PROCESS_BYTES
-        left = total - weights - non_torch
+        left = total - weights - adapters - non_torch
         missing = max(0, wanted - left)
         available = wanted if missing == 0 else 0
     else:
         constants = release(candidate.vllm_release)
         activation = max(0, activation_bytes(candidate, stage) + correction.other_bytes)
+        activation += balance_bytes(candidate, stage)
         graphs = constants.cuda_graph_bytes
         non_torch = constants.non_torch_bytes(
             num_stages=candidate.pipeline_parallel_size,
             ranks_per_stage=candidate.tensor_parallel_size * candidate.data_parallel_size,
         )
         budget = math.ceil(total * candidate.gpu_memory_utilization)
-        left = budget - weights - non_torch - activation - graphs
+        left = budget - weights - adapters - non_torch - activation - graphs
         missing, available = max(0, -left), max(0, left)
-    used = weights + activation + non_torch + graphs + available
+    used = weights + adapters + activation + non_torch + graphs + available
     return StageMemory(
         stage=stage,
         per_gpu=GpuMemory(
             total_bytes=total,
             weights_bytes=weights,
+            adapter_bytes=adapters,
             activation_bytes=activation,
             non_torch_bytes=non_torch,
             cuda_graph_bytes=graphs,

@@ -23,7 +23,8 @@ def weights_exceed_memory(candidate: Candidate) -> str | None:
         return None
     memory = use.per_gpu
     weights, total = memory.weights_bytes / GIB, memory.total_bytes / GIB
-    overheads = memory.activation_bytes + memory.non_torch_bytes + memory.cuda_graph_bytes
+    overheads = memory.adapter_bytes + memory.activation_bytes
+    overheads += memory.non_torch_bytes + memory.cuda_graph_bytes
     parts = f"{weights:.2f} GiB of weights and {overheads / GIB:.2f} GiB of overheads"
     if candidate.device.is_cpu:
         parts += f" and {(candidate.device.kv_cache_budget_bytes or 0) / GIB:.2f} GiB of KV cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -68,6 +69,10 @@ class ModelChange(Spec):
     tpot_p95_ms_after: float | None
     cost_per_hour_before: float
     cost_per_hour_after: float
+    adapters_before: Mapping[str, str] = Field(
+        default_factory=dict, description="Names and sources."
+    )
+    adapters_after: Mapping[str, str] = Field(default_factory=dict)
 
 
 class Migration(Spec):

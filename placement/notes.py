@@ -14,7 +14,12 @@ CUSTOM_ALL_REDUCE_RANKS = (2, 4, 6, 8, 16)  # custom_all_reduce.py _SUPPORTED_WO
 
 def shape_notes(candidate: Candidate) -> tuple[str, ...]:
     """Warnings about a candidate that can run, one sentence each."""
-    return (*_about_kernels(candidate), *_about_links(candidate), *_about_copies(candidate))
+    return (
+        *_about_kernels(candidate),
+        *_about_links(candidate),
+        *_about_copies(candidate),
+        *_about_balance(candidate),
+    )
 
 
 def weight_only(candidate: Candidate) -> bool:
@@ -43,6 +48,12 @@ def _about_kernels(candidate: Candidate) -> Iterator[str]:
         yield f"{gpu.name} has no bfloat16: vLLM casts the weights to float16"
     if precision == "fp32" and candidate.element_bytes == 2:
         yield "dtype auto casts float32 weights to 16 bits; float32 itself would take twice as much"
+
+
+def _about_balance(candidate: Candidate) -> Iterator[str]:
+    if candidate.eplb is None or candidate.enable_eplb:
+        return
+    yield "experts are not balanced (eplb): that takes whole experts on several GPUs"
 
 
 def _about_links(candidate: Candidate) -> Iterator[str]:

@@ -9,13 +9,18 @@ from placement.plan import Variant
 def observe(
     variant: Variant, *, weights_bytes: int | None, kv_cache_tokens: int | None, observed: str
 ) -> Observation | None:
-    """What an engine of `variant` reported, if the prediction was off by more than `TOLERANCE`."""
+    """What an engine of `variant` reported, if the prediction was off by more than `TOLERANCE`.
+
+    What a GPU's engine calls loaded has the room for adapters in it.
+    """
+    memory = variant.shape.per_gpu
+    loaded = memory.weights_bytes + (0 if variant.gpu == "cpu" else memory.adapter_bytes)
     observation = Observation(
         setup=setup_of(variant.shape, checkpoint=variant.checkpoint, gpu=variant.gpu),
         model=variant.catalogue_model,
         observed=observed,
         kv_bytes_per_token=variant.shape.kv_bytes_per_token,
-        predicted_weights_bytes=variant.shape.per_gpu.weights_bytes,
+        predicted_weights_bytes=loaded,
         measured_weights_bytes=weights_bytes,
         predicted_kv_cache_tokens=variant.shape.kv_cache_tokens,
         measured_kv_cache_tokens=kv_cache_tokens,

@@ -18,6 +18,7 @@ class GpuMemory(Spec):
 
     total_bytes: int
     weights_bytes: int
+    adapter_bytes: int = Field(default=0, description="Set aside for LoRA adapters.")
     activation_bytes: int
     non_torch_bytes: int
     cuda_graph_bytes: int
@@ -118,6 +119,9 @@ class Variant(Spec):
     model: str = Field(description="The fleet's name for it: what clients send.")
     variant: str = Field(description="MODEL@POOL-SHAPE")
     aliases: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = Field(
+        default_factory=dict, description="Name of an adapter: its folder or repo id."
+    )
     catalogue_model: str = Field(description="Catalogue name, or the path or repo id given.")
     checkpoint: str = Field(description="Where the weights come from.")
     checkpoint_format: Literal["hf", "mistral", "gguf"] = "hf"

@@ -190,6 +190,7 @@ def _variant(
         model=wish.name,
         variant=name,
         aliases=wish.aliases,
+        adapters=wish.adapters,
         catalogue_model=model.name,
         checkpoint=candidate.checkpoint.source,
         checkpoint_format=candidate.checkpoint.format,

@@ -153,7 +153,7 @@ def _sizes(memory: GpuMemory) -> tuple[int, ...]:
     return (
         memory.weights_bytes,
         memory.activation_bytes,
-        memory.non_torch_bytes + memory.cuda_graph_bytes,
+        memory.non_torch_bytes + memory.cuda_graph_bytes + memory.adapter_bytes,
         memory.kv_cache_bytes,
         memory.headroom_bytes,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -43,15 +43,16 @@ def migration_page(moved: Migration) -> RenderableType:
         f"{moved.duration_s:.0f} s, reduced capacity for {moved.reduced_capacity_s:.0f} s, "
         f"{cost:+.2f} {moved.currency}/h"
     )
+    adapters = [Text(line) for model in moved.models for line in _adapters_of(model)]
     if not moved.changes:
-        return Text("nothing would change")
+        return Group(*adapters) if adapters else Text("nothing would change")
     table = Table("", "model", "variant", "replicas", "GB", "serves after", "", box=None)
     for change in moved.changes:
         table.add_row(*_change_row(change))
     models = Table("model", "replicas", "requests/s", "TTFT p95", "TPOT p95", "cost/h", box=None)
     for model in moved.models:
         models.add_row(*_model_row(model))
-    return Group(Text(head), table, Text(), models)
+    return Group(Text(head), table, *adapters, Text(), models)
 
 
 def _runner_up(reason: Reason, currency: str) -> str:
@@ -99,6 +100,18 @@ def _model_row(model: ModelChange) -> tuple[str, ...]:
         _arrow(model.tpot_p95_ms_before, model.tpot_p95_ms_after, "{:.1f} ms".format),
         _arrow(model.cost_per_hour_before, model.cost_per_hour_after, "{:.2f}".format),
     )
+
+
+def _adapters_of(model: ModelChange) -> Iterator[str]:
+    """What becomes of a model's adapters; engines run on."""
+    before, after = model.adapters_before, model.adapters_after
+    for name in {**before, **after}:
+        if name not in after:
+            yield f"{model.model}: adapter {name} is unloaded"
+        elif name not in before:
+            yield f"{model.model}: adapter {name} is loaded from {after[name]}"
+        elif before[name] != after[name]:
+            yield f"{model.model}: adapter {name} is loaded from {after[name]} instead"
 
 
 def _arrow(before: float | None, after: float | None, told: Callable[[float], str]) -> str:

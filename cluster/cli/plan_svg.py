@@ -194,6 +194,7 @@ def _bar(
     yield _rect(x, y, scale.cell, scale.height, 'class="empty" rx="2"')
     total = max(memory.total_bytes, 1)
     other = memory.activation_bytes + memory.non_torch_bytes + memory.cuda_graph_bytes
+    other += memory.adapter_bytes
     bottom = float(y + scale.height)
     parts = ((memory.weights_bytes, 1.0), (memory.kv_cache_bytes, 0.55), (other, 0.28))
     for size, opacity in parts if _computes(replica, gpu) else ():

@@ -88,6 +88,8 @@ def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableTy
         table.add_row(*_variant_row(variant, now_s))
         for replica in variant.replicas:
             table.add_row(*_replica_row(variant, replica))
+        for name, source in variant.adapters.items():
+            table.add_row(*_adapter_row(variant, name, source))
         failures += [Text(line, style="yellow") for line in _remarks(variant)]
         if variant.failure and variant.ready < variant.wanted:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
@@ -179,9 +181,28 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
         Text(" + ".join(places)),
         f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
         f"{variant.planned_kv_cache_tokens:,} / {tokens}",
-        f"{replica.running} running, {replica.waiting} waiting",
+        f"{replica.running} running, {replica.waiting} waiting{_balance(replica)}",
         "",
     )
+
+
+def _balance(replica: ReplicaStatus) -> str:
+    if replica.expert_balance is None:
+        return ""
+    return f", experts {100 * replica.expert_balance:.0f} % balanced"
+
+
+def _adapter_row(variant: VariantStatus, name: str, source: str) -> tuple[RenderableType, ...]:
+    """An adapter: on how many of the replicas that serve it is loaded; where not, why."""
+    serving = [each for each in variant.replicas if each.state == "ready"]
+    loaded = sum(name in each.adapters for each in serving)
+    whys = [each.adapter_failures[name] for each in serving if name in each.adapter_failures]
+    state = Text("loaded", style="green")
+    if whys:
+        state = Text(f"not loaded: {whys[0]}", style="red")
+    elif loaded < len(serving) or not serving:
+        state = Text("loading", style="yellow")
+    return ("", Text(f"  adapter {name}"), f"{loaded}/{len(serving)}", state, Text(source))
 
 
 def _state(variant: VariantStatus) -> Text:

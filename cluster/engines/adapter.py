@@ -89,3 +89,7 @@ class Engine(Protocol):
     def load(self, *pages: str) -> EngineLoad:
         """Parse the text of the pages at `load_paths`, in their order."""
         ...
+
+    def expert_balance(self, log: str) -> float | None:
+        """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
+        ...

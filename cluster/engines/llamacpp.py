@@ -104,6 +104,11 @@ class LlamacppEngine:
             ),
         )
 
+    def expert_balance(self, log: str) -> float | None:
+        """It spreads no experts over ranks."""
+        del log
+        return None
+
 
 def _is_host(buffer: str) -> bool:
     """`CPU`, `CPU_Mapped`, `CPU_REPACK`, and memory of the host that a GPU can read."""

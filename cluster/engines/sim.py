@@ -63,6 +63,7 @@ class SimEngine:
         command = [sys.executable, "-m", _SERVER]
         for name, value in flags.items():
             command += [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)]
+        command += _adapter_flags(shape.engine_args)
         command += _own_flags(shape.engine_args)
         return Launch(tuple(command), {"VLLM_API_KEY": api_key} if api_key else {})
 
@@ -85,6 +86,10 @@ class SimEngine:
     def load(self, *pages: str) -> EngineLoad:
         """Parse the text of the engine's `/metrics`."""
         return vllm_output.load(pages[0])
+
+    def expert_balance(self, log: str) -> float | None:
+        """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
+        return vllm_output.expert_balance(log)
 
 
 def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:
@@ -116,6 +121,14 @@ def prefill_tokens_per_s(shape: Shape, reference_input_tokens: int) -> float:
     ttft_s = max(shape.prediction.ttft_s, 1e-6)
     step_s = tpot_ms(shape, 1, reference_input_tokens) / 1000
     return reference_input_tokens / max(ttft_s - step_s, ttft_s / 10)
+
+
+def _adapter_flags(arguments: Sequence[str]) -> list[str]:
+    """What the simulator understands of vLLM's flags for adapters."""
+    if "--enable-lora" not in arguments:
+        return []
+    rank = arguments.index("--max-lora-rank")
+    return ["--enable-lora", *arguments[rank : rank + 2]]
 
 
 def _own_flags(arguments: Sequence[str]) -> Iterator[str]:

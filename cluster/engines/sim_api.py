@@ -99,34 +99,28 @@ class DetokenizeRequest(_Body):
 RequestT = TypeVar("RequestT", bound=_Body)
 
 
-def parse(body: bytes, form: type[RequestT], *, served: str) -> RequestT:
-    """Read a request for the model `served`.
+def parse(body: bytes, form: type[RequestT]) -> RequestT:
+    """Read a request.
 
     Raises:
-        RequestRefused: not JSON, not of that form (400), or for another model (404).
+        RequestRefused: not JSON, or not of that form.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestRefused(f"There was an error parsing the body: {error}") from None
     try:
-        request = form.model_validate(value)
+        return form.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise RequestRefused(f"{where or 'body'}: {problem['msg']}", param=where) from None
-    if request.model not in (None, served):
-        raise RequestRefused(
-            f"The model `{request.model}` does not exist.",
-            status=404,
-            kind="NotFoundError",
-            param="model",
-        )
-    return request
 
 
-def generation_of(request: ChatRequest | CompletionRequest, limits: Limits) -> Generation:
-    """What the engine has to do for `request`.
+def generation_of(
+    request: ChatRequest | CompletionRequest, limits: Limits, adapter: str = ""
+) -> Generation:
+    """What the engine has to do for `request`, whose answer depends on `adapter`.
 
     Raises:
         RequestRefused: more than one choice, an empty prompt, or more tokens than the context.
@@ -144,7 +138,9 @@ def generation_of(request: ChatRequest | CompletionRequest, limits: Limits) -> G
         )
     stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
     try:
-        continuation = Continuation(prompt, seed=request.seed, ignore_eos=request.ignore_eos)
+        continuation = Continuation(
+            prompt, seed=request.seed, ignore_eos=request.ignore_eos, adapter=adapter
+        )
     except NoSuchToken as error:
         raise RequestRefused(str(error), param="prompt") from None
     return Generation(

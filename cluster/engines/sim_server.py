@@ -22,6 +22,7 @@ from uuid import uuid4
 import uvloop
 from aiohttp import web
 
+from cluster.engines.sim_adapters import LOAD_PATH, UNLOAD_PATH, Adapters
 from cluster.engines.sim_answer import Answer, usage_of
 from cluster.engines.sim_api import (
     ChatRequest,
@@ -60,6 +61,7 @@ class Settings:
     api_key: str = ""
     has_token_ids: bool = True
     fault: Fault | None = None
+    max_lora_rank: int = 0  # 0: no adapters
 
 
 class SimulatedEngine:
@@ -72,6 +74,7 @@ class SimulatedEngine:
         self._answers: dict[Generation, asyncio.Queue[Delta]] = {}
         self._work = asyncio.Event()
         self._drill = Drill(settings.fault or Fault())
+        self._adapters = Adapters(settings.model, settings.max_lora_rank)
 
     async def run(self) -> None:
         """Step for ever.
@@ -110,17 +113,20 @@ class SimulatedEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._scrape)
+        if self._settings.max_lora_rank:
+            app.router.add_post(LOAD_PATH, self._load_adapter)
+            app.router.add_post(UNLOAD_PATH, self._unload_adapter)
         if self._settings.fault is not None:
             app.router.add_get(DRILL_PATH, self._drill.get)
             app.router.add_post(DRILL_PATH, self._drill.post)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = parse(await request.read(), ChatRequest, served=self._settings.model)
+        body = parse(await request.read(), ChatRequest)
         return await self._generate(request, body)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = parse(await request.read(), CompletionRequest, served=self._settings.model)
+        body = parse(await request.read(), CompletionRequest)
         if not (self._settings.has_token_ids or isinstance(body.prompt, str)):
             raise RequestRefused("prompt must be a string (--no-token-ids)", param="prompt")
         return await self._generate(request, body)
@@ -128,12 +134,14 @@ class SimulatedEngine:
     async def _generate(
         self, request: web.Request, body: ChatRequest | CompletionRequest
     ) -> web.StreamResponse:
-        generation = generation_of(body, self._settings.limits)
+        adapter = self._adapters.find(body.model)
+        nature = adapter.nature if adapter else ""
+        generation = generation_of(body, self._settings.limits, nature)
         wants_ids = body.return_token_ids and self._settings.has_token_ids
         request_id = request.headers.get("X-Request-Id") or uuid4().hex
         answer = Answer(
             chat=isinstance(body, ChatRequest),
-            model=self._settings.model,
+            model=body.model or self._settings.model,
             request_id=request_id,
             prompt_token_ids=prompt_of(body) if wants_ids else None,
         )
@@ -197,7 +205,8 @@ class SimulatedEngine:
         return delta
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = parse(await request.read(), TokenizeRequest, served=self._settings.model)
+        body = parse(await request.read(), TokenizeRequest)
+        self._adapters.find(body.model)
         tokens = prompt_of(body)
         return web.json_response(
             {
@@ -211,7 +220,8 @@ class SimulatedEngine:
         )
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        body = parse(await request.read(), DetokenizeRequest, served=self._settings.model)
+        body = parse(await request.read(), DetokenizeRequest)
+        self._adapters.find(body.model)
         try:
             return web.json_response({"prompt": text_of(body.tokens)})
         except NoSuchToken as error:
@@ -227,7 +237,14 @@ class SimulatedEngine:
             "parent": None,
             "max_model_len": self._settings.limits.max_model_len,
         }
-        return web.json_response({"object": "list", "data": [model]})
+        data = [model, *self._adapters.cards()]
+        return web.json_response({"object": "list", "data": data})
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._adapters.load(await request.read()))
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._adapters.unload(await request.read()))
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -266,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         api_key,
         has_token_ids=not options.no_token_ids,
         fault=options.drill,
+        max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
     )
     uvloop.run(_serve(settings, options))
 

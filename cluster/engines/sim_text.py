@@ -35,17 +35,23 @@ class Token(NamedTuple):
 
 
 class Continuation:
-    """What follows the prompt's tokens, token by token.
+    """What follows the prompt's tokens, token by token; with an `adapter` something else does.
 
     Raises:
         NoSuchToken: the prompt holds an id outside of the vocabulary.
     """
 
     def __init__(
-        self, prompt: Sequence[int], *, seed: int | None = None, ignore_eos: bool = False
+        self,
+        prompt: Sequence[int],
+        *,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        adapter: str = "",
     ) -> None:
         said = decode(prompt)
-        self._hash = blake2b(said, digest_size=8, key=str(seed).encode()[:64])
+        self._hash = blake2b(adapter.encode(), digest_size=8, key=str(seed).encode()[:64])
+        self._hash.update(said)
         self._ending = said[-len(CLOSING_WORD) :]
         self._ignore_eos = ignore_eos
         # As vLLM's detokenizer, it knows the prompt: a character that the prompt's last token has

@@ -72,6 +72,8 @@ class VllmEngine:
         }
         if isinstance(checkpoint, Path):
             env["HF_HUB_OFFLINE"] = "1"
+        if "--enable-lora" in variant.shape.engine_args:
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if on_cpu:
             env |= _cpu_environment(variant.shape)
         return Launch(command, env)
@@ -93,6 +95,10 @@ class VllmEngine:
     def load(self, *pages: str) -> EngineLoad:
         """Requests summed, and KV usage averaged, over data parallel ranks."""
         return vllm_output.load(pages[0])
+
+    def expert_balance(self, log: str) -> float | None:
+        """Mean load of ranks over the largest, 0..1, if these lines of the log tell (EPLB)."""
+        return vllm_output.expert_balance(log)
 
 
 def _runs_eager(shape: Shape) -> bool:

@@ -9,6 +9,7 @@ from cluster.engines.adapter import EngineFacts, EngineLoad
 GIB = 2**30
 _KV_CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"Model loading took ([\d.]+) GiB")
+_BALANCE = re.compile(r"EPLB step: .*max_tokens=(\d+), balancedness=([\d.]+)")
 _METRIC = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:{.*})? (\S+)$",
     re.MULTILINE,
@@ -23,6 +24,15 @@ def facts(log: str) -> EngineFacts:
         kv_cache_tokens=int(tokens[-1].replace(",", "")) if tokens else None,
         weights_bytes=round(max(map(float, weights)) * GIB) if weights else None,
     )
+
+
+def expert_balance(log: str) -> float | None:
+    """The last balance of experts in these lines, of a step in which they had anything to do.
+
+    Tokens of the mean rank over those of the busiest, summed over layers (eplb_state.py step).
+    """
+    told = [float(balance) for tokens, balance in _BALANCE.findall(log) if int(tokens)]
+    return told[-1] if told else None
 
 
 def load(metrics: str) -> EngineLoad:

@@ -11,6 +11,7 @@ from gateway.routing.filters import available, fitting, untried
 from gateway.routing.pickers import Picker, are_many, shortlist
 from gateway.routing.request import Request, request_of
 from gateway.routing.route import Route
+from gateway.routing.siblings import count_beside
 from gateway.routing.state import EndpointState, Lease
 
 _BY_LOAD = frozenset(("auto", "least_load"))
@@ -64,6 +65,8 @@ def take(route: Route, state: EndpointState, request: Request, now: float) -> Le
     state.in_flight = crowd = state.in_flight + 1
     state.work += work
     state.requests += 1
+    if state.siblings:
+        count_beside(state, 1, work)
     lease = Lease(state, state.endpoint, work, now, crowd, prompt_tokens)
     if not route.is_clear and state.breaker.is_half_open(now) and not state.breaker.probing:
         state.breaker.probing = lease.is_probe = True

@@ -20,6 +20,7 @@ from gateway.routing.learning import learn, proves_health
 from gateway.routing.pickers import Picker, picker
 from gateway.routing.request import Request
 from gateway.routing.route import Route
+from gateway.routing.siblings import count_apart, count_beside, count_together
 from gateway.routing.state import Discovery, EndpointSnapshot, EndpointState, Lease, snapshot
 
 _PUSHED_BACK_S = 1.0
@@ -59,6 +60,7 @@ class Router:
         for endpoint in table.endpoints:
             models.setdefault(endpoint.model, ServedModel(name=endpoint.model, scalable=False))
         old_routes, old_states = self._routes, self._states
+        count_apart(old_states.values())
         self._routes, self._states = {}, {}
         listed: dict[str, list[Endpoint]] = {name: [] for name in models}
         for endpoint in table.endpoints:
@@ -72,6 +74,7 @@ class Router:
         for identity, state in old_states.items():
             if state.in_flight and identity not in self._states:
                 self._states[identity] = state  # should it return, its streams still count
+        count_together(self._routes.values())
         self._aliases = {alias: name for name, m in models.items() for alias in m.aliases}
         self._by_url = {}
         for route in self._routes.values():
@@ -197,6 +200,8 @@ class Router:
         state = lease.state
         state.in_flight -= 1
         state.work -= lease.work
+        if state.siblings:
+            count_beside(state, -1, -lease.work)
         if lease.is_probe:
             state.breaker.probing = False
         if record is not None and not lease.failed:

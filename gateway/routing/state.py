@@ -47,6 +47,10 @@ class EndpointState:
     discovery: Discovery = Discovery()
     pace: Pace = field(default_factory=Pace)
     ejections: int = 0
+    # Other names of the same engine (a model and its adapters): each counts what all have there.
+    siblings: tuple[EndpointState, ...] = field(default=(), repr=False)
+    others_in_flight: int = 0  # of `in_flight`
+    others_work: int = 0  # of `work`
 
     @property
     def load(self) -> float:

@@ -166,3 +166,10 @@ def test_load_of_data_parallel_ranks_is_summed_and_their_cache_usage_averaged() 
 
 def test_engine_without_metrics_has_no_load() -> None:
     assert ENGINE.load("") == EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
+
+
+def test_adapters_may_be_loaded_while_it_runs_where_there_is_room_for_them() -> None:
+    flags = (*PLANNED, "--enable-lora", "--max-loras", "4", "--max-lora-rank", "16")
+
+    assert launch(engine_args=flags).env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in launch().env

@@ -168,6 +168,15 @@ async def test_models_are_listed() -> None:
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).data
 
     assert (model.id, list(model.aliases), model.max_model_len) == ("chat", ["c"], 8)
+    assert not model.HasField("parent")
+
+
+async def test_adapters_are_listed_with_their_model() -> None:
+    table = EndpointTable(models=(ServedModel(name="chat", adapters=("legal",)),))
+    async with a_service(table=table) as (_, stub):
+        listed = (await stub.ListModels(pb.ListModelsRequest())).data
+
+    assert [(model.id, model.parent) for model in listed] == [("chat", ""), ("legal", "chat")]
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_the_answer_has_the_form_of_the_contract():
         "host_memory_bytes", "prediction", "engine_args",
     } <= set(answer["best"])  # fmt: skip
     assert set(answer["best"]["per_gpu"]) == {
-        "total_bytes", "weights_bytes", "activation_bytes", "non_torch_bytes", "cuda_graph_bytes",
+        "total_bytes", "weights_bytes", "adapter_bytes", "activation_bytes", "non_torch_bytes", "cuda_graph_bytes",
         "kv_cache_bytes", "headroom_bytes",
     }  # fmt: skip
     assert set(answer["best"]["prediction"]) == {
