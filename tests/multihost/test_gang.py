@@ -37,7 +37,7 @@ for prompt in prompts:
         data=json.dumps(body).encode(),
         headers={"content-type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=600) as response:
         print(json.dumps(json.load(response)["choices"][0]["text"]))
 """
 
@@ -87,7 +87,7 @@ def the_replica(lab: Lab, model: str) -> dict[str, Any]:
 
 def answers(lab: Lab, model: str) -> list[str]:
     question = json.dumps([model, PROMPTS])
-    said = lab.run("head", f"python ask.py '{question}'", timeout_s=120)
+    said = lab.run("head", f"python ask.py '{question}'", timeout_s=900)
     return [json.loads(line) for line in said.splitlines()]
 
 
