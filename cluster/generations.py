@@ -95,6 +95,18 @@ def bundles(variant: Variant) -> list[dict[str, float]]:
     return [bundle(variant)] * variant.shape.num_nodes
 
 
+def spread(variant: Variant) -> str:
+    """Ray's strategy for the bundles of a replica.
+
+    A tensor parallel group needs one node; the nodes of a gang must not be the same one, unless
+    they give unequal numbers of GPUs, where one node has several of the equal bundles.
+    """
+    if variant.shape.num_nodes == 1:
+        return "STRICT_PACK"
+    unequal = variant.beside and variant.shape.num_nodes != len(variant.pools)
+    return "PACK" if unequal else "STRICT_SPREAD"
+
+
 def _devices(variant: Variant) -> int:
     if variant.placement:
         return sum(len(node.gpus) for node in variant.placement[0])

@@ -32,8 +32,8 @@ def explain_waiting(
     [(resource, needed)] = bundle.items()
     count = variant.shape.num_nodes
     on = "one node" if count == 1 else f"each of {count} nodes"
-    wish = f"{needed:g} {resource} on {on} of pool {variant.pool}"
-    pool = [node for node in nodes if node.pool == variant.pool]
+    wish = f"{needed:g} {resource} on {on} of pool {' and '.join(dict.fromkeys(variant.pools))}"
+    pool = [node for node in nodes if node.pool in variant.pools]
     if not pool:
         return f"a replica waits for {wish}: no node of that pool is alive"
     usable = [node for node in pool if not node.draining]
@@ -89,9 +89,9 @@ def _of_replica(
 ) -> list[str]:
     found = [
         f"{report.replica} runs on {node.name} of pool {node.pool or '(none)'}, planned was pool "
-        f"{variant.pool}"
+        f"{' and '.join(dict.fromkeys(variant.pools))}"
         for node in (nodes[part.node_id] for part in _parts(report) if part.node_id in nodes)
-        if node.pool != variant.pool
+        if node.pool not in variant.pools
     ]
     held = sum(part.num_devices for part in _parts(report))
     if held and held != variant.gpus_per_replica:

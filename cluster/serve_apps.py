@@ -19,7 +19,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
 from cluster.gang import Site
-from cluster.generations import Deployed, GenerationKey, ServedReplica, bundles, key_of
+from cluster.generations import Deployed, GenerationKey, ServedReplica, bundles, key_of, spread
 from cluster.names import POOL_LABEL
 from cluster.replica import DRAIN_TIMEOUT_S, Replica
 from placement.plan import Variant
@@ -123,9 +123,8 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         num_replicas=max(replicas, 1),
         ray_actor_options=actor,
         placement_group_bundles=nodes,
-        placement_group_bundle_label_selector=[{POOL_LABEL: variant.pool}] * len(nodes),
-        # A tensor parallel group needs one node; the nodes of a gang must not be the same one.
-        placement_group_strategy="STRICT_PACK" if len(nodes) == 1 else "STRICT_SPREAD",
+        placement_group_bundle_label_selector=[{POOL_LABEL: pool} for pool in variant.rank_pools],
+        placement_group_strategy=spread(variant),
         user_config=variant.model_dump(mode="json"),
         health_check_period_s=1,
         health_check_timeout_s=10,

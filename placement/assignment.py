@@ -90,23 +90,6 @@ def assign(
     return {key: tuple(replicas) for key, replicas in found.items()}
 
 
-def gangs_of(
-    parts: Sequence[NodeGpus], num_nodes: int, running: Sequence[tuple[NodeGpus, ...]]
-) -> list[tuple[NodeGpus, ...]]:
-    """Replicas of `num_nodes` nodes each, made of the parts that `assign` gave to their option.
-
-    Gangs that are `running`, with all of their nodes still among the parts, stay together.
-    """
-    left = list(parts)
-    gangs = []
-    for gang in running:
-        if len(gang) == num_nodes and all(part in left for part in gang):
-            gangs.append(gang)
-            left = [part for part in left if part not in gang]
-    chunks = [tuple(left[first : first + num_nodes]) for first in range(0, len(left), num_nodes)]
-    return [*gangs, *chunks] if num_nodes > 1 else [(part,) for part in parts]
-
-
 def _shares(wanted: Sequence[Wanted]) -> dict[str, int]:
     replicas: Counter[str] = Counter()
     for each in wanted:

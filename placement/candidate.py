@@ -60,6 +60,7 @@ class Candidate:
     lora: LoraLimits | None = None  # room for adapters
     layer_partition: tuple[int, ...] = ()  # layers of each stage; empty: as vLLM splits them
     rank_devices: tuple[Device, ...] = ()
+    stage_nodes: tuple[int, ...] = ()  # on which of the replica's nodes each stage stands
     tensor_parallel_across_nodes: bool = False  # asked for in spite of the slow link
     language_model_only: bool = False  # the vision tower is not loaded
     vllm_release: str = DEFAULT_RELEASE

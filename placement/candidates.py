@@ -34,11 +34,11 @@ def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candi
     found = []
     for checkpoint in wanted_checkpoints(wish, model):
         for ranks, stages in _parallel_sizes(wish, model, checkpoint, device):
-            candidate = _filled_in(wish, model, checkpoint, device, ranks)
+            candidate = filled_in(wish, model, checkpoint, device, ranks)
             candidate = replace(candidate, pipeline_parallel_size=stages)
             candidate = replace(candidate, calibration=catalogue.calibration)
             if wish.max_model_len is None:
-                candidate = _with_context_that_fits(candidate, at_least=_longest_request(wish))
+                candidate = with_context_that_fits(candidate, at_least=longest_request(wish))
             found.append(candidate)
     return found
 
@@ -97,9 +97,10 @@ def _sizes_over_nodes(wish: FleetModel, device: Device) -> list[tuple[int, int]]
     return [(ranks, max(1, gpus // ranks)) for ranks in sizes]
 
 
-def _filled_in(
+def filled_in(
     wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device, ranks: int
 ) -> Candidate:
+    """With `ranks` tensor parallel ranks, and defaults for what the fleet leaves open."""
     on_cpu = device.is_cpu
     context = min(model.context, CPU_MAX_MODEL_LEN) if on_cpu else model.context
     seqs = wish.max_num_seqs or (CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
@@ -142,7 +143,7 @@ def _with_whole_prompts(candidate: Candidate) -> Candidate:
     return replace(candidate, max_num_batched_tokens=tokens)
 
 
-def _longest_request(wish: FleetModel) -> int:
+def longest_request(wish: FleetModel) -> int:
     """Tokens of the 95th percentile of the demand, prompt and answer."""
     if wish.demand is None:
         return CONTEXT_STEP
@@ -150,7 +151,8 @@ def _longest_request(wish: FleetModel) -> int:
     return math.ceil(sum(length.p95 or length.mean for length in lengths))
 
 
-def _with_context_that_fits(candidate: Candidate, *, at_least: int) -> Candidate:
+def with_context_that_fits(candidate: Candidate, *, at_least: int) -> Candidate:
+    """Its context cut down to what the KV cache holds, unless that is less than `at_least`."""
     use = memory_use(candidate)
     if use.kv.holds_one_request:
         return candidate

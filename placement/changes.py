@@ -236,7 +236,7 @@ def _why(before: Variant, after: Variant) -> str:
         return f"commit {before.commit[:12] or '?'} -> {after.commit[:12] or '?'}"
     old, new = before.shape.model_dump(), after.shape.model_dump()
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_layers")
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "layer_partition", "gpu_layers")
     for name in ("engine", "precision", *names, "kv_cache_dtype", "dtype", *sizes):
         if old[name] != new[name]:
             return f"{name} {old[name]} -> {new[name]}"
@@ -289,6 +289,9 @@ def _gpus(placement: Sequence[NodeGpus]) -> frozenset[Gpu]:
 
 def _engine(variant: Variant) -> str:
     """What an engine process is: another text, another process."""
-    keep = {"model", "catalogue_model", "checkpoint", "checkpoint_format", "pool", "simulated_gpu"}
+    keep = {
+        *("model", "catalogue_model", "checkpoint", "checkpoint_format"),
+        *("pool", "beside", "simulated_gpu"),
+    }
     text = variant.model_dump_json(include=keep) + variant.commit
     return text + variant.shape.model_dump_json(exclude={"prediction"})

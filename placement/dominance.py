@@ -24,9 +24,8 @@ def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, 
             continue
         shape = {**describe(option.candidate), "model": options.wish.name, "pool": option.pool.name}
         reason = (
-            f"{better.candidate.checkpoint.precision} on {better.gpus_per_replica} x "
-            f"{better.gpu.name} carries {_rate(better):.3g} requests/s, this {_rate(option):.3g} on "
-            f"{option.gpus_per_replica}"
+            f"{better.candidate.checkpoint.precision} on {better.hardware} carries "
+            f"{_rate(better):.3g} requests/s, this {_rate(option):.3g} on {_gpus(option)}"
         )
         dropped.append(Rejection(shape=shape, rule="dominated", reason=reason))
     order = {id(option): index for index, option in enumerate(options.legal)}
@@ -34,11 +33,18 @@ def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, 
 
 
 def _dominates(one: Option, other: Option) -> bool:
-    return (
-        one.group == other.group
-        and one.gpus_per_replica <= other.gpus_per_replica
-        and _rate(one) >= _rate(other)
+    if one.group != other.group or _rate(one) < _rate(other):
+        return False
+    if not one.beside and not other.beside:
+        return one.gpus_per_replica <= other.gpus_per_replica
+    return len(one.parts) <= len(other.parts) and all(
+        here.group == there.group and here.gpus <= there.gpus
+        for here, there in zip(one.parts, other.parts, strict=False)
     )
+
+
+def _gpus(option: Option) -> str:
+    return option.hardware if option.beside else str(option.gpus_per_replica)
 
 
 def _rate(option: Option) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
@@ -209,7 +209,7 @@ def _cost(problem: Problem, selection: Selection) -> float:
 
 def _gpus(problem: Problem, selection: Selection) -> int:
     pairs = zip(problem.columns, selection.counts, strict=True)
-    return sum(count * column.gpus for column, count in pairs)
+    return sum(count * column.all_gpus for column, count in pairs)
 
 
 def _in_words(question: Question, selection: Selection, model: int) -> str:
@@ -222,13 +222,24 @@ def _in_words(question: Question, selection: Selection, model: int) -> str:
 
 def _option_in_words(option: Option, replicas: int) -> str:
     return (
-        f"{replicas} x {option.candidate.checkpoint.precision} on {option.gpus_per_replica} x "
-        f"{option.gpu.name} ({ranks(option)}, pool {option.pool.name})"
+        f"{replicas} x {option.candidate.checkpoint.precision} on {option.hardware} "
+        f"({ranks(option)}, {_pools(part.pool.name for part in option.parts)}"
+        f"{_layers(option.candidate.layer_partition)})"
     )
 
 
 def _variant_in_words(variant: Variant) -> str:
     return (
-        f"{variant.replicas} x {variant.shape.precision} on {variant.gpus_per_replica} x "
-        f"{variant.gpu} (pool {variant.pool}), {100 * variant.predicted.utilization:.0f} % used"
+        f"{variant.replicas} x {variant.shape.precision} on {variant.hardware} "
+        f"({_pools(variant.pools)}{_layers(variant.shape.layer_partition)}), "
+        f"{100 * variant.predicted.utilization:.0f} % used"
     )
+
+
+def _pools(names: Iterable[str]) -> str:
+    pools = list(dict.fromkeys(names))
+    return f"pool{'s' if len(pools) > 1 else ''} {' and '.join(pools)}"
+
+
+def _layers(partition: Sequence[int]) -> str:
+    return f", layers {'+'.join(map(str, partition))}" if partition else ""

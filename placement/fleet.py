@@ -202,6 +202,12 @@ class FleetModel(Spec):
         default=(), description="Layers of each pipeline stage; empty: as vLLM splits them."
     )
     expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
+    across_nodes: Literal["needed", "always", "never"] = Field(
+        default="needed",
+        description="Whether a replica's pipeline stages may stand on two nodes, also of two pools "
+        "with unlike GPUs: `needed` where no node alone runs the model, `always` wherever that "
+        "serves the objective.",
+    )
     demand: Demand | None = Field(
         default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
     )
@@ -363,6 +369,11 @@ class FleetSpec(Spec):
         default=0,
         description="Nodes of each pool that stay empty, so that the replicas of a lost node can "
         "start again: 1 survives the loss of one node of each pool.",
+    )
+    carry_node_loss: bool = Field(
+        default=False,
+        description="Every model carries its demand, within its service level, when any one node "
+        "is lost, before anything starts again (N+1); a model without a demand has two replicas.",
     )
     max_spot_share: float = Field(
         default=1.0,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from placement.milp import INFINITY, Answer, Program
-from placement.packing import MOST_PATTERNS, divisible, patterns, whole_nodes
+from placement.packing import MOST_PATTERNS, divisible, patterns
 from placement.problem import Need, Problem
 from placement.rounding import rounded
 
@@ -177,31 +177,32 @@ class Formulation:
 
     def _add_room(self, group: int) -> None:
         """What fits on the group's nodes, see `placement.packing`."""
-        nodes, gpus = self._problem.groups[group].nodes, self._problem.groups[group].gpus_per_node
-        by_size: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+        by_size: defaultdict[int, Counter[int]] = defaultdict(
+            Counter
+        )  # places that a replica takes
         for index, column in enumerate(self._problem.columns):
-            if column.group == group:
-                whole = whole_nodes(column.gpus, gpus)
-                by_size[min(column.gpus, gpus)].append((self._counts[index], float(whole)))
+            for other, size in column.parts:
+                if other == group:
+                    by_size[size][self._counts[index]] += 1
+        nodes, gpus = self._problem.groups[group].nodes, self._problem.groups[group].gpus_per_node
         if divisible(by_size):
             for size in by_size:
-                taken = [
-                    (index, whole * larger / size)
-                    for larger, indices in by_size.items()
-                    if larger >= size
-                    for index, whole in indices
-                ]
-                self.program.row(taken, upper=nodes * (gpus // size))
+                taken: Counter[int] = Counter()
+                for larger, times in by_size.items():
+                    if larger >= size:
+                        for index, count in times.items():
+                            taken[index] += count * (larger // size)
+                self.program.row(taken.items(), upper=nodes * (gpus // size))
             return
         ways = patterns(by_size, gpus)
         self.exact = self.exact and len(ways) < MOST_PATTERNS
         used = [self.program.column(upper=nodes) for _ in ways]
         self.program.row([(index, 1.0) for index in used], upper=nodes)
-        for size, indices in by_size.items():
+        for size, times in by_size.items():
             places = [
                 (index, -float(way[size]))
                 for index, way in zip(used, ways, strict=True)
                 if size in way
             ]
-            self.program.row([*indices, *places], upper=0.0)
+            self.program.row([*times.items(), *places], upper=0.0)
         self._patterns.append((group, ways))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from placement.packing import Places
@@ -34,12 +35,15 @@ def _served(problem: Problem, counts: Sequence[int]) -> list[int] | None:
     """`counts` and what is still needed; None: they do not fit on the nodes."""
     free = [Places(nodes.nodes, nodes.gpus_per_node) for nodes in problem.groups]
     counts = list(counts)
-    by_size = sorted(range(len(counts)), key=lambda index: -problem.columns[index].gpus)
-    for index in by_size:
-        column = problem.columns[index]
-        if free[column.group].room(column.gpus) < counts[index]:
+    parts = [
+        (gpus, group, count)
+        for column, count in zip(problem.columns, counts, strict=True)
+        for group, gpus in column.parts
+    ]
+    for gpus, group, count in sorted(parts, key=lambda part: -part[0]):
+        if free[group].room(gpus) < count:
             return None
-        free[column.group].take(column.gpus, counts[index])
+        free[group].take(gpus, count)
     models = sorted(range(len(problem.needs)), key=lambda model: (-_size(problem, model), model))
     for model in models:
         _serve(problem, model, free, counts)
@@ -65,7 +69,9 @@ def _what_stays(problem: Problem) -> list[int]:
 
 
 def _size(problem: Problem, model: int) -> int:
-    return max((problem.columns[index].gpus for index in problem.of_model(model)[:1]), default=0)
+    return max(
+        (problem.columns[index].all_gpus for index in problem.of_model(model)[:1]), default=0
+    )
 
 
 def _serve(problem: Problem, model: int, free: Sequence[Places], counts: list[int]) -> None:
@@ -73,7 +79,9 @@ def _serve(problem: Problem, model: int, free: Sequence[Places], counts: list[in
     mine = [index for index in problem.of_model(model) if problem.columns[index].rate > 0]
     firm = [index for index in mine if not problem.columns[index].spot]
     if need.firm_rate > 0:
-        _take(problem, firm, Need(need.firm_rate, 0, need.most), free, counts)
+        missing = need.firm_rate - problem.rate(counts, model, firm_only=True)
+        most = need.most - problem.replicas(counts, model)
+        _take(problem, firm, Need(missing, 0, most), free, counts)
     left = Need(
         rate=need.rate - problem.rate(counts, model),
         least=need.least - problem.replicas(counts, model),
@@ -91,10 +99,7 @@ def _take(
 ) -> None:
     rate, least, most = need.rate, need.least, need.most
     while columns and most > 0 and (rate > 0 or least > 0):
-        rooms = [
-            min(most, free[problem.columns[index].group].room(problem.columns[index].gpus))
-            for index in columns
-        ]
+        rooms = [min(most, _room(problem.columns[index], free)) for index in columns]
         wanted = [_wanted(problem.columns[index], rate, least) for index in columns]
         enough = [at for at, room in enumerate(rooms) if 0 < wanted[at] <= room]
         at = enough[0] if enough else _roomiest(problem, columns, rooms)
@@ -102,9 +107,21 @@ def _take(
         if replicas == 0:
             return
         chosen = problem.columns[columns[at]]
-        free[chosen.group].take(chosen.gpus, replicas)
+        for group, gpus in chosen.parts:
+            free[group].take(gpus, replicas)
         counts[columns[at]] += replicas
         rate, least, most = rate - replicas * chosen.rate, least - replicas, most - replicas
+
+
+def _room(column: Column, free: Sequence[Places]) -> int:
+    """Replicas of a column that still fit; parts in one group share its room, largest first."""
+    if not column.beside:
+        return free[column.group].room(column.gpus)
+    alike = Counter(group for group, _ in column.parts)
+    largest: dict[int, int] = {}
+    for group, gpus in column.parts:
+        largest[group] = max(gpus, largest.get(group, 0))
+    return min(free[group].room(gpus) // alike[group] for group, gpus in largest.items())
 
 
 def _wanted(column: Column, rate: float, least: int) -> int:

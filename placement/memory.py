@@ -55,7 +55,7 @@ def memory_use(candidate: Candidate) -> MemoryUse:
     get_kv_cache_configs), so the stage with the fewest, or the one that misses most, decides; among
     equals (CPUs, where the cache is a fixed budget) the heaviest.
     """
-    parts = tuple(_stage_memory(candidate, stage) for stage in stages_of(candidate))
+    parts = tuple(stage_memory(candidate, stage) for stage in stages_of(candidate))
     worst = min(
         parts,
         key=lambda part: (-part.missing_bytes, part.kv.num_blocks, -part.per_gpu.weights_bytes),
@@ -139,8 +139,8 @@ def kv_layout(candidate: Candidate, stage: Stage | None = None) -> KvLayout:
     )
 
 
-def _stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
-    """Split one rank's memory.
+def stage_memory(candidate: Candidate, stage: Stage) -> StageMemory:
+    """Split the memory of one rank of `stage`.
 
     On a GPU vLLM takes ceil(total x gpu_memory_utilization) and gives the KV cache what weights,
     non-torch memory, activations and CUDA graphs leave (v1/worker/gpu_worker.py

@@ -50,6 +50,7 @@ class Answer:
     cost: float
     bound: float
     seconds: float
+    prices: tuple[float, ...] = ()  # of a row's bound, one more: without whole columns only
 
 
 @dataclass(slots=True)
@@ -113,6 +114,7 @@ class Program:
         bound = info.mip_dual_bound if any(self._integer) else info.objective_function_value
         return Answer(
             values=values,
+            prices=() if any(self._integer) else _prices(solver, scale),
             cost=cost,
             bound=min(cost, bound / scale),
             seconds=solver.getRunTime(),
@@ -229,6 +231,10 @@ def _solver(limits: Limits, columns: int) -> highspy.Highs:
     ):
         solver.setOptionValue(option, value)
     return solver
+
+
+def _prices(solver: highspy.Highs, scale: float) -> tuple[float, ...]:
+    return tuple(dual / scale for dual in solver.getSolution().row_dual)
 
 
 def _of_nothing(rows: Iterable[tuple[Mapping[int, float], float, float]]) -> Answer | None:

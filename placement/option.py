@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from placement.candidate import Candidate
+from placement.candidate import Candidate, Device
 from placement.capacity import Capacity, capacity
 from placement.catalogue import GpuType
 from placement.fleet import FleetModel, Objective
@@ -21,8 +21,19 @@ _FIDELITY = ("bf16", "fp16", "fp32", "fp8", "nvfp4", "gptq", "awq")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a replica takes of one node."""
+
+    group: int
+    pool: Pool  # that stands for the group
+    gpu: GpuType
+    gpus: int
+    price_per_gpu_hour: float
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
-    """A legal candidate on a group of nodes."""
+    """A legal candidate on a group of nodes, or with its stages on several."""
 
     group: int
     pool: Pool  # that stands for the group
@@ -37,6 +48,28 @@ class Option:
     price_known: bool  # otherwise taken to be that of the dearest pool
     offloaded: bool = False  # weights that a GPU would read stay in host memory
     shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
+    beside: tuple[Part, ...] = ()  # nodes of a pipeline beyond its first, in the stages' order
+
+    @property
+    def gpus_here(self) -> int:
+        """Of a replica, on its first node."""
+        return self.gpus_per_replica - sum(part.gpus for part in self.beside)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a replica takes of each node."""
+        first = Part(self.group, self.pool, self.gpu, self.gpus_here, self.price_per_gpu_hour)
+        return (first, *self.beside)
+
+    @property
+    def hardware(self) -> str:
+        """The GPUs of a replica in words."""
+        return " + ".join(f"{part.gpus} x {part.gpu.name}" for part in self.parts)
+
+    @property
+    def price_per_replica(self) -> float:
+        """Per hour."""
+        return sum(part.gpus * part.price_per_gpu_hour for part in self.parts)
 
     @property
     def gpus(self) -> int:
@@ -46,7 +79,7 @@ class Option:
     @property
     def price_per_hour(self) -> float:
         """Of all replicas."""
-        return self.gpus * self.price_per_gpu_hour
+        return self.replicas * self.price_per_replica
 
 
 def carried(
@@ -83,7 +116,10 @@ def stressed(option: Option, wish: FleetModel) -> Capacity:
         legal = option.shape.per_gpu.headroom_bytes >= MEMORY_ERROR * device.memory_bytes
     else:
         less = int(device.memory_bytes * (1 - MEMORY_ERROR))
-        candidate = replace(candidate, device=replace(device, memory_bytes=less))
+        smaller = tuple(map(_with_less_memory, candidate.rank_devices))
+        candidate = replace(
+            candidate, device=replace(device, memory_bytes=less), rank_devices=smaller
+        )
         speed = replica_speed(candidate)
         legal = first_rejection(candidate) is None
     slower = 1 - SPEED_ERROR
@@ -95,6 +131,10 @@ def stressed(option: Option, wish: FleetModel) -> Capacity:
     if not legal:
         return replace(slow, concurrency=0, requests_per_s=0.0)
     return replace(slow, requests_per_s=slower * slow.requests_per_s)
+
+
+def _with_less_memory(device: Device) -> Device:
+    return replace(device, memory_bytes=int((device.memory_bytes or 0) * (1 - MEMORY_ERROR)))
 
 
 def as_stressed(option: Option, wish: FleetModel) -> Option:
@@ -111,7 +151,7 @@ def ranks(option: Option) -> str:
     stages = candidate.pipeline_parallel_size
     if candidate.engine == "llamacpp":
         return f"gguf-{candidate.checkpoint.precision}-pp{stages}"
-    over = f"-{candidate.num_nodes}nodes" if candidate.num_nodes > 1 else ""
+    over = f"-{len(option.parts)}nodes" if option.beside else ""
     return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "") + over
 
 

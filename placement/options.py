@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
@@ -14,9 +15,10 @@ from placement.legality import RULES, describe, first_rejection
 from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup
-from placement.option import Option, as_stressed, carried, quality, replicas_needed
+from placement.option import Option, Part, as_stressed, carried, quality, replicas_needed
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection
+from placement.spanning import Nodes, Spanning, spanning_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +40,69 @@ def find_options(
         UnknownName: a model or GPU type is not known.
     """
     dearest = max((_price(group.pool, catalogue) or 0.0 for group in groups), default=0.0)
-    legal, illegal, rejected = [], [], []
-    for index, group in enumerate(groups):
-        if wish.pools is not None and group.pool.name not in wish.pools:
-            continue
-        if wish.engine == "llamacpp":
-            shapes, refused = llamacpp_options(wish, group.pool, catalogue)
-            legal += [
-                _llamacpp(wish, index, group, each, catalogue, dearest=dearest) for each in shapes
-            ]
-            rejected += [_in_group(entry, wish, group) for entry in refused]
-            continue
-        for candidate in candidates(wish, group.pool, catalogue):
-            rejection = first_rejection(candidate)
-            if rejection is None:
-                legal.append(_option(wish, index, group, candidate, catalogue, dearest=dearest))
-                continue
-            illegal.append((candidate, rejection))
-            rejected.append(_in_group(rejection, wish, group))
-    if wish.engine != "llamacpp":
-        rejected += _missing_checkpoints(wish, catalogue)
+    judge = _llamacpp_options if wish.engine == "llamacpp" else _vllm_options
+    judged = judge(wish, groups, catalogue, dearest=dearest)
+    legal = judged.legal
     if fleet.robust == "require":
         legal = [as_stressed(option, wish) for option in legal]
     legal.sort(key=lambda option: _preference(option, wish, fleet))
-    return Options(wish=wish, legal=tuple(legal), illegal=tuple(illegal), rejected=tuple(rejected))
+    return Options(
+        wish=wish,
+        legal=tuple(legal),
+        illegal=tuple(judged.illegal),
+        rejected=tuple(judged.rejected),
+    )
+
+
+@dataclass(slots=True)
+class _Judged:
+    legal: list[Option] = field(default_factory=list)
+    illegal: list[tuple[Candidate, Rejection]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+def _vllm_options(
+    wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, dearest: float
+) -> _Judged:
+    judged = _Judged()
+    for index, group in _allowed(wish, groups):
+        for candidate in candidates(wish, group.pool, catalogue):
+            rejection = first_rejection(candidate)
+            if rejection is None:
+                option = _option(wish, index, group, candidate, catalogue, dearest=dearest)
+                judged.legal.append(option)
+                continue
+            judged.illegal.append((candidate, rejection))
+            judged.rejected.append(_in_group(rejection, wish, group))
+    for found in _over_two_nodes(wish, groups, catalogue, needed=not judged.legal):
+        if found.rejection is None:
+            judged.legal.append(_spanning(wish, groups, found, catalogue, dearest=dearest))
+            continue
+        judged.illegal.append((found.candidate, found.rejection))
+        judged.rejected.append(_in_pools(found.rejection, wish, found.nodes))
+    judged.rejected += _missing_checkpoints(wish, catalogue)
+    return judged
+
+
+def _llamacpp_options(
+    wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, dearest: float
+) -> _Judged:
+    judged = _Judged()
+    for index, group in _allowed(wish, groups):
+        shapes, refused = llamacpp_options(wish, group.pool, catalogue)
+        judged.legal += [
+            _llamacpp(wish, index, group, each, catalogue, dearest=dearest) for each in shapes
+        ]
+        judged.rejected += [_in_group(entry, wish, group) for entry in refused]
+    return judged
+
+
+def _allowed(wish: FleetModel, groups: Sequence[NodeGroup]) -> list[tuple[int, NodeGroup]]:
+    return [
+        (index, group)
+        for index, group in enumerate(groups)
+        if wish.pools is None or group.pool.name in wish.pools
+    ]
 
 
 def value(option: Option, wish: FleetModel, fleet: FleetSpec) -> float:
@@ -111,24 +152,81 @@ def _option(
     *,
     dearest: float,
 ) -> Option:
+    """On one node, or on all GPUs of several."""
     simulated = candidate.device.gpu.name != catalogue.gpu(group.pool.gpu).name
-    return _carrying(
+    slots, nodes = 1 if simulated else candidate.num_ranks, candidate.num_nodes
+    if nodes > 1:
+        slots = nodes * group.pool.gpus_per_node
+    option = _carrying(
         wish,
         group,
         candidate,
         replica_speed(candidate),
         catalogue,
         index=index,
-        slots=_devices(candidate, group.pool, simulated=simulated),
+        slots=slots,
         dearest=dearest,
     )
+    each = replace(option.parts[0], gpus=slots // nodes)
+    return replace(option, beside=(each,) * (nodes - 1))
 
 
-def _devices(candidate: Candidate, pool: Pool, *, simulated: bool) -> int:
-    """GPUs or slots that a replica takes; of several nodes all."""
-    if candidate.num_nodes > 1:
-        return candidate.num_nodes * pool.gpus_per_node
-    return 1 if simulated else candidate.num_ranks
+def _over_two_nodes(
+    wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, needed: bool
+) -> Iterator[Spanning]:
+    """On a node of each of two groups, and on two of one, where the fleet wants that."""
+    if wish.across_nodes == "never" or (wish.across_nodes == "needed" and not needed):
+        return
+    if wish.nodes_per_replica > 1 or wish.layer_partition:
+        return  # the fleet has said where layers are to be
+    may = [group for _, group in _allowed(wish, groups) if group.usable.nodes]
+    for one, other in itertools.combinations_with_replacement(may, 2):
+        if one is not other or one.usable.nodes > 1:
+            yield from spanning_candidates(wish, (one.pool, other.pool), catalogue)
+
+
+def _spanning(
+    wish: FleetModel,
+    groups: Sequence[NodeGroup],
+    found: Spanning,
+    catalogue: Catalogue,
+    *,
+    dearest: float,
+) -> Option:
+    index_of = {group.pool.name: index for index, group in enumerate(groups)}
+    first, *others = (
+        Part(
+            group=index_of[each.pool.name],
+            pool=each.pool,
+            gpu=each.device.gpu,
+            gpus=each.gpus,
+            price_per_gpu_hour=_price_or(each.pool, catalogue, dearest),
+        )
+        for each in found.nodes
+    )
+    option = _carrying(
+        wish,
+        groups[first.group],
+        found.candidate,
+        replica_speed(found.candidate),
+        catalogue,
+        index=first.group,
+        slots=found.candidate.num_ranks,
+        dearest=dearest,
+    )
+    known = all(_price(each.pool, catalogue) is not None for each in found.nodes)
+    return replace(option, beside=tuple(others), price_known=known)
+
+
+def _price_or(pool: Pool, catalogue: Catalogue, dearest: float) -> float:
+    price = _price(pool, catalogue)
+    return dearest if price is None else price
+
+
+def _in_pools(rejection: Rejection, wish: FleetModel, nodes: Sequence[Nodes]) -> Rejection:
+    where = " and ".join(each.pool.name for each in nodes)
+    shape = {**rejection.shape, "model": wish.name, "pool": where}
+    return rejection.model_copy(update={"shape": shape})
 
 
 def _llamacpp(
@@ -166,7 +264,6 @@ def _carrying(
 ) -> Option:
     capacity = carried(wish, candidate, speed, wish.slo)
     needed = replicas_needed(wish, capacity)
-    price = _price(group.pool, catalogue)
     return Option(
         group=index,
         pool=group.pool,
@@ -177,8 +274,8 @@ def _carrying(
         gpus_per_replica=slots,
         replicas_needed=needed,
         replicas=min(max(wish.replicas.min, needed), wish.replicas.max),
-        price_per_gpu_hour=dearest if price is None else price,
-        price_known=price is not None,
+        price_per_gpu_hour=_price_or(group.pool, catalogue, dearest),
+        price_known=_price(group.pool, catalogue) is not None,
     )
 
 

@@ -1,7 +1,5 @@
 """How many replicas of which sizes fit on equal nodes, none across two of them.
 
-Except those that are larger than a node: they take whole nodes, and count as so many of that size.
-
 When each size divides the next larger one, as powers of two do, a count decides: a node of B GPUs
 has B // s places for size s, a replica of size g takes g / s of them wherever it is, so everything
 fits exactly when, for each size s, the larger ones and it need at most nodes x (B // s) places
@@ -45,16 +43,10 @@ def patterns(sizes: Collection[int], gpus_per_node: int) -> list[dict[int, int]]
     return found
 
 
-def whole_nodes(size: int, gpus_per_node: int) -> int:
-    """Nodes of a replica that is larger than one: it shares none of them."""
-    return -(-size // gpus_per_node)
-
-
 class Places:
     """The free GPUs of equal nodes, counted by how many of a node are free."""
 
     def __init__(self, nodes: int, gpus_per_node: int) -> None:
-        self._gpus_per_node = gpus_per_node
         self._nodes = Counter({gpus_per_node: nodes})
 
     @property
@@ -63,9 +55,7 @@ class Places:
         return sum(free * nodes for free, nodes in self._nodes.items())
 
     def room(self, size: int) -> int:
-        """How many replicas of `size` GPUs fit, each inside one node, or on whole nodes."""
-        if size > self._gpus_per_node:
-            return self._nodes[self._gpus_per_node] // whole_nodes(size, self._gpus_per_node)
+        """How many replicas of `size` GPUs fit, each inside one node."""
         return sum(free // size * nodes for free, nodes in self._nodes.items())
 
     def take(self, size: int, replicas: int) -> None:
@@ -74,9 +64,6 @@ class Places:
         Raises:
             ValueError: they do not fit; some may have been taken.
         """
-        if size > self._gpus_per_node:
-            replicas *= whole_nodes(size, self._gpus_per_node)
-            size = self._gpus_per_node
         for _ in range(replicas):
             fitting = [free for free, nodes in self._nodes.items() if nodes and free >= size]
             if not fitting:

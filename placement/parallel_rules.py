@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from placement.candidate import Candidate
 
 
@@ -29,6 +31,8 @@ def replica_exceeds_gpus(candidate: Candidate) -> str | None:
     nodes, gpus = candidate.num_nodes, candidate.device.gpus_per_node
     ranks, wanted = candidate.tensor_parallel_size, candidate.num_ranks
     groups = candidate.pipeline_parallel_size * candidate.data_parallel_size
+    if candidate.stage_nodes:
+        return _stages_exceed_node(candidate)
     if ranks > gpus:
         if wanted <= nodes * gpus:
             return None
@@ -38,6 +42,16 @@ def replica_exceeds_gpus(candidate: Candidate) -> str | None:
         f"{groups} groups of {ranks} GPUs need {wanted} GPUs; {nodes} "
         f"{'node has' if nodes == 1 else 'nodes have'} room for {nodes * (gpus // ranks)} groups"
     )
+
+
+def _stages_exceed_node(candidate: Candidate) -> str | None:
+    ranks = Counter[int]()
+    for stage, node in enumerate(candidate.stage_nodes):
+        ranks[node] += candidate.tensor_parallel_size
+        gpus = candidate.stage_devices(stage)[0].gpus_per_node
+        if ranks[node] > gpus:
+            return f"node {node + 1} of the replica needs {ranks[node]} GPUs and has {gpus}"
+    return None
 
 
 def ranks_not_whole_on_nodes(candidate: Candidate) -> str | None:

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from placement.architecture import Architecture
 from placement.fitted import UNKNOWN
 from placement.plan import Prediction
-from placement.replica_speed import ReplicaSpeed, replica_speed
+from placement.replica_speed import ReplicaSpeed, StageSpeed, replica_speed
 
 __all__ = [
     "SPECULATIVE_TOKENS", "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",
-    "prompt_cost", "replica_speed", "requests_per_s", "room", "step_s",
+    "prompt_cost", "replica_speed", "requests_per_s", "room", "stage_s", "step_s",
     "tokens_per_step",
 ]  # fmt: skip
 
@@ -61,9 +61,25 @@ def step_s(
 
     `tokens_each`: more than one where a draft's tokens are verified.
     """
-    efficiency = speed.efficiency
     batches = min(speed.pipeline_parallel_size, max(1, math.ceil(concurrency)))
     batch = concurrency / batches
+    if speed.stages:
+        times = [
+            stage_s(stage, batch=batch, context=context, tokens_each=tokens_each)
+            for stage in speed.stages
+        ]
+        return max(sum(times), batches * max(times))
+    one_pass = _one_pass_s(speed, batch=batch, context=context, tokens_each=tokens_each)
+    if batches == 1:
+        return one_pass
+    return max(one_pass, batches * _slowest_stage_s(speed, one_pass, batch))
+
+
+def _one_pass_s(
+    speed: ReplicaSpeed, *, batch: float, context: float, tokens_each: int = 1
+) -> float:
+    """Seconds in which `batch` requests pass through all layers."""
+    efficiency = speed.efficiency
     tokens = batch * tokens_each
     seen = context
     if speed.architecture.sliding_window is not None:
@@ -73,23 +89,35 @@ def step_s(
     compute = _matrices_s(speed, tokens, speed.flops_per_token) + tokens * seen * (
         speed.attention_flops / (speed.flops_16_bit * efficiency.attention_flops)
     )
-    one_pass = (
+    return (
         efficiency.step_s
         + speed.kernels * efficiency.kernel_s
         + batch * efficiency.sequence_s
         + max(_weights_s(speed, tokens) + kv_s, compute)
         + _messages_s(speed, tokens)
     )
-    if batches == 1:
-        return one_pass
-    return max(one_pass, batches * _slowest_stage_s(speed, one_pass, batch))
+
+
+def stage_s(stage: StageSpeed, *, batch: float, context: float, tokens_each: int = 1) -> float:
+    """Of a pass of `batch` requests, one stage of a pipeline over nodes, with its send."""
+    speed = stage.speed
+    one_pass = _one_pass_s(speed, batch=batch, context=context, tokens_each=tokens_each)
+    last = _last_s(speed, one_pass, batch)
+    message = batch * tokens_each * speed.architecture.hidden_size * 2
+    seconds = stage.share * (one_pass - last) + stage.send.seconds(message)
+    return seconds + last if stage.is_last else seconds
+
+
+def _last_s(speed: ReplicaSpeed, one_pass: float, batch: float) -> float:
+    """Of a pass, what is not of layers: the step's fixed costs, the sampler, the head."""
+    efficiency = speed.efficiency
+    head = speed.head_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
+    return min(one_pass, efficiency.step_s + batch * efficiency.sequence_s + head)
 
 
 def _slowest_stage_s(speed: ReplicaSpeed, one_pass: float, batch: float) -> float:
     """Of a pass through all stages: the longest, or the last, which has head and sampler too."""
-    efficiency = speed.efficiency
-    head = speed.head_bytes / (speed.bandwidth_bytes_per_s * efficiency.bandwidth)
-    last = min(one_pass, efficiency.step_s + batch * efficiency.sequence_s + head)
+    last = _last_s(speed, one_pass, batch)
     layers = one_pass - last
     longest = layers * speed.stage_imbalance / speed.pipeline_parallel_size
     return max(longest, layers * speed.last_stage_share + last)
@@ -104,6 +132,8 @@ def prompt_cost(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) 
     """Of a prompt of which the prefix cache has a share of `prefix_hit`."""
     new = max(1.0, tokens * (1 - prefix_hit))
     chunks = max(1, -(-int(new) // speed.max_num_batched_tokens))
+    if speed.stages:
+        return _spanning_prompt_cost(speed, tokens, prefix_hit, chunks=chunks)
     kernels = speed.efficiency.step_s + speed.kernels * speed.efficiency.kernel_s
     read = kernels + _weights_s(speed, new / chunks)
     work = prefill_work_s(speed, tokens, prefix_hit=prefix_hit)
@@ -113,6 +143,23 @@ def prompt_cost(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) 
     return PromptCost(
         prefill_s=one_chunk * (chunks + stages - 1) / stages * speed.stage_imbalance,
         work_s=work * speed.stage_imbalance / stages,
+    )
+
+
+def _spanning_prompt_cost(
+    speed: ReplicaSpeed, tokens: float, prefix_hit: float, *, chunks: int
+) -> PromptCost:
+    """Chunks follow each other through the stages, at the pace of the slowest."""
+    message = tokens * (1 - prefix_hit) / chunks * speed.architecture.hidden_size * 2
+    times, works = [], []
+    for stage in speed.stages:
+        alone = prompt_cost(stage.speed, tokens, prefix_hit=prefix_hit)
+        sent = stage.send.seconds(message)
+        times.append(stage.share * alone.prefill_s / chunks + sent)
+        works.append(stage.share * alone.work_s)
+    return PromptCost(
+        prefill_s=sum(times) + (chunks - 1) * max(times),
+        work_s=max(works),
     )
 
 

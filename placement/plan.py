@@ -49,7 +49,14 @@ class Shape(Spec):
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     decode_context_parallel_size: int = 1
-    num_nodes: int = Field(default=1, description="That one replica spreads over.")
+    num_nodes: int = Field(
+        default=1,
+        description="Nodes that one replica spreads over, each with as many ranks; one that gives "
+        "more GPUs than another counts as several.",
+    )
+    layer_partition: tuple[int, ...] = Field(
+        default=(), description="Layers of each pipeline stage; empty: as the engine splits them."
+    )
     expert_parallel: bool = False
     max_model_len: int
     max_num_seqs: int
@@ -91,6 +98,14 @@ class NodeGpus(Spec):
     gpus: tuple[int, ...]
 
 
+class StageNodes(Spec):
+    """Nodes that a pipeline goes on to, and what it takes of each."""
+
+    pool: str
+    gpu: str
+    gpus: int
+
+
 class Predicted(Spec):
     """What a variant's users will see."""
 
@@ -118,6 +133,9 @@ class Variant(Spec):
     model_cache: ModelCacheSpec = ModelCacheSpec()
     pool: str
     gpu: str
+    beside: tuple[StageNodes, ...] = Field(
+        default=(), description="Where a pipeline goes on that begins on `pool`, stage by stage."
+    )
     simulated_gpu: str | None = None
     shape: Shape
     replicas: int = Field(description="To start with.")
@@ -128,7 +146,11 @@ class Variant(Spec):
         default=1, description="GPUs (on a `cpu` pool: slots) that one replica occupies."
     )
     price_per_hour: float = Field(default=0.0, description="Of all replicas.")
-    placement: tuple[tuple[NodeGpus, ...], ...] = Field(description="For each replica, its GPUs.")
+    placement: tuple[tuple[NodeGpus, ...], ...] = Field(
+        description="For each replica, its GPUs. Over several nodes: in the order of its ranks (stage "
+        "x tensor_parallel_size + position), as many GPUs in each entry; a node that gives more has "
+        "more than one."
+    )
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
     limited_by: str = Field(
         default="",
@@ -138,6 +160,25 @@ class Variant(Spec):
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()
     fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Of the nodes that a replica spreads over, in the order of its stages."""
+        return (self.pool, *(nodes.pool for nodes in self.beside))
+
+    @property
+    def rank_pools(self) -> tuple[str, ...]:
+        """The pool of each entry of a replica's placement."""
+        each = self.gpus_per_replica // self.shape.num_nodes
+        others = [nodes.pool for nodes in self.beside for _ in range(nodes.gpus // each)]
+        return (*(self.pool,) * (self.shape.num_nodes - len(others)), *others)
+
+    @property
+    def hardware(self) -> str:
+        """The GPUs of a replica in words."""
+        first = self.gpus_per_replica - sum(nodes.gpus for nodes in self.beside)
+        words = [f"{first} x {self.gpu}", *(f"{n.gpus} x {n.gpu}" for n in self.beside)]
+        return " + ".join(words)
 
 
 class Unmet(Spec):
@@ -158,6 +199,30 @@ class Robustness(Spec):
     )
 
 
+class NodeLoss(Spec):
+    """What happens when any one node is lost, in the worst case."""
+
+    carried: bool = Field(description="Every model still carries its demand, at once.")
+    restarts: bool = Field(description="Whichever it is, free GPUs of its pool take its replicas.")
+    node: str = Field(description="Whose loss leaves least of a demand.")
+    model: str
+    share: float = Field(description="Of that model's demand, which its other replicas carry.")
+    restart_s: float | None = Field(
+        description="Until that node's replicas run again on free GPUs; None: there is no room."
+    )
+
+    @property
+    def in_words(self) -> str:
+        """One line."""
+        left = f"without {self.node}, {self.model} carries {100 * self.share:.0f} % of its demand"
+        if self.carried:
+            return f"survives the loss of any one node: yes, slowest case: {left}"
+        again = "and there is no room to start its replicas again"
+        if self.restart_s is not None:
+            again = f"until its replicas run again on free GPUs, after {self.restart_s:.0f} s"
+        return f"survives the loss of any one node: no, {left}, {again}"
+
+
 class Plan(Spec):
     """The whole answer for a fleet on an inventory."""
 
@@ -175,6 +240,9 @@ class Plan(Spec):
     unmet: tuple[Unmet, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     robustness: Robustness | None = None
+    node_loss: NodeLoss | None = Field(
+        default=None, description="None: nothing runs, or there is but one node."
+    )
     gateway: GatewaySpec = GatewaySpec()
 
     @classmethod

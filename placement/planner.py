@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 from placement.catalogue import Catalogue
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import node_groups
+from placement.node_loss import Lost, losses, node_loss
 from placement.options import Options, find_options
-from placement.plan import Plan, Robustness, Unmet
+from placement.plan import Plan, Robustness, Unmet, Variant
 from placement.problem import MET, score
 from placement.question import Question, make_question
 from placement.relaxation import (
@@ -16,10 +20,13 @@ from placement.relaxation import (
     nothing_legal,
     replica_limit,
     service_level,
+    too_little_after_a_loss,
     too_much_on_spot,
 )
 from placement.selection import Selection, select, select_all_met
 from placement.variants import make_variants, refine
+
+_LOSS_ROUNDS = 6
 
 
 def make_plan(
@@ -49,16 +56,20 @@ def make_plan(
         for wish in sorted(fleet.models, key=lambda wish: wish.name)
     ]
     question = make_question(fleet, groups, found, running)
-    chosen = select(question.problem, limits or Limits())
-    chosen, robustness = _prefer_robust(question, chosen, limits or Limits(), fleet)
-    picked = refine(question, chosen.counts)
-    variants = make_variants(question, picked, catalogue, running)
+    solve = _Solve(fleet, catalogue, running, limits or Limits())
+    solution = solve(question)
+    demands = _demands(fleet)
+    short: list[Unmet] = []
+    if fleet.carry_node_loss:
+        solution, short = _with_room_for_a_loss(solve, question, solution, demands)
+    chosen, variants = solution.chosen, solution.variants
     cache = {"model_cache": fleet.model_cache}
     unmet = [
         problem
         for model, options in enumerate(found)
         if (problem := _unmet(question, chosen, model, options)) is not None
     ]
+    unmet += [entry for entry in short if entry.model not in {each.model for each in unmet}]
     proven = chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
     return Plan(
         fleet=fleet.fleet,
@@ -73,9 +84,112 @@ def make_plan(
         variants=tuple(each.model_copy(update=cache) for each in variants),
         unmet=tuple(unmet),
         rejected=(*(entry for each in found for entry in each.rejected), *question.dominated),
-        robustness=robustness,
+        robustness=solution.robustness,
+        node_loss=node_loss(variants, inventory, demands),
         gateway=fleet.gateway,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Solution:
+    chosen: Selection
+    robustness: Robustness | None
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Solve:
+    """From a question to variants on named GPUs."""
+
+    fleet: FleetSpec
+    catalogue: Catalogue
+    running: Plan | None
+    limits: Limits
+
+    def __call__(self, question: Question) -> _Solution:
+        chosen = select(question.problem, self.limits)
+        chosen, robustness = _prefer_robust(question, chosen, self.limits, self.fleet)
+        picked = refine(question, chosen.counts)
+        variants = make_variants(question, picked, self.catalogue, self.running)
+        return _Solution(chosen, robustness, variants)
+
+
+def _demands(fleet: FleetSpec) -> dict[str, float]:
+    return {wish.name: wish.demand.requests_per_s for wish in fleet.models if wish.demand}
+
+
+def _with_room_for_a_loss(
+    solve: _Solve, question: Question, solution: _Solution, demands: Mapping[str, float]
+) -> tuple[_Solution, list[Unmet]]:
+    """Raise what models need by what the loss of a node takes, until that leaves their demand.
+
+    How much a node takes is known once replicas have their GPUs, so the problem is solved again.
+    Where not all can be raised, each is that can.
+    """
+    harder, hopeless = question, set[int]()
+    doubled = _doubled(question)
+    twice = solve(doubled)
+    if doubled.problem.meets(twice.chosen.counts):
+        harder, solution = doubled, twice
+    best = solution.chosen.bound  # nothing that carries a loss is better
+    for _ in range(_LOSS_ROUNDS):
+        short = _short_after_a_loss(question, solution, demands)
+        wanted = {model: lost for model, lost in short.items() if model not in hopeless}
+        if not wanted or not harder.problem.meets(solution.chosen.counts):
+            break
+        raised = _raised(harder, solution, wanted)
+        better = solve(raised)
+        if raised.problem.meets(better.chosen.counts):
+            harder, solution = raised, better
+            continue
+        for model, lost in wanted.items():
+            raised = _raised(harder, solution, {model: lost})
+            better = solve(raised)
+            if raised.problem.meets(better.chosen.counts):
+                harder, solution = raised, better
+                break  # what the others lose may be different now
+            hopeless.add(model)
+    chosen = replace(solution.chosen, bound=min(solution.chosen.objective, best))
+    short = _short_after_a_loss(question, solution, demands)
+    return replace(solution, chosen=chosen), [
+        too_little_after_a_loss(lost.node, lost.left, lost.wanted, question.options[model])
+        for model, lost in short.items()
+    ]
+
+
+def _doubled(question: Question) -> Question:
+    """The question in which every model that must run has two replicas: no loss is carried by less."""
+    needs = tuple(
+        replace(need, least=max(need.least, min(2, need.most))) if need.least else need
+        for need in question.problem.needs
+    )
+    return replace(question, problem=replace(question.problem, needs=needs))
+
+
+def _short_after_a_loss(
+    question: Question, solution: _Solution, demands: Mapping[str, float]
+) -> dict[int, Lost]:
+    lost = {each.model: each for each in losses(solution.variants, demands)}
+    return {
+        model: lost[options.wish.name]
+        for model, options in enumerate(question.options)
+        if options.wish.name in lost and lost[options.wish.name].share < MET
+    }
+
+
+def _raised(question: Question, solution: _Solution, lost: Mapping[int, Lost]) -> Question:
+    """The question in which these models have what a node takes beside their demand.
+
+    One replica becomes two, which may be smaller; more must carry the demand and what a node takes.
+    """
+    needs = list(question.problem.needs)
+    for model, each in lost.items():
+        replicas = question.problem.replicas(solution.chosen.counts, model)
+        if needs[model].rate > 0 and replicas > 1:
+            needs[model] = replace(needs[model], rate=each.wanted + each.taken)
+        else:
+            needs[model] = replace(needs[model], least=replicas + 1)
+    return replace(question, problem=replace(question.problem, needs=tuple(needs)))
 
 
 def _cost(question: Question, chosen: Selection) -> float:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from placement.packing import whole_nodes
-
 MET = 1 - 1e-6  # of a demand: the rest is the solver's tolerance
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """An option of one model on one group of nodes; everything is per replica."""
+    """An option of one model on a group of nodes; everything is per replica.
+
+    A replica whose stages stand on several nodes takes `gpus` of one of `group`, and those of
+    `beside`, each of another node.
+    """
 
     model: int
     group: int
@@ -26,6 +28,17 @@ class Column:
     zone: str = ""
     running: int = 0  # replicas that are there already
     move: float = 0.0  # what starting one beyond them costs, in the objective's unit
+    beside: tuple[tuple[int, int], ...] = ()  # group and GPUs of each further node of a replica
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Group and GPUs of each node that a replica takes GPUs of."""
+        return ((self.group, self.gpus), *self.beside)
+
+    @property
+    def all_gpus(self) -> int:
+        """Of a replica, on all its nodes."""
+        return self.gpus + sum(gpus for _, gpus in self.beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +85,12 @@ class Problem:
         column = self.columns[index]
         if column.rate <= 0:
             return 0
-        nodes = self.groups[column.group]
-        room = nodes.nodes * (nodes.gpus_per_node // column.gpus)
-        if column.gpus > nodes.gpus_per_node:
-            room = nodes.nodes // whole_nodes(column.gpus, nodes.gpus_per_node)
-        return min(self.needs[column.model].most, room)
+        rooms = []
+        for group, gpus in column.parts:
+            nodes = self.groups[group]
+            alike = sum(other == group for other, _ in column.parts)
+            rooms.append(nodes.nodes * (nodes.gpus_per_node // gpus) // alike)
+        return min(self.needs[column.model].most, *rooms)
 
     def rate(self, counts: Sequence[int], model: int, *, firm_only: bool = False) -> float:
         """Requests/s that a model's replicas carry."""

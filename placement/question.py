@@ -43,9 +43,11 @@ class Question:
         usable = self.groups[option.group].usable
         places = Places(usable.nodes, usable.gpus_per_node)
         others = [
-            (column.gpus, count)
+            (gpus, count)
             for column, count in zip(self.problem.columns, counts, strict=True)
-            if column.group == option.group and column.model != model
+            if column.model != model
+            for group, gpus in column.parts
+            if group == option.group
         ]
         for gpus, count in sorted(others, reverse=True):
             places.take(gpus, count)
@@ -106,6 +108,7 @@ def same_engine(option: Option, variant: Variant, wish: FleetModel) -> bool:
         and shape.data_parallel_size == candidate.data_parallel_size
         and shape.num_nodes == candidate.num_nodes
         and shape.expert_parallel == candidate.expert_parallel
+        and shape.layer_partition == candidate.layer_partition
     )
 
 
@@ -113,8 +116,14 @@ def running_here(
     option: Option, wish: FleetModel, before: Sequence[Variant], groups: Sequence[NodeGroup]
 ) -> list[Variant]:
     """The running variants that are this option."""
-    pools = {pool.name for pool in groups[option.group].pools}
-    return [each for each in before if each.pool in pools and same_engine(option, each, wish)]
+    wanted = [{pool.name for pool in groups[part.group].pools} for part in option.parts]
+    return [
+        each
+        for each in before
+        if len(each.pools) == len(wanted)
+        and all(pool in pools for pool, pools in zip(each.pools, wanted, strict=True))
+        and same_engine(option, each, wish)
+    ]
 
 
 def _running_too(
@@ -142,7 +151,7 @@ def _column(
     before: Sequence[Variant],
     groups: Sequence[NodeGroup],
 ) -> Column:
-    price = option.gpus_per_replica * option.price_per_gpu_hour
+    price = option.price_per_replica
     rate = option.capacity.requests_per_s
     there = running_here(option, wish, before, groups)
     unit = rate if fleet.objective == "throughput" else price
@@ -151,14 +160,15 @@ def _column(
     return Column(
         model=model,
         group=option.group,
-        gpus=option.gpus_per_replica,
+        gpus=option.gpus_here,
         rate=rate,
         price=price,
         tie=tie,
-        spot=option.pool.spot,
+        spot=any(part.pool.spot for part in option.parts),
         zone=option.pool.labels.get("zone", ""),
         running=sum(len(variant.placement) for variant in there),
         move=unit * load_s(option) / fleet.horizon_s if before else 0.0,
+        beside=tuple((part.group, part.gpus) for part in option.beside),
     )
 
 

@@ -82,7 +82,7 @@ def replica_limit(option: Option, options: Options) -> Unmet:
 
 def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
     """The GPUs are there, but other models have them; `free` are those that they leave."""
-    each = option.gpus_per_replica
+    each = option.gpus_here
     room = free.room(each)
     missing = max(1, option.replicas - room) * each
     return Unmet(
@@ -106,8 +106,23 @@ def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unme
     )
 
 
+def too_little_after_a_loss(node: str, left: float, wanted: float, options: Options) -> Unmet:
+    """Without one node, the others carry less than the demand (`carry_node_loss`)."""
+    wish = options.wish
+    told = f"{left:.3g} of {wanted:.3g} requests/s" if wish.demand else "no replica"
+    return Unmet(
+        model=wish.name,
+        constraint=f"the loss of node {node} leaves {told}",
+        cheapest_relaxation=f"replicas.max above {wish.replicas.max}, one more node, or "
+        "carry_node_loss: false",
+    )
+
+
 def _on(option: Option) -> str:
     ranks, precision = option.gpus_per_replica, option.candidate.checkpoint.precision
+    if option.beside:
+        pools = " and ".join(part.pool.name for part in option.parts)
+        return f"pools {pools} ({option.hardware}, {precision})"
     return f"pool {option.pool.name} ({ranks} x {option.gpu.name}, {precision})"
 
 

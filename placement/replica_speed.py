@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from placement.architecture import Architecture
 from placement.calibration import setup_of
-from placement.candidate import Candidate
+from placement.candidate import Candidate, Device
 from placement.efficiency import (
     NO_MESSAGE,
     Collective,
@@ -17,7 +17,7 @@ from placement.efficiency import (
     exchange,
     send,
 )
-from placement.fitted import FITTED, Constants, Errors
+from placement.fitted import FITTED, UNKNOWN, Constants, Errors
 from placement.kernels import kernels_per_pass
 from placement.memory import kv_layout, memory_use, stages_of
 from placement.notes import weight_only
@@ -33,6 +33,16 @@ class DraftCost:
     read_bytes: float
     kernels: int
     messages: int  # all-reduces
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpeed:
+    """A pipeline stage: its share of the model's layers, and how fast its GPUs would do all."""
+
+    speed: ReplicaSpeed
+    share: float
+    is_last: bool
+    send: Collective  # of its output
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +80,15 @@ class ReplicaSpeed:
     head_bytes: float = 0.0  # of one rank, a part of always_read_bytes
     send: Collective = NO_MESSAGE
     exchange: Collective = NO_MESSAGE
+    stages: tuple[StageSpeed, ...] = ()  # of a pipeline over nodes; else its stages are alike
     ttft_factor: float = 1.0  # by which such engines were slower than predicted
     tpot_factor: float = 1.0
 
 
 def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
     """The costs of one replica of a candidate."""
+    if candidate.stage_nodes:
+        return spanning_speed(candidate, constants=constants)
     architecture, gpu = candidate.architecture, candidate.device.gpu
     ranks, copies = candidate.tensor_parallel_size, candidate.data_parallel_size
     layers = architecture.num_layers
@@ -121,6 +134,72 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
         ttft_factor=ttft_factor,
         tpot_factor=tpot_factor,
     )
+
+
+def spanning_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
+    """The costs of a replica whose stages stand on several nodes, of one or of two GPU types.
+
+    Every stage works as its own GPUs do; what is not of layers is the last one's.
+    """
+    stages = stages_of(candidate)
+    kinds = dict.fromkeys(candidate.rank_devices)
+    alone = {device: _alone(candidate, device, constants) for device in kinds}
+    layers = candidate.architecture.num_layers
+    parts = []
+    for stage in stages:
+        device = candidate.stage_devices(stage.index)[0]
+        parts.append(
+            StageSpeed(
+                speed=alone[device],
+                share=stage.num_layers / layers,
+                is_last=stage.is_last,
+                send=NO_MESSAGE if stage.is_last else _send(candidate, stage.index),
+            )
+        )
+    last = parts[-1].speed
+    return replace(
+        last,
+        efficiency=replace(last.efficiency, errors=UNKNOWN),
+        kv_cache_tokens=memory_use(candidate).kv.tokens,
+        pipeline_parallel_size=candidate.pipeline_parallel_size,
+        stages=tuple(parts),
+    )
+
+
+def recut(speed: ReplicaSpeed, candidate: Candidate) -> ReplicaSpeed:
+    """The costs of `candidate`, which differs from that of `speed` in its split and context only."""
+    layers = candidate.architecture.num_layers
+    return replace(
+        speed,
+        kv_cache_tokens=memory_use(candidate).kv.tokens,
+        stages=tuple(
+            replace(part, share=stage.num_layers / layers)
+            for part, stage in zip(speed.stages, stages_of(candidate), strict=True)
+        ),
+    )
+
+
+def _alone(candidate: Candidate, device: Device, constants: Constants) -> ReplicaSpeed:
+    whole = replace(
+        candidate,
+        device=device,
+        num_nodes=1,
+        pipeline_parallel_size=1,
+        layer_partition=(),
+        rank_devices=(),
+        stage_nodes=(),
+    )
+    return replica_speed(whole, constants=constants)
+
+
+def _send(candidate: Candidate, stage: int) -> Collective:
+    """From a stage to the next, over the slower of their links."""
+    across = candidate.stage_nodes[stage] != candidate.stage_nodes[stage + 1]
+    ends = (candidate.stage_devices(stage)[0], candidate.stage_devices(stage + 1)[0])
+    links = [
+        send(replace(candidate, device=device, num_nodes=2 if across else 1)) for device in ends
+    ]
+    return max(links, key=lambda link: link.s_per_byte)
 
 
 def with_constants(speed: ReplicaSpeed, candidate: Candidate, constants: Constants) -> ReplicaSpeed:

@@ -27,6 +27,7 @@ def make_shape(
         data_parallel_size=candidate.data_parallel_size,
         decode_context_parallel_size=candidate.decode_context_parallel_size,
         num_nodes=candidate.num_nodes,
+        layer_partition=candidate.layer_partition,
         expert_parallel=candidate.expert_parallel,
         max_model_len=candidate.max_model_len,
         max_num_seqs=candidate.max_num_seqs,

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.assignment import Wanted, assign, gangs_of
 from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
 from placement.fleet import FleetModel, ReplicaBounds
 from placement.option import Option, quality, ranks, stressed
 from placement.performance import predict
-from placement.plan import NodeGpus, Plan, Predicted, Variant
-from placement.question import Question, running_here
+from placement.placing import Pools, ReplicaGpus, placements
+from placement.plan import Plan, Predicted, StageNodes, Variant
+from placement.question import Question
 from placement.shape import make_shape
-
-ReplicaGpus = tuple[NodeGpus, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,11 @@ def _best_checkpoint(
 
 
 def _alike(one: Option, other: Option) -> bool:
-    return one.group == other.group and one.gpus_per_replica == other.gpus_per_replica
+    if not one.beside and not other.beside:
+        return one.group == other.group and one.gpus_per_replica == other.gpus_per_replica
+    return [(part.group, part.gpus) for part in one.parts] == [
+        (part.group, part.gpus) for part in other.parts
+    ]
 
 
 def make_variants(
@@ -97,11 +98,13 @@ def make_variants(
     running: Plan | None,
 ) -> tuple[Variant, ...]:
     """Every variant of the plan, with the GPUs of its replicas, by name."""
-    placed = _placements(question, picked, running)
+    placed = placements(
+        question, [(each.model, each.option, each.replicas) for each in picked], running
+    )
     parts = [
-        (each, pool, placement)
-        for each, by_pool in zip(picked, placed, strict=True)
-        for pool, placement in by_pool.items()
+        (each, pools, placement)
+        for each, by_pools in zip(picked, placed, strict=True)
+        for pools, placement in by_pools.items()
     ]
     names = _names(question, parts)
     total = [
@@ -117,82 +120,27 @@ def make_variants(
         _variant(
             question.options[each.model].wish,
             each.option,
-            pool=pool,
+            pools=pools,
             placement=placement,
             name=names[index],
             bounds=bounds[index],
             total_rate=total[each.model],
             catalogue=catalogue,
         )
-        for index, (each, pool, placement) in enumerate(parts)
+        for index, (each, pools, placement) in enumerate(parts)
     ]
     return tuple(sorted(variants, key=lambda variant: (variant.model, variant.variant)))
 
 
-_Part = tuple[Picked, str, tuple[ReplicaGpus, ...]]
-
-
-def _placements(
-    question: Question, picked: Sequence[Picked], running: Plan | None
-) -> list[dict[str, tuple[ReplicaGpus, ...]]]:
-    """For each picked option, by pool, the GPUs of its replicas."""
-    found: list[dict[str, list[ReplicaGpus]]] = [defaultdict(list) for _ in picked]
-    before = running.variants if running is not None else ()
-    busy = frozenset((node.node, gpu) for node in _all_gpus(before) for gpu in node.gpus)
-    for index, group in enumerate(question.groups):
-        pools = group.usable_nodes()
-        wanted = [
-            _wanted(question, at, each, before)
-            for at, each in enumerate(picked)
-            if each.option.group == index
-        ]
-        nodes = dict.fromkeys(pools, group.pool.gpus_per_node)
-        for at, parts in assign(nodes, wanted, busy).items():
-            option, wish = picked[at].option, question.options[picked[at].model].wish
-            there = _same_flags(running_here(option, wish, before, question.groups), option, wish)
-            gangs = [replica for variant in there for replica in variant.placement]
-            for replica in gangs_of(parts, option.candidate.num_nodes, gangs):
-                found[at][pools[replica[0].node]].append(replica)
-    for at, each in enumerate(picked):
-        if not found[at]:
-            found[at][each.option.pool.name] = []
-    return [{pool: tuple(replicas) for pool, replicas in by_pool.items()} for by_pool in found]
-
-
-def _wanted(question: Question, key: int, picked: Picked, before: Sequence[Variant]) -> Wanted:
-    """The replicas to place; those whose engines need not start anew stay where they are."""
-    wish, option = question.options[picked.model].wish, picked.option
-    there = _same_flags(running_here(option, wish, before, question.groups), option, wish)
-    nodes = option.candidate.num_nodes  # more than one: whole nodes, each placed as by itself
-    return Wanted(
-        key=key,
-        model=wish.name,
-        gpus=option.gpus_per_replica // nodes,
-        replicas=picked.replicas * nodes,
-        spread=wish.spread and nodes == 1,
-        running=tuple(_all_gpus(there)),
-    )
-
-
-def _same_flags(there: list[Variant], option: Option, wish: FleetModel) -> list[Variant]:
-    """Of running variants those whose engines the plan would start with the same flags."""
-    if not there:
-        return there
-    shape = option.shape or make_shape(option.candidate, extra_args=wish.engine_args)
-    return [variant for variant in there if variant.shape.engine_args == shape.engine_args]
-
-
-def _all_gpus(variants: Sequence[Variant]) -> Iterator[NodeGpus]:
-    for variant in variants:
-        for replica in variant.placement:
-            yield from replica
+_Part = tuple[Picked, Pools, tuple[ReplicaGpus, ...]]
 
 
 def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
     safe = _safe_names(options.wish.name for options in question.options)
     names = []
-    for each, pool, _ in parts:
-        name = f"{safe[question.options[each.model].wish.name]}@{pool}-{ranks(each.option)}"
+    for each, pools, _ in parts:
+        where = "-and-".join(dict.fromkeys(pools))
+        name = f"{safe[question.options[each.model].wish.name]}@{where}-{ranks(each.option)}"
         names.append(name + ("-ep" if each.option.candidate.expert_parallel else ""))
     return [
         name if names.count(name) == 1 else f"{name}-{each.option.candidate.checkpoint.precision}"
@@ -223,15 +171,14 @@ def _bounds(question: Question, parts: Sequence[_Part]) -> list[ReplicaBounds]:
 
 
 def _price_per_request(option: Option) -> tuple[float, str]:
-    price = option.gpus_per_replica * option.price_per_gpu_hour
-    return price / option.capacity.requests_per_s, option.pool.name
+    return option.price_per_replica / option.capacity.requests_per_s, option.pool.name
 
 
 def _variant(
     wish: FleetModel,
     option: Option,
     *,
-    pool: str,
+    pools: Pools,
     placement: tuple[ReplicaGpus, ...],
     name: str,
     bounds: ReplicaBounds,
@@ -248,8 +195,12 @@ def _variant(
         checkpoint=candidate.checkpoint.source,
         checkpoint_format=candidate.checkpoint.format,
         revision=wish.revision or "main",
-        pool=pool,
+        pool=pools[0],
         gpu=option.gpu.name,
+        beside=tuple(
+            StageNodes(pool=pool, gpu=part.gpu.name, gpus=part.gpus)
+            for pool, part in zip(pools[1:], option.beside, strict=True)
+        ),
         simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
         shape=option.shape or make_shape(candidate, extra_args=wish.engine_args),
         replicas=len(placement),
@@ -257,7 +208,7 @@ def _variant(
         scaling=wish.scaling,
         slo=wish.slo,
         gpus_per_replica=option.gpus_per_replica,
-        price_per_hour=len(placement) * option.gpus_per_replica * option.price_per_gpu_hour,
+        price_per_hour=len(placement) * option.price_per_replica,
         placement=placement,
         capacity_requests_per_s=option.capacity.requests_per_s,
         limited_by=option.capacity.broken_promise,

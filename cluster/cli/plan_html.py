@@ -80,6 +80,8 @@ def _head(plan: Plan) -> Iterator[str]:
         told = "holds" if plan.robustness.holds else "falls short"
         yield _tile(told, "if 15 % slower")
     yield "</div>"
+    if plan.node_loss is not None:
+        yield f'<p class="quiet">{escape(plan.node_loss.in_words)}.</p>'
     if plan.robustness is not None and plan.robustness.short:
         short = escape(", ".join(plan.robustness.short))
         dearer = plan.robustness.objective_to_hold
@@ -126,7 +128,7 @@ def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
         escape(variant.pool),
         f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
-        f"{variant.gpus_per_replica} x {escape(variant.gpu)}",
+        escape(variant.hardware),
         f"{shape.max_model_len:,}",
         f"{shape.kv_cache_tokens:,}",
         f"{rate:.3g}",

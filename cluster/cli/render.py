@@ -50,6 +50,8 @@ def plan_page(plan: Plan) -> RenderableType:
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    if plan.node_loss is not None:
+        parts.append(Text(plan.node_loss.in_words))
     if plan.robustness is not None and plan.robustness.short:
         parts.append(Text(_if_slower(plan, plan.robustness), style="yellow"))
     for unmet in plan.unmet:
@@ -154,7 +156,7 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
         variant.model,
         variant.variant,
         f"{variant.replicas} ({variant.bounds.min}-{variant.bounds.max})",
-        f"{variant.gpus_per_replica} x {variant.gpu}",
+        variant.hardware,
         f"{shape.per_gpu.weights_bytes / GIB:.2f} GiB{beside_gpus(variant)}",
         f"{shape.kv_cache_tokens:,}",
         ", ".join(nodes),

@@ -15,10 +15,10 @@ from cluster.engines.llamacpp import LlamacppEngine
 from cluster.engines.sim import SimEngine
 from cluster.engines.vllm import VllmEngine
 from cluster.errors import EngineFailed
-from cluster.generations import bundle, bundles
+from cluster.generations import bundle, bundles, spread
 from cluster.processes import free_ports
 from cluster.seat import interface_of, planned_gpus
-from placement.plan import NodeGpus
+from placement.plan import NodeGpus, StageNodes
 from tests.builders import a_shape, a_variant
 
 FLAGS = ("--model", "x", "--pipeline-parallel-size", "2", "--nnodes", "2")
@@ -111,6 +111,32 @@ def test_a_replica_takes_its_gpus_on_each_of_its_nodes():
     assert bundles(one) == [{"GPU": 2.0}]
     assert bundles(gang) == [{"GPU": 8.0}, {"GPU": 8.0}]
     assert bundle(gang) == {"GPU": 8.0}
+
+
+def test_each_bundle_of_a_gang_is_sought_in_the_pool_of_its_stages():
+    one = a_variant(pool="a")
+    alike = a_variant(pool="a", shape=a_shape(num_nodes=2), gpus_per_replica=16)
+    far = StageNodes(pool="b", gpu="RTX-4090", gpus=4)
+    two = a_variant(pool="a", beside=(far,), shape=a_shape(num_nodes=2), gpus_per_replica=8)
+    unequal = a_variant(
+        pool="a",
+        beside=(far.model_copy(update={"gpus": 2}),),
+        shape=a_shape(num_nodes=3),
+        gpus_per_replica=6,
+    )
+
+    assert [variant.rank_pools for variant in (one, alike, two, unequal)] == [
+        ("a",),
+        ("a", "a"),
+        ("a", "b"),
+        ("a", "a", "b"),
+    ]
+    assert [spread(variant) for variant in (one, alike, two, unequal)] == [
+        "STRICT_PACK",
+        "STRICT_SPREAD",
+        "STRICT_SPREAD",
+        "PACK",
+    ]
 
 
 def test_planned_gpus_are_those_of_the_node_or_of_any_where_the_plan_does_not_name_it():

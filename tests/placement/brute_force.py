@@ -35,10 +35,11 @@ def fits(problem: Problem, counts: Sequence[int]) -> bool:
         sizes = tuple(
             sorted(
                 (
-                    column.gpus
+                    gpus
                     for column, count in zip(problem.columns, counts, strict=True)
+                    for other, gpus in column.parts
                     for _ in range(count)
-                    if column.group == group
+                    if other == group
                 ),
                 reverse=True,
             )
@@ -69,6 +70,16 @@ def _all_counts(problem: Problem) -> Iterator[tuple[int, ...]]:
             yield counts
 
 
+def _beside(
+    random: Random, group: int, groups: int, sizes: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Now and then a replica takes GPUs of another group's nodes too."""
+    if groups == 1 or random.random() < 0.8:
+        return ()
+    others = [other for other in range(groups) if other != group]
+    return ((random.choice(others), random.choice(sizes)),)
+
+
 def a_problem(random: Random, *, models: int, groups: int, most: int, **changes: object) -> Problem:
     """A problem with sizes that divide each other, or not; some have no solution."""
     sizes = random.choice([(1, 2, 4), (1, 2, 4, 8), (1, 2, 3), (2, 3, 5), (3, 4, 6)])
@@ -83,6 +94,7 @@ def a_problem(random: Random, *, models: int, groups: int, most: int, **changes:
             spot=group == 1,
             running=random.choice([0, 0, 1]),
             move=random.choice([0.0, 0.0, 0.3]),
+            beside=_beside(random, group, groups, sizes),
         )
         for model in range(models)
         for group in range(groups)

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from placement.assignment import gangs_of
 from placement.catalogue import load_catalogue
 from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, ReplicaBounds
 from placement.inventory import Inventory, Links, Pool
-from placement.packing import Places
-from placement.plan import NodeGpus, Plan, Variant
+from placement.plan import Plan, Variant
 from placement.planner import make_plan
 from placement.spec import parse_yaml
 
@@ -54,7 +52,7 @@ def test_a_model_that_no_node_holds_runs_on_two_with_a_pipeline_across():
 
 
 def test_without_several_nodes_the_same_model_fits_nowhere():
-    assert plan_of(a_wish(nodes_per_replica=1)).unmet
+    assert plan_of(a_wish(nodes_per_replica=1, across_nodes="never")).unmet
 
 
 def test_two_gangs_share_no_node_and_a_third_does_not_fit_beside_a_small_model():
@@ -112,22 +110,6 @@ def test_running_gangs_stay_on_their_nodes():
     [kept] = plan_of(a_wish(replicas=ReplicaBounds(min=2, max=2)), running=before).variants
 
     assert set(kept.placement) == {(a, d), (c, b)}
-
-
-def test_parts_become_gangs_those_that_run_first():
-    a, b, c, d = (NodeGpus(node=name, gpus=(0,)) for name in "abcd")
-
-    assert gangs_of((a, b, c, d), 2, [(d, b)]) == [(d, b), (a, c)]
-    assert gangs_of((a, b), 2, [(a, d)]) == [(a, b)]
-    assert gangs_of((a, b), 1, [(b,)]) == [(a,), (b,)]
-
-
-def test_places_count_whole_nodes_for_what_is_larger_than_one():
-    places = Places(3, 8)
-
-    assert places.room(16) == 1
-    places.take(16, 1)
-    assert (places.room(16), places.room(8), places.gpus) == (0, 1, 8)
 
 
 def test_flags_that_the_plan_sets_are_refused_with_the_key_that_sets_them():

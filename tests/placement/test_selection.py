@@ -67,6 +67,27 @@ def test_without_time_there_is_still_an_answer_with_an_honest_bound(objective: s
         assert hasty.bound <= hasty.objective
 
 
+def test_the_greedy_answer_counts_what_runs_among_the_most_replicas() -> None:
+    spot = Column(model=0, group=0, gpus=1, rate=2.0, price=1.0, spot=True, running=1, move=1.0)
+    firm = Column(model=0, group=0, gpus=1, rate=2.0, price=2.0, move=1.0)
+    need = Need(rate=4.5, least=1, most=2, firm_rate=2.5)
+    problem = Problem(columns=(spot, firm), needs=(need,), groups=(Nodes(1, 8),))
+
+    assert sum(first_answer(problem)) <= 2
+
+
+def test_a_replica_over_two_groups_takes_places_in_both() -> None:
+    both = Column(model=0, group=0, gpus=2, rate=1.0, price=3.0, beside=((1, 1),))
+    need = Need(rate=3.0, least=1, most=8)
+    groups = (Nodes(4, 2), Nodes(1, 3))
+
+    found = select(Problem(columns=(both,), needs=(need,), groups=groups), LIMITS)
+
+    assert found.counts == (3,)
+    short = Problem(columns=(both,), needs=(need,), groups=(Nodes(4, 2), Nodes(1, 2)))
+    assert select(short, LIMITS).counts == (2,)
+
+
 def test_the_greedy_answer_keeps_what_runs_and_adds_what_lacks() -> None:
     runs = Column(model=0, group=0, gpus=2, rate=5.0, price=9.0, running=2, move=1.0)
     cheaper = Column(model=0, group=0, gpus=2, rate=5.0, price=8.5, move=1.0)
