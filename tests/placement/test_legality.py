@@ -7,6 +7,7 @@ import pytest
 from placement.candidate import GIB, Candidate
 from placement.catalogue import Checkpoint, ModelSpec
 from placement.legality import RULES, first_rejection
+from placement.serving_features import ExpertBalance, LoraLimits
 from tests.placement.builders import (
     CATALOGUE,
     a_candidate,
@@ -100,6 +101,20 @@ IN_FP8_BLOCKS = a_model(
             a_candidate(a_model(loaded_by=("llamacpp",))),
             "llamacpp can",
         ),
+        (
+            "adapters-need-gpu-for-experts",
+            a_cpu_candidate(CATALOGUE.model("nano-mixtral"), lora=LoraLimits()),
+            "on GPUs only",
+        ),
+        (
+            "adapters-need-small-vocabulary",
+            a_candidate(
+                a_model(architecture=an_architecture(moe=experts(), vocab_size=300_000)),
+                lora=LoraLimits(),
+            ),
+            "300,000",
+        ),
+        ("eplb-cannot-move-experts", a_candidate(eplb=ExpertBalance()), "nano is dense"),
         (
             "tensor-parallel-across-nodes",
             a_candidate(tensor_parallel_size=16, num_nodes=2),
