@@ -11,7 +11,7 @@ from gateway.routing import Lease
 from gateway.transcript import Transcript
 
 _ASK_FOR_IDS = b',"return_token_ids":true}'
-# Events of all streams together (some 300 bytes each) that wait unread; of one stream.
+# Events of all streams together (some 100 bytes each) that wait unread; of one stream.
 _UNREAD, _LEAST_UNREAD, _MOST_UNREAD = 100_000, 16, 1024
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
 

@@ -14,7 +14,7 @@ from gateway.lenient_json import quoted, read_json
 
 _ANY_IDS = re.compile(rb'("(prompt_)?token_ids": ?)\[([\d, ]*)\]')
 _BACKSLASH = 0x5C
-_UNUSUAL = b" "  # in front of an event that is kept unread: it may say more than text
+_UNUSUAL = b"\n"  # in front of an event that is kept whole: it may say more than text
 _ABORT = "abort"  # vLLM's own reason for an end that nobody asked for
 _CHUNK_NAMES = ("id", "object", "created", "model")
 
@@ -30,7 +30,7 @@ class Again:
 class Transcript:
     """Fed with whole events. `fault` is set once an event tells of an engine that failed.
 
-    Events with nothing but more text are kept as they are, up to `max_unread` of them, and read
+    Of events with nothing but more text is kept what differs, up to `max_unread` of them, and read
     only when somebody wants to know: most streams end well, and nobody does.
     """
 
@@ -145,23 +145,23 @@ class Transcript:
         `data` as the client should have it; None if the event is for `feed`. Engines write each
         event of a stream in the same way: what is the same in all tells that it is one.
         """
-        after, length = (self._after_in_chunk, 4) if start else (self._after, 2)
-        if not (
-            data.endswith(after)
-            and data.startswith(self._before, start)
-            and data.find(b"\n", start) + length == len(data)  # there is only one
-        ):
+        after = self._after_in_chunk if start else self._after
+        if not (data.endswith(after) and data.startswith(self._before, start)):
             return None
+        start += len(self._before)
+        piece = data[start : -len(after)]
+        if piece.find(b"\n") >= 0:
+            return None  # there are several
         at = 0
         if self._before_ids:
-            at = data.rfind(b"[") + 1  # the list of ids is the last one
-            if not data.endswith(self._before_ids, start, at):
+            at = piece.rfind(b"[") + 1
+            if not piece.endswith(self._before_ids, 0, at):
                 return None
-        self._unread.append(data)
+        self._unread.append(piece)
         if len(self._unread) > self._max_unread:
             self._read_up()
         if at and self.hides_ids:
-            return data[: at - 1] + b"null" + data[1 - len(after) :]
+            return data[: start + at - 1] + b"null" + data[1 - len(after) :]
         return data
 
     def _learn(self, event: bytes) -> None:
@@ -176,6 +176,8 @@ class Transcript:
             ids += len(self._ids_mark)
             if ids < going_on or event.find(b"[", ids) >= 0:
                 return
+        self._read_up()  # what is kept was found by what was known before
+        if ids >= 0:
             self._before_ids, self._after = event[end:ids], event[event.find(b"]", ids) :]
         else:
             self._before_ids, self._after = b"", event[end:]
@@ -227,26 +229,25 @@ class Transcript:
             return
         unread, self._unread = self._unread, []
         fault = self.fault
-        for event in unread:
-            if not event.startswith(_UNUSUAL) and self._read_text(event):
+        for piece in unread:
+            if piece.startswith(_UNUSUAL):
+                event = piece[len(_UNUSUAL) :]
+            elif self._read_piece(piece):
                 continue
-            if not self._read(event[event.find(b"data:") :].rstrip()):
+            else:
+                event = (self._before + piece + self._after).rstrip()
+            if not self._read(event):
                 self._blocked = f"what it said could not be read: {self.fault}"
         self.fault, self._only_ids = fault, False
 
-    def _read_text(self, event: bytes) -> bool:
-        """Read an event with one piece of text, as nearly all are; False if it is another."""
-        start = event.find(self._mark) + len(self._mark)
-        end = event.find(b'"', start)
-        # A second quote at once: beside no text stand other things.
-        if start < len(self._mark) or end <= start or event[end - 1] == _BACKSLASH or self._blocked:
+    def _read_piece(self, piece: bytes) -> bool:
+        """Read what differs in an event from others: a text, and ids. False if it is more."""
+        said, ids = piece, b""
+        if self._before_ids:
+            said, _, ids = piece.rpartition(self._before_ids)
+        if not said or b'"' in said or self._blocked:  # beside no text stand other things
             return False
-        ids = b""
-        at = event.find(self._ids_mark, end)
-        if at >= 0:
-            at += len(self._ids_mark)
-            ids = event[at : event.find(b"]", at)]
-        self.add(ids, event[start:end])
+        self.add(ids, said)
         return True
 
     def _read_all(self, events: bytes) -> bytes:
