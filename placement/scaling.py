@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from placement.fleet import ReplicaBounds, ScalingPolicy
 
 SMOOTHING_S = 2.0  # load is averaged over this long
+LONGEST_START_S = 1800.0  # after which a model without a ready replica counts as idle too
 HYSTERESIS = 0.1  # replicas go only when this share of what remains would be spare
 
 
@@ -46,6 +47,7 @@ class ScalingState:
     first_s: float | None = None
     above_since_s: float | None = None
     idle_since_s: float | None = None
+    starting_since_s: float | None = None  # replicas, none of which is ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,12 @@ def decide(
 
     desired = ceil(concurrency / (target_utilization x slots_per_replica)), within `bounds`. From
     zero at once when anything waits (what is in flight then finishes on draining replicas); to zero
-    only after `scale_to_zero_delay_s` without a request and with `bounds.min` 0. Down only as far
-    as leaves `HYSTERESIS` to spare, so that a load at the edge does not swing the count, and only
+    only after `scale_to_zero_delay_s` without a request and with `bounds.min` 0, not counting the
+    time (of at most `LONGEST_START_S`) in which no replica is ready yet. Down only as far as leaves `HYSTERESIS` to spare, so that a load at the edge does not swing the count, and only
     when as many are ready as would remain, so that no serving replica goes while others still
     start. Calls must not go back in time.
     """
-    state = _remember(state, load, now_s)
+    state = _remember(state, load, now_s, starts=current_replicas > 0 and not ready_replicas)
     smoothed = sum(moment.value for moment in state.loads) / len(state.loads)
     per_replica = policy.target_utilization * slots_per_replica
     desired = _replicas(smoothed / per_replica, bounds)
@@ -135,15 +137,21 @@ def _since(moment_s: float | None, now_s: float) -> float:
     return -1.0 if moment_s is None else now_s - moment_s
 
 
-def _remember(state: ScalingState, load: Load, now_s: float) -> ScalingState:
+def _remember(state: ScalingState, load: Load, now_s: float, *, starts: bool) -> ScalingState:
     recent = tuple(moment for moment in state.loads if moment.time_s > now_s - SMOOTHING_S)
     idle_since = state.idle_since_s if state.idle_since_s is not None else now_s
+    starting_since = None
+    if starts:
+        starting_since = now_s if state.starting_since_s is None else state.starting_since_s
+        if now_s - starting_since < LONGEST_START_S:
+            idle_since = now_s  # nobody can ask yet
     return ScalingState(
         loads=(*recent, Moment(now_s, load.concurrency)),
         peaks=state.peaks,
         first_s=now_s if state.first_s is None else state.first_s,
         above_since_s=state.above_since_s,
         idle_since_s=idle_since if load.concurrency <= 0 else None,
+        starting_since_s=starting_since,
     )
 
 
@@ -164,6 +172,7 @@ def _remember_desire(
         first_s=state.first_s,
         above_since_s=above_since,
         idle_since_s=state.idle_since_s,
+        starting_since_s=state.starting_since_s,
     )
 
 

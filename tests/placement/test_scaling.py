@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.fleet import ReplicaBounds, ScalingPolicy
-from placement.scaling import Decision, Load, ScalingState, decide
+from placement.scaling import LONGEST_START_S, Decision, Load, ScalingState, decide
 
 POLICY = ScalingPolicy(
     target_utilization=0.5, scale_up_delay_s=1.0, scale_down_delay_s=30.0, scale_to_zero_delay_s=60
@@ -118,6 +118,23 @@ def test_to_zero_only_after_the_idle_delay() -> None:
 
     assert model.run(59.5, 0) == 1
     assert model.run(2, 0) == 0
+
+
+def test_what_still_starts_is_not_idle_yet() -> None:
+    model = Scaled(start_s=200.0)
+    model.ready_at = [200.0]
+
+    assert model.run(199, 0) == 1
+    assert model.run(60, 0) == 1
+    assert model.run(3, 0) == 0
+
+
+def test_what_never_gets_ready_gives_its_place_back_in_the_end() -> None:
+    model = Scaled()
+    model.ready_at = [math.inf]
+
+    assert model.run(LONGEST_START_S, 0) == 1
+    assert model.run(62, 0) == 0
 
 
 def test_a_model_that_may_not_scale_to_zero_keeps_its_minimum() -> None:
