@@ -74,9 +74,10 @@ def decide(
     desired = ceil(concurrency / (target_utilization x slots_per_replica)), within `bounds`. From
     zero at once when anything waits (what is in flight then finishes on draining replicas); to zero
     only after `scale_to_zero_delay_s` without a request and with `bounds.min` 0, not counting the
-    time (of at most `LONGEST_START_S`) in which no replica is ready yet. Down only as far as leaves `HYSTERESIS` to spare, so that a load at the edge does not swing the count, and only
-    when as many are ready as would remain, so that no serving replica goes while others still
-    start. Calls must not go back in time.
+    time (of at most `LONGEST_START_S`) in which no replica is ready yet. Down only as far as leaves
+    `HYSTERESIS` to spare, so that a load at the edge does not swing the count, and only when as
+    many are ready as would remain, so that no serving replica goes while others still start. Calls
+    must not go back in time.
     """
     state = _remember(state, load, now_s, starts=current_replicas > 0 and not ready_replicas)
     smoothed = sum(moment.value for moment in state.loads) / len(state.loads)
