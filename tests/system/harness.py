@@ -98,6 +98,16 @@ class Bora:
     def variant(self, model: str) -> dict[str, Any]:
         return next(variant for variant in self.status()["variants"] if variant["model"] == model)
 
+    def settled(self, model: str) -> list[dict[str, Any]]:
+        """Its replicas, once all of them serve: none still starts, or drains."""
+
+        def replicas() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = self.variant(model)["replicas"]
+            return found if {each["state"] for each in found} == {"ready"} else []
+
+        settled: list[dict[str, Any]] = eventually(replicas)
+        return settled
+
     def processes(self) -> list[int]:
         """Every live process that descends from this `bora up`, wherever it went.
 

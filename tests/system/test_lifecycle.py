@@ -157,13 +157,7 @@ async def test_scaling_down_takes_the_idle_replica_and_spares_the_busy_one(
     wide = tmp_path / "wide.yaml"
     wide.write_text(FLEET.format(replicas=1, flags="--sim-speed=2").replace("max: 1", "max: 4"))
     assert (await deploy(bora, wide)).returncode == 0
-
-    def settled() -> list[dict[str, Any]]:
-        """All replicas, once none of those that served before still drains."""
-        replicas = bora.variant("chat")["replicas"]
-        return replicas if {each["state"] for each in replicas} == {"ready"} else []
-
-    replicas = await asyncio.to_thread(eventually, settled)
+    replicas = await asyncio.to_thread(bora.settled, "chat")
     newest = min(replicas, key=lambda replica: replica["age_s"])
     busy = asyncio.create_task(ask_directly(newest, tokens=8000))
 

@@ -201,7 +201,7 @@ async def test_a_second_bora_up_in_the_same_place_is_refused(sim: Bora, fleet_fi
 async def test_deploying_again_with_other_bounds_restarts_nothing(steady: Bora, tmp_path: Path):
     async with aiohttp.ClientSession() as session:
         assert not (await ask(session, steady.url, tokens=4, stream=False)).startswith("!")
-    before = (await asyncio.to_thread(steady.variant, "chat"))["replicas"]
+    before = await asyncio.to_thread(steady.settled, "chat")
     changed = tmp_path / "fleet.yaml"
     changed.write_text(STEADY.replace("min: 0", "min: 1"))
 
