@@ -89,12 +89,6 @@ class Transcript:
         return self._num_tokens
 
     @property
-    def num_pending(self) -> int:
-        """Tokens of those whose text is not out yet (half of a character)."""
-        self._read_up()
-        return self._num_pending
-
-    @property
     def has_tokens(self) -> bool:
         """Whether there are any."""
         return bool(self._unread or self._num_tokens)
@@ -102,7 +96,8 @@ class Transcript:
     @property
     def is_exact(self) -> bool:
         """The engine told every token, those of the prompt too."""
-        return self.prompt_ids is not None and self._ids.count(b",") == self.num_tokens
+        self._read_up()
+        return self.prompt_ids is not None and self._ids.count(b",") == self._num_tokens
 
     @property
     def reasoned(self) -> bool:

@@ -17,13 +17,6 @@ NANO_7B_PROJECTIONS: Mapping[str, tuple[int, int]] = {
     "mlp.up_proj": (896, 256),
     "mlp.down_proj": (256, 896),
 }
-# Of nano-mixtral's attention; its experts are named by number.
-NANO_MIXTRAL_PROJECTIONS: Mapping[str, tuple[int, int]] = {
-    "self_attn.q_proj": (256, 256),
-    "self_attn.k_proj": (128, 256),
-    "self_attn.v_proj": (128, 256),
-    "self_attn.o_proj": (256, 256),
-}
 
 
 def an_adapter(

@@ -18,26 +18,29 @@ def show_cached(*, json_: bool) -> None:
     from cluster.cache_room import stored  # noqa: PLC0415 - imports huggingface_hub
 
     folder = cache_folder().expanduser()
-    entries = [
-        {
-            "repo": each.repo.name,
-            "commit": each.commit,
-            "bytes": each.size_bytes,
-            "used_s": each.used_s,
-            "in_use": bool(each.commit) and each.repo.is_used(each.commit),
-        }
-        for each in stored(folder)
+    found = [
+        (each, bool(each.commit) and each.repo.is_used(each.commit)) for each in stored(folder)
     ]
     if json_:
+        entries = [
+            {
+                "repo": each.repo.name,
+                "commit": each.commit,
+                "bytes": each.size_bytes,
+                "used_s": each.used_s,
+                "in_use": in_use,
+            }
+            for each, in_use in found
+        ]
         print(json.dumps({"folder": str(folder), "models": entries}))  # noqa: T201
         return
     table = Table("repository", "commit", "GiB", "last used", "state", box=None)
-    for entry in entries:
-        state = "in use" if entry["in_use"] else "" if entry["commit"] else "unfinished"
-        since = age(time.time() - float(str(entry["used_s"])))
-        size = f"{int(str(entry['bytes'])) / GIB:.2f}"
-        table.add_row(str(entry["repo"]), str(entry["commit"])[:12], size, f"{since} ago", state)
+    for each, in_use in found:
+        state = "in use" if in_use else "" if each.commit else "unfinished"
+        since = age(time.time() - each.used_s)
+        size = f"{each.size_bytes / GIB:.2f}"
+        table.add_row(each.repo.name, each.commit[:12], size, f"{since} ago", state)
     console = page_console()
-    console.print(Text(f"{len(entries)} in {folder}"))
-    if entries:
+    console.print(Text(f"{len(found)} in {folder}"))
+    if found:
         console.print(table)

@@ -15,6 +15,7 @@ from gateway.table_feed import table_from_file
 from placement.errors import ConfigError
 from tests.gateway.engines import (
     CHAT,
+    FakeEngine,
     a_chat,
     a_client,
     a_gateway,
@@ -33,12 +34,16 @@ def expanded(*endpoints: object, adapters: tuple[str, ...] = ("legal",)) -> Endp
     return with_adapters(a_table(*endpoints, models=(a_model(*adapters),)))
 
 
+def with_legal(engine: FakeEngine) -> EndpointTable:
+    """One endpoint, which calls the adapter `legal` something else."""
+    endpoint = an_endpoint(engine, adapters={"legal": "legal-2"})
+    return a_table(endpoint, models=(a_model("legal"),))
+
+
 async def test_an_adapter_is_asked_for_by_its_name_and_answers_under_it() -> None:
     async with (
         an_engine() as engine,
-        a_gateway(
-            a_table(an_endpoint(engine, adapters={"legal": "legal-2"}), models=(a_model("legal"),))
-        ) as gateway,
+        a_gateway(with_legal(engine)) as gateway,
         a_client(gateway) as client,
         client.post(CHAT, json=a_chat(model="legal")) as response,
     ):
@@ -50,9 +55,7 @@ async def test_an_adapter_is_asked_for_by_its_name_and_answers_under_it() -> Non
 async def test_a_stream_of_an_adapter_has_its_name_in_every_event() -> None:
     async with (
         an_engine() as engine,
-        a_gateway(
-            a_table(an_endpoint(engine, adapters={"legal": "legal-2"}), models=(a_model("legal"),))
-        ) as gateway,
+        a_gateway(with_legal(engine)) as gateway,
         a_client(gateway) as client,
         client.post(CHAT, json=a_chat(model="legal", stream=True)) as response,
     ):
