@@ -53,11 +53,10 @@ class Relay:
     def feed(self, data: bytes) -> None:
         """One read of the stream: whole events go on, and cost little when they came whole."""
         self._is_plain = False
-        if self._aligner.tail or not data.endswith(b"\n\n"):
-            data = self._aligner.feed(data)
-            if not data:
-                return
-        self._pass_on(data)
+        events = self._aligner.feed(data)
+        if not events:
+            return
+        self._pass_on(events)
         self._is_plain = self.write_chunks is not None and self._may_be_plain()
 
     def feed_chunks(self, data: bytes) -> bytes:
