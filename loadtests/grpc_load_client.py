@@ -19,9 +19,11 @@ import uvloop
 
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import oip_pb2 as oip
+from loadtests.load_client import KEY
 
 _TEXT = "List what could go wrong when a clock on one of three servers runs backwards. " * 5
 _CHANNELS = 8
+_AUTHORIZED = (("authorization", f"Bearer {KEY}"),)
 
 
 @dataclass
@@ -66,7 +68,7 @@ async def _unary(channel: Any, method: str, request: bytes, tally: Tally) -> Non
     ask = channel.unary_unary(method)
     while True:
         started = time.perf_counter()
-        await ask(request)
+        await ask(request, metadata=_AUTHORIZED)
         _count(tally, started)
         if time.perf_counter() >= tally.until:
             return
@@ -77,9 +79,13 @@ async def _streamed(channel: Any, method: str, request: bytes, tally: Tally) -> 
         two_way = channel.stream_stream(method)
 
         def ask(one: bytes) -> Any:
-            return two_way(iter((one,)))
+            return two_way(iter((one,)), metadata=_AUTHORIZED)
     else:
-        ask = channel.unary_stream(method)
+        one_way = channel.unary_stream(method)
+
+        def ask(one: bytes) -> Any:
+            return one_way(one, metadata=_AUTHORIZED)
+
     while True:
         started = time.perf_counter()
         call = ask(request)
