@@ -142,6 +142,7 @@ def _is_late(report: ReplicaReport, before: ReplicaReport) -> bool:
 
 def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
     return Endpoint(
+        role=variant.role,
         id=report.replica,
         model=variant.model,
         variant=variant.variant,

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from gateway.ledger import Spent, UsageReport
 from gateway.tenants import KeyTable
-from placement.routing_policy import RoutingPolicy
+from placement.routing_policy import Role, RoutingPolicy
 from placement.spec import Spec
 
 EngineKind = Literal["vllm", "llamacpp", "sim"]
@@ -25,6 +25,10 @@ class Endpoint(Spec):
     model: str = Field(min_length=1, description="What clients send as `model`.")
     url: str = Field(pattern=r"^https?://[^\s/]+$", description="Scheme, host and port, no path.")
     variant: str = "static"
+    role: Role = Field(
+        "whole",
+        description="`prefill`: gets prompts only, whose KV cache a `decode` endpoint then fetches.",
+    )
     id: str = Field("", description="Replica id; empty: the URL.")
     served_model_name: str | None = Field(None, description="The engine's name; None: `model`.")
     max_in_flight: PositiveInt = Field(256, description="Requests it runs or queues at once.")

@@ -10,7 +10,7 @@ from pydantic import Field
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
 from placement.model_cache import ModelCacheSpec
-from placement.routing_policy import RoutingPolicy
+from placement.routing_policy import Role, RoutingPolicy
 from placement.spec import Spec
 
 
@@ -138,6 +138,11 @@ class Variant(Spec):
     )
     simulated_gpu: str | None = None
     shape: Shape
+    role: Role = Field(
+        default="whole",
+        description="`prefill`: reads prompts and hands their KV cache over; `decode`: writes the "
+        "answers, and reads prompts itself where nobody handed it a cache.",
+    )
     replicas: int = Field(description="To start with.")
     bounds: ReplicaBounds
     scaling: ScalingPolicy

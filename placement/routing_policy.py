@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from placement.spec import Spec
 
 PolicyName = Literal["auto", "least_load", "prefix", "session", "round_robin", "random"]
+Role = Literal["whole", "prefill", "decode"]  # of a request's work, what a replica does
 
 
 class RoutingPolicy(Spec):
