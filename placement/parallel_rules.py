@@ -55,12 +55,20 @@ def _stages_exceed_node(candidate: Candidate) -> str | None:
 
 
 def ranks_not_whole_on_nodes(candidate: Candidate) -> str | None:
-    """Each node starts as many ranks, in order (vLLM's `--nnodes`); groups must not be torn."""
+    """Each node starts as many ranks, in order (vLLM's `--nnodes`); groups must not be torn.
+
+    Nor data-parallel copies: a node holds whole ones, or is one of the nodes of one.
+    """
     nodes, ranks, tensor = candidate.num_nodes, candidate.num_ranks, candidate.tensor_parallel_size
     each, rest = divmod(ranks, nodes)
-    if nodes == 1 or (not rest and (each % tensor == 0 or tensor % each == 0)):
+    copy = tensor * candidate.pipeline_parallel_size
+    if nodes == 1:
         return None
-    return f"{ranks} ranks in tensor-parallel groups of {tensor} do not lie evenly on {nodes} nodes"
+    if rest or (each % tensor and tensor % each):
+        return f"{ranks} ranks in tensor-parallel groups of {tensor} do not lie evenly on {nodes} nodes"
+    if candidate.data_parallel_size > 1 and each % copy and copy % each:
+        return f"data-parallel copies of {copy} ranks do not lie evenly on nodes of {each} ranks"
+    return None
 
 
 def mixed_gpus_in_tensor_group(candidate: Candidate) -> str | None:
