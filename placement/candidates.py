@@ -127,8 +127,8 @@ def filled_in(
     seqs = wish.max_num_seqs or (CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
     expert_parallel = wish.expert_parallel
     if expert_parallel is None:
-        several = ranks * copies > 1
-        expert_parallel = model.architecture.moe is not None and several and not on_cpu
+        several = copies > 1 or (ranks > 1 and not on_cpu)
+        expert_parallel = model.architecture.moe is not None and several
     tokens = CPU_BATCHED_TOKENS if on_cpu else batched_tokens(copies, GPU_BATCHED_TOKENS)
     candidate = Candidate(
         model=model,

@@ -3,9 +3,9 @@
 Ranks are pinned: node r has the ranks r x n to (r + 1) x n - 1 of n a node, in the order (copy x
 stages + stage) x tensor parallel size + position, so that tensor parallel groups stay inside nodes.
 Of data-parallel copies each is an engine core of its own, on its first node; the leader's server
-shares requests out among all. The leader alone answers requests; followers run headless. Neither
-notices when the other dies: the leader stays healthy until a request needs the dead rank (run,
-0.32).
+shares requests out among all. The leader alone answers requests; followers run headless. Of a
+pipeline neither notices when the other dies: the leader stays healthy until a request needs the
+dead rank (run, 0.32).
 """
 
 from __future__ import annotations

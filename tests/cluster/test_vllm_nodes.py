@@ -42,7 +42,6 @@ def planned(nodes: int, copies: int, gpus_per_node: int = 1) -> Variant:
         tensor_parallel_size=1,
         nodes_per_replica=nodes,
         data_parallel_size=copies,
-        expert_parallel=copies == 2,
     )
     pool = Pool(
         name="here",

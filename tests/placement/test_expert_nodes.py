@@ -119,6 +119,14 @@ def test_experts_go_over_nodes_unasked_where_no_node_holds_the_model_and_not_ove
     assert plan_of(a_large_wish(across_nodes="never"), pool).unmet
 
 
+def test_without_a_demand_gpus_share_the_model_in_the_fastest_way() -> None:
+    """Not in that of least groups: sixteen stages of one GPU hold as long a context."""
+    shape = the_only(plan_of(a_large_wish(nodes_per_replica=2))).shape
+
+    assert shape.pipeline_parallel_size == 1
+    assert shape.data_parallel_size > 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [
