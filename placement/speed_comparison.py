@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from placement.calibration import TOLERANCE
 from placement.performance import latency_s
 from placement.planned_speed import PlannedSpeed
 from placement.speed_window import SpeedWindow
@@ -69,9 +70,9 @@ def surprises(planned: PlannedSpeed, measurement: Measurement) -> list[str]:
         ("time per token", measurement.tpot_off, errors.tpot),
     )
     return [
-        f"{name} is {_off(off)} predicted, by more than the {100 * error:.0f} % it may be wrong by"
+        f"{name} is {_off(off)} predicted, which may be wrong by {100 * error:.0f} %"
         for name, off, error in pairs
-        if abs(math.log(off)) > math.log1p(error)
+        if abs(math.log(off)) > math.log1p(max(error, TOLERANCE))
     ]
 
 
