@@ -31,18 +31,18 @@ HERE = "127.0.0.1"
 PROMPTS = ("The bora blows", "def fibonacci(n):", "Once upon a time,", "Roses are red. " * 40)
 
 
-def planned(nodes: int, copies: int, gpus_per_node: int = 1) -> Variant:
+def planned(nodes: int, copies: int, gpus_per_node: int = 1, **changes: Any) -> Variant:
     """A mixture on so many nodes, float32, so that the order of additions hardly matters."""
-    wish = FleetModel(
-        name="chat",
-        model="nano-mixtral",
-        dtype="float32",
-        max_model_len=4096,
-        max_num_seqs=8,
-        tensor_parallel_size=1,
-        nodes_per_replica=nodes,
-        data_parallel_size=copies,
-    )
+    fields: dict[str, Any] = {
+        "model": "nano-mixtral",
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "tensor_parallel_size": 1,
+        "nodes_per_replica": nodes,
+        "data_parallel_size": copies,
+    }
+    wish = FleetModel(name="chat", **{**fields, **changes})
     pool = Pool(
         name="here",
         gpu="cpu",
@@ -213,13 +213,14 @@ def understood(launch: Launch) -> dict[str, Any]:
 
 
 def test_vllm_understands_the_flags_of_both_of_two_nodes_of_eight() -> None:
-    variant = planned(2, 16, gpus_per_node=8)
+    variant = planned(2, 16, gpus_per_node=8, model="nano-large-3")
 
     leader, follower = (understood(launch) for launch in launches(variant, 8000))
 
     for node in (leader, follower):
         assert (node["data_parallel_size"], node["data_parallel_size_local"]) == (16, 8)
         assert node["all2all_backend"] == "allgather_reducescatter"
+        assert node["enable_expert_parallel"]
         assert node["nnodes_within_dp"] == 1
         assert not node["local_engines_only"]  # the leader's server has the copies of both nodes
         assert node["data_parallel_master_ip"] == HERE
