@@ -154,6 +154,14 @@ def data_parallel_needs_experts(candidate: Candidate) -> str | None:
     return f"{candidate.model.name} is dense: {copies} replicas do what data_parallel_size would"
 
 
+def copies_in_stages_need_gpus(candidate: Candidate) -> str | None:
+    """On CPUs vLLM runs pipelines compiled only, and cannot compile what copies exchange (run)."""
+    copies, stages = candidate.data_parallel_size, candidate.pipeline_parallel_size
+    if copies == 1 or stages == 1 or not candidate.device.is_cpu:
+        return None
+    return f"{copies} data-parallel copies cannot have {stages} pipeline stages each on CPUs"
+
+
 def expert_parallel_needs_experts(candidate: Candidate) -> str | None:
     """Only a mixture of experts has experts to spread, and each rank needs one."""
     if not candidate.expert_parallel:
