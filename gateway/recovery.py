@@ -12,7 +12,7 @@ import time
 from gateway.access import may_use
 from gateway.call import Call
 from gateway.continuation import CannotContinue
-from gateway.errors import EngineBroke, GatewayError, Overloaded, Unavailable
+from gateway.errors import EngineBroke, GatewayError, LateRefusal, Overloaded, Unavailable
 from gateway.migration import Migration
 from gateway.plant import Plant
 from gateway.record import Record
@@ -159,6 +159,13 @@ class Recovery:
     def stalled(self) -> None:
         """An engine is left because it fell silent."""
         self._num_stalls += 1
+
+
+def refusal(status: int, body: bytes, *, wrote: bool) -> GatewayError:
+    """The error of an answer that came as `status` after another had begun, which `wrote` a part."""
+    if 400 <= status < 500 and status not in RETRIED_STATUSES and not wrote:
+        return LateRefusal(status, body)  # nothing but heartbeats: it is about the request
+    return EngineBroke(f"the engine answered {status}: {body[:300].decode(errors='replace')}")
 
 
 def is_hopeless(plant: Plant, model: str) -> bool:
