@@ -20,7 +20,7 @@ import ray
 
 from cluster import census, serve_apps
 from cluster.adapter_events import adapter_events
-from cluster.autoscaler import Autoscaler
+from cluster.autoscaler import Autoscaler, answering
 from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
@@ -226,10 +226,13 @@ class Controller:
     async def scale(self, model: str, replicas: int) -> None:
         """Set a model's replica count, until the load says otherwise; its first variant first.
 
+        Of a model whose prompts are read elsewhere: how many answer, and the others follow.
+
         Raises:
             UnknownName: the fleet has no such model.
         """
-        variants = self._variants_of(model)
+        siblings = self._variants_of(model)
+        variants = answering(siblings)
         least = sum(variant.bounds.min for variant in variants)
         most = sum(variant.bounds.max for variant in variants)
         if not least <= replicas <= most:
@@ -242,6 +245,10 @@ class Controller:
             more = min(left, variant.bounds.max - variant.bounds.min)
             await self._scale(variant, variant.bounds.min + more, "asked for")
             left -= more
+        for variant in siblings:
+            follows = variant.role == "prefill"
+            if follows and (decision := self._autoscaler.follow(variant, siblings)):
+                await self._scale(variant, decision.target, decision.reason)
 
     async def drain(self, request: DrainRequest) -> Drained:
         """Empty a replica or a node."""

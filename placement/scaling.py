@@ -100,6 +100,17 @@ def decide(
     return decision, state
 
 
+def beside(answering: int, *, planned_answering: int, planned: int, bounds: ReplicaBounds) -> int:
+    """Replicas that read prompts, beside so many that answer: in the proportion of the plan.
+
+    Rounded up, within `bounds`, and at least one as long as anything answers. How long prompts
+    wait is seen by nobody but the gateways, which have them read elsewhere when they wait too long.
+    """
+    if not answering:
+        return bounds.min
+    return _replicas(answering * max(planned, 1) / max(planned_answering, 1), bounds)
+
+
 def _decide(
     state: ScalingState,
     load: Load,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.autoscaler import Autoscaler
 from gateway.endpoints import ModelLoad
 from placement.fleet import ReplicaBounds, ScalingPolicy
@@ -98,3 +100,38 @@ def test_weighted_variants_share_the_load_by_their_weights():
 
     # three quarters of 16 / 0.7 slots at 8 a replica; the canary has enough with the one it has
     assert [decision.target if decision else None for decision in decisions] == [3, None]
+
+
+def two_roles(**prefill: Any) -> tuple[Variant, Variant]:
+    """Three replicas answer for each two that read, in the plan."""
+    bounds = ReplicaBounds(min=0, max=20)
+    common = {"bounds": bounds, "scaling": QUICK, "shape": a_shape(max_num_seqs=8)}
+    read = {"variant": "chat@a-prefill", "role": "prefill", "replicas": 2, **prefill}
+    write = {"variant": "chat@b-decode", "role": "decode", "replicas": 3}
+    return a_variant(**{**common, **read}), a_variant(**{**common, **write})
+
+
+def test_replicas_that_read_prompts_follow_those_that_answer_in_the_plans_proportion():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    for variant in (reader, writer):
+        scaler.adopt(variant, running=False)
+    scaler.observe("g1", {"chat": a_load(in_flight=33)}, now_s=0)
+
+    decision = scaler.decide(writer, 3, 0, (reader, writer))
+    assert decision is not None
+    assert decision.target == 6  # 33 / (0.7 x 8), rounded up: readers take no share of the load
+    scaler.set(writer, decision.target)
+
+    followed = scaler.decide(reader, 2, 0, (reader, writer))
+    assert followed is not None
+    assert followed.target == 4
+    assert followed.reason == "beside 6 replicas that answer"
+    scaler.set(reader, 4)
+    assert scaler.decide(reader, 2, 0, (reader, writer)) is None
+
+
+def test_without_a_gateway_replicas_that_read_stay_as_they_are():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    scaler.set(writer, 9)
+
+    assert scaler.decide(reader, 2, 0, (reader, writer)) is None
