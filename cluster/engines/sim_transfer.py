@@ -115,6 +115,7 @@ class KvTransfer:
             "remote_num_tokens": tokens,
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
+            "remote_prefill_cached_tokens": 0,
         }
 
     async def _fetch(self, params: Mapping[str, Any]) -> bool:
