@@ -88,18 +88,18 @@ class Autoscaler:
         return None if decision.target == self.target(variant) else decision
 
     def follow(self, variant: Variant, siblings: Sequence[Variant]) -> scaling.Decision | None:
-        """As `decide`, of a variant that only reads prompts, from those of its siblings that answer."""
-        others = answering(siblings)
+        """As `decide`, of a variant that only reads prompts, from its siblings that decode."""
+        others = [each for each in siblings if each.role == "decode"]
         replicas = sum(self.target(each) for each in others)
         target = scaling.beside(
             replicas,
-            planned_answering=sum(each.replicas for each in others),
+            planned_decoding=sum(each.replicas for each in others),
             planned=variant.replicas,
             bounds=variant.bounds,
         )
         if target == self.target(variant):
             return None
-        return scaling.Decision(target, f"beside {replicas} replicas that answer")
+        return scaling.Decision(target, f"beside {replicas} decode replicas")
 
     def _share(self, variant: Variant, siblings: Sequence[Variant]) -> float:
         """Of the model's load: by routing weights (of a canary), else by slots.

@@ -100,15 +100,15 @@ def decide(
     return decision, state
 
 
-def beside(answering: int, *, planned_answering: int, planned: int, bounds: ReplicaBounds) -> int:
-    """Replicas that read prompts, beside so many that answer: in the proportion of the plan.
+def beside(decoding: int, *, planned_decoding: int, planned: int, bounds: ReplicaBounds) -> int:
+    """Prefill replicas beside so many decode replicas: in the proportion of the plan.
 
-    Rounded up, within `bounds`, and at least one as long as anything answers. How long prompts
-    wait is seen by nobody but the gateways, which have them read elsewhere when they wait too long.
+    Rounded up, within `bounds`, and at least one as long as there is a decode replica. Where more
+    prompts come than they can read, gateways leave some to the decode replicas, whose load grows.
     """
-    if not answering:
+    if not decoding:
         return bounds.min
-    return _replicas(answering * max(planned, 1) / max(planned_answering, 1), bounds)
+    return _replicas(decoding * max(planned, 1) / max(planned_decoding, 1), bounds)
 
 
 def _decide(

@@ -26,7 +26,9 @@ def place_to_read(
     ready = [
         state
         for state in route.prefills
-        if state.in_flight < state.max_in_flight and state.is_trusted(now)
+        if state.in_flight < state.max_in_flight
+        and state.is_trusted(now)
+        and state.busy_until <= now
     ]
     if not ready:
         return None

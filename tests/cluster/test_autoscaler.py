@@ -111,7 +111,7 @@ def two_roles(**prefill: Any) -> tuple[Variant, Variant]:
     return a_variant(**{**common, **read}), a_variant(**{**common, **write})
 
 
-def test_replicas_that_read_prompts_follow_those_that_answer_in_the_plans_proportion():
+def test_prefill_replicas_follow_the_decode_replicas_in_the_plans_proportion():
     scaler, (reader, writer) = Autoscaler(), two_roles()
     for variant in (reader, writer):
         scaler.adopt(variant, running=False)
@@ -125,12 +125,23 @@ def test_replicas_that_read_prompts_follow_those_that_answer_in_the_plans_propor
     followed = scaler.decide(reader, 2, 0, (reader, writer))
     assert followed is not None
     assert followed.target == 4
-    assert followed.reason == "beside 6 replicas that answer"
+    assert followed.reason == "beside 6 decode replicas"
     scaler.set(reader, 4)
     assert scaler.decide(reader, 2, 0, (reader, writer)) is None
 
 
-def test_without_a_gateway_replicas_that_read_stay_as_they_are():
+def test_whole_replicas_need_nobody_beside_them():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    whole = a_variant(variant="chat@c", shape=a_shape(max_num_seqs=8), replicas=1)
+    for variant in (reader, writer, whole):
+        scaler.adopt(variant, running=False)
+    scaler.set(whole, 9)
+    scaler.observe("g1", {"chat": a_load()}, now_s=0)
+
+    assert scaler.decide(reader, 2, 0, (reader, writer, whole)) is None
+
+
+def test_without_a_gateway_prefill_replicas_stay_as_they_are():
     scaler, (reader, writer) = Autoscaler(), two_roles()
     scaler.set(writer, 9)
 

@@ -116,6 +116,20 @@ def test_an_endpoint_without_a_place_or_without_trust_reads_nothing() -> None:
     assert read(router, write(router, call), call) is None
 
 
+@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.BROKE, Fault.UNREACHABLE])
+def test_an_endpoint_that_failed_a_moment_ago_reads_nothing(fault: Fault) -> None:
+    router = a_router(a_reader(), a_writer())
+    call = a_prompt()
+    writer = write(router, call)
+    failing = read(router, writer, call)
+    assert failing is not None
+    router.failed(failing, fault, now=0.0)
+    router.release(failing)
+
+    assert router.reserve_to_read(writer, call, least_tokens=100, now=0.5) is None
+    assert router.reserve_to_read(writer, call, least_tokens=100, now=5.0) is not None
+
+
 def test_a_prefill_endpoint_that_is_well_again_is_trusted_again() -> None:
     router = a_router(a_reader(), a_writer(max_in_flight=9))
     call = a_prompt("One. ", 1000)

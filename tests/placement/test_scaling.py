@@ -248,7 +248,7 @@ def test_what_still_runs_on_draining_replicas_does_not_wake_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answering", "planned", "replicas"),
+    ("decoding", "planned", "replicas"),
     [
         (3, (3, 2), 2),
         (6, (3, 2), 4),
@@ -259,11 +259,11 @@ def test_what_still_runs_on_draining_replicas_does_not_wake_a_model() -> None:
         (2, (0, 0), 2),  # a plan that begins with none
     ],
 )
-def test_replicas_that_read_prompts_keep_the_plans_proportion(
-    answering: int, planned: tuple[int, int], replicas: int
+def test_prefill_replicas_keep_the_plans_proportion(
+    decoding: int, planned: tuple[int, int], replicas: int
 ):
     bounds = ReplicaBounds(min=0, max=8)
 
-    found = beside(answering, planned_answering=planned[0], planned=planned[1], bounds=bounds)
+    found = beside(decoding, planned_decoding=planned[0], planned=planned[1], bounds=bounds)
 
     assert found == replicas
