@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gateway.endpoints import ModelLoad
 from placement import scaling
+from placement.errors import ConfigError
 from placement.plan import Variant
 
 GATEWAY_TIMEOUT_S = 5.0
@@ -118,3 +119,24 @@ class Autoscaler:
 def answering(variants: Sequence[Variant]) -> list[Variant]:
     """Those that answer requests; the others only read prompts."""
     return [variant for variant in variants if variant.role != "prefill"]
+
+
+def shared_out(variants: Sequence[Variant], replicas: int) -> list[tuple[Variant, int]]:
+    """How many of so many replicas each variant of a model gets; its first variant first.
+
+    Raises:
+        ConfigError: so many, or so few, are outside of the bounds of all together.
+    """
+    least = sum(variant.bounds.min for variant in variants)
+    most = sum(variant.bounds.max for variant in variants)
+    if not least <= replicas <= most:
+        raise ConfigError(
+            f"{variants[0].model}: {replicas} replicas are outside of {least}..{most}, which "
+            f"the fleet allows; change `replicas` there and deploy it"
+        )
+    left, found = replicas - least, []
+    for variant in variants:
+        more = min(left, variant.bounds.max - variant.bounds.min)
+        found.append((variant, variant.bounds.min + more))
+        left -= more
+    return found

@@ -20,7 +20,7 @@ import ray
 
 from cluster import census, serve_apps
 from cluster.adapter_events import adapter_events
-from cluster.autoscaler import Autoscaler, answering
+from cluster.autoscaler import Autoscaler, answering, shared_out
 from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
@@ -230,21 +230,11 @@ class Controller:
 
         Raises:
             UnknownName: the fleet has no such model.
+            ConfigError: so many, or so few, are outside of its bounds.
         """
         siblings = self._variants_of(model)
-        variants = answering(siblings)
-        least = sum(variant.bounds.min for variant in variants)
-        most = sum(variant.bounds.max for variant in variants)
-        if not least <= replicas <= most:
-            raise ConfigError(
-                f"{model}: {replicas} replicas are outside of {least}..{most}, which "
-                f"the fleet allows; change `replicas` there and deploy it"
-            )
-        left = replicas - least
-        for variant in variants:
-            more = min(left, variant.bounds.max - variant.bounds.min)
-            await self._scale(variant, variant.bounds.min + more, "asked for")
-            left -= more
+        for variant, count in shared_out(answering(siblings), replicas):
+            await self._scale(variant, count, "asked for")
         for variant in siblings:
             follows = variant.role == "prefill"
             if follows and (decision := self._autoscaler.follow(variant, siblings)):

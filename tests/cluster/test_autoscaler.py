@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.autoscaler import Autoscaler
+import pytest
+
+from cluster.autoscaler import Autoscaler, answering, shared_out
 from gateway.endpoints import ModelLoad
+from placement.errors import ConfigError
 from placement.fleet import ReplicaBounds, ScalingPolicy
 from placement.plan import Variant
 from placement.routing_policy import RoutingPolicy
@@ -128,6 +131,17 @@ def test_prefill_replicas_follow_the_decode_replicas_in_the_plans_proportion():
     assert followed.reason == "beside 6 decode replicas"
     scaler.set(reader, 4)
     assert scaler.decide(reader, 2, 0, (reader, writer)) is None
+
+
+def test_what_an_operator_asks_for_is_shared_out_to_those_that_answer():
+    reader, writer = two_roles()
+    whole = a_variant(variant="chat@c", bounds=ReplicaBounds(min=1, max=4))
+    variants = answering((reader, writer, whole))
+
+    assert [count for _, count in shared_out(variants, 7)] == [6, 1]
+    assert [count for _, count in shared_out(variants, 23)] == [20, 3]
+    with pytest.raises(ConfigError, match=r"chat: 25 replicas are outside of 1\.\.24"):
+        shared_out(variants, 25)
 
 
 def test_whole_replicas_need_nobody_beside_them():
