@@ -173,6 +173,7 @@ def test_status_has_a_column_for_roles_only_where_replicas_have_some(tmp_path):
                 load=ModelLoad(requests_total=0, in_flight=0, queued=0),
                 events=log,
                 failure="",
+                speed=None,
                 lifecycle=a_lifecycle(log),
                 now_s=130.0,
             )
