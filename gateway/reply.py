@@ -14,6 +14,7 @@ _NOT_FORWARDED = frozenset(
         *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
         *(b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server"),
         *(b"set-cookie", b"x-request-id", b"x-bora-variant", b"x-bora-endpoint"),
+        b"x-bora-prefill-endpoint",
     )
 )
 _UNSAFE_IN_HEADER = re.compile(r"[^\x21-\x7e]")
