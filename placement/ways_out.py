@@ -48,7 +48,7 @@ def _more_nodes(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) ->
     for pool in inventory.pools:
 
         def cost(nodes: int, pool: Pool = pool) -> float | None:
-            larger = pool.model_copy(update={"nodes": pool.nodes + nodes, "node_names": None})
+            larger = pool.with_more_nodes(nodes)
             pools = tuple(larger if each.name == pool.name else each for each in inventory.pools)
             return _cost(fleet, inventory.model_copy(update={"pools": pools}), catalogue)
 
