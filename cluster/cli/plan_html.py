@@ -25,17 +25,24 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10
   padding: 8px 14px; min-width: 90px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; }
 .scroll { overflow-x: auto; } svg { display: block; max-width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--line); }
-th, td { padding: 6px 14px 6px 0; vertical-align: top; white-space: nowrap; }
+th, td { padding: 6px 12px 6px 0; vertical-align: top; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td { border-bottom: 1px solid var(--line); }
 .words td { white-space: normal; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
-.use { display: inline-block; width: 70px; height: 8px; border-radius: 4px; background: var(--empty);
+th:last-child, td:last-child { padding-right: 0; }
+.use { display: inline-block; width: 44px; height: 8px; border-radius: 4px; background: var(--empty);
   overflow: hidden; margin-right: 8px; } .use i { display: block; height: 100%; background: #1f77b4; }
 ul { padding-left: 20px; }
 """
+
+
+_HOW_TO_READ = (
+    "A box is a node, a bar in it the memory of a GPU. Bars that are joined are one replica; "
+    "point at one for its numbers."
+)
 
 
 def plan_html(
@@ -56,6 +63,7 @@ def plan_html(
         *_head(plan),
         *_unmet(plan),
         "<h2>GPUs</h2>",
+        f'<p class="quiet">{_HOW_TO_READ}</p>',
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="GPUs by node">{picture}</svg>',
         *_variants(plan),
         *([] if moved is None else _changes(moved)),
@@ -77,11 +85,12 @@ def _head(plan: Plan) -> Iterator[str]:
     yield _tile(f"{100 * (1 - fullest):.0f} %", "least headroom")
     yield _tile(f"{100 * plan.gap:.2f} %", "gap to the best")
     if plan.robustness is not None:
-        told = "holds" if plan.robustness.holds else "falls short"
-        yield _tile(told, "if 15 % slower")
+        holds = plan.robustness.holds
+        yield _tile("holds" if holds else "falls short", "if 15 % slower", bad=not holds)
     yield "</div>"
     if plan.node_loss is not None:
-        yield f'<p class="quiet">{escape(plan.node_loss.in_words)}.</p>'
+        words = plan.node_loss.in_words
+        yield f'<p class="quiet">{escape(words[:1].upper() + words[1:])}.</p>'
     if plan.robustness is not None and plan.robustness.short:
         short = escape(", ".join(plan.robustness.short))
         dearer = plan.robustness.objective_to_hold
@@ -89,9 +98,11 @@ def _head(plan: Plan) -> Iterator[str]:
         yield f'<p class="quiet">Short if engines are slower than predicted: {short}{more}.</p>'
 
 
-def _tile(value: str, label: str) -> str:
+def _tile(value: str, label: str, *, bad: bool = False) -> str:
+    tone = ' class="bad"' if bad else ""
     return (
-        f'<div class="tile"><b>{escape(value)}</b><span class="quiet">{escape(label)}</span></div>'
+        f'<div class="tile"><b{tone}>{escape(value)}</b>'
+        f'<span class="quiet">{escape(label)}</span></div>'
     )
 
 
