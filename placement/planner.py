@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
@@ -11,7 +11,7 @@ from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import node_groups
 from placement.node_loss import Lost, losses, node_loss
-from placement.options import find_options
+from placement.options import find_options, price_of
 from placement.plan import Plan, Robustness, Unmet, Variant
 from placement.problem import MET, score
 from placement.question import Question, make_question
@@ -74,10 +74,19 @@ def make_plan(
         variants=tuple(each.model_copy(update=cache) for each in variants),
         unmet=tuple(unmet),
         rejected=(*(entry for each in found for entry in each.rejected), *question.dominated),
+        unpriced=_unpriced(variants, inventory, catalogue),
         robustness=solution.robustness,
         node_loss=node_loss(variants, inventory, demands),
         gateway=fleet.gateway,
     )
+
+
+def _unpriced(
+    variants: Sequence[Variant], inventory: Inventory, catalogue: Catalogue
+) -> tuple[str, ...]:
+    used = {pool for variant in variants if variant.replicas for pool in variant.pools}
+    unknown = {pool.name for pool in inventory.pools if price_of(pool, catalogue) is None}
+    return tuple(sorted(used & unknown))
 
 
 @dataclass(frozen=True, slots=True)

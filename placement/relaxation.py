@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.candidate import GIB, Candidate, Device
 from placement.candidates import longest_request, with_context_that_fits
+from placement.easing import Easing
 from placement.fleet import FleetModel, Objective
 from placement.kv_cache import longest_context
 from placement.legality import first_rejection
 from placement.memory import kv_layout, memory_use
-from placement.option import SPEED_ERROR, Option, Part, carried, with_less_memory
+from placement.missing_room import Free, MissingRoom, places_for, room_for, wanted_replicas
+from placement.option import SPEED_ERROR, Option, carried, with_less_memory
 from placement.options import Options
-from placement.packing import Places
 from placement.performance import replica_speed
 from placement.plan import Rejection, Unmet
 from placement.slower_level import Slower
 from placement.weight_bytes import GGUF_BITS
 
-Free = Mapping[int, Places]  # what others leave, by group of nodes
 _MOST_GIB = 2048  # that a GPU is thought to have
 
 _ANY = "allow another precision (`precision: any`)"
@@ -55,15 +53,17 @@ def nothing_legal(
             model=model,
             constraint=f"{rejection.rule}: {rejection.reason}" if rejection else "no checkpoints",
             cheapest_relaxation=_LLAMACPP.get(rule, _ANY),
+            easing=Easing(any_precision=rule not in _LLAMACPP),
         )
     candidate, rejection = closest
     shape = f"{candidate.checkpoint.precision} on {candidate.num_ranks} x"
+    trial = _Trial(options.wish, replicas, certain=certain)
+    way, easing = _for_rule(candidate, rejection.rule, trial)
     return Unmet(
         model=model,
         constraint=f"{rejection.rule}: {shape} {candidate.device.gpu.name}: {rejection.reason}",
-        cheapest_relaxation=_for_rule(
-            candidate, rejection.rule, _Trial(options.wish, replicas, certain=certain)
-        ),
+        cheapest_relaxation=way,
+        easing=easing,
     )
 
 
@@ -82,18 +82,21 @@ def too_slow(fastest: Option, slower: Slower, options: Options, free: Free) -> U
     """Even one request alone is slower than the service level; `slower`: one that could be had."""
     level = slower.level.model_dump(exclude_none=True)
     eased = " and ".join(f"{name} {value:g}" for name, value in reversed(level.items()))
-    ways = [f"a slo of {eased}", *room_for(slower.option, options, free)]
+    room = room_for(slower.option, options, free)
+    ways = [f"a slo of {eased}", *room.in_words]
     return Unmet(
         model=options.wish.name,
         constraint=f"one request alone misses {fastest.capacity.broken_promise} on "
         f"{_on(fastest)}, the fastest",
         cheapest_relaxation=f"{', with '.join(ways)}, or faster GPUs",
+        easing=Easing(slo=slower.level, max_replicas=room.max_replicas, more_nodes=room.more_nodes),
     )
 
 
 def out_of_room(option: Option, options: Options, free: Free) -> Unmet:
     """The demand needs more replicas than `replicas.max`, or more GPUs than others leave."""
     wish, replicas = options.wish, wanted_replicas(option, options)
+    room = room_for(option, options, free)
     if replicas > wish.replicas.max:
         rate = wish.demand.requests_per_s if wish.demand else 0.0
         broken = option.capacity.broken_promise
@@ -111,43 +114,13 @@ def out_of_room(option: Option, options: Options, free: Free) -> Unmet:
     return Unmet(
         model=wish.name,
         constraint=constraint,
-        cheapest_relaxation=", with ".join(room_for(option, options, free)),
+        cheapest_relaxation=", with ".join(room.in_words),
+        easing=Easing(max_replicas=room.max_replicas, more_nodes=room.more_nodes),
     )
 
 
-def wanted_replicas(option: Option, options: Options) -> int:
-    """For the demand and `replicas.min`, whatever `replicas.max` says."""
-    return max(1, options.wish.replicas.min, option.replicas_needed)
-
-
-def places_for(option: Option, free: Free) -> int:
-    """Replicas for which there is room."""
-    alike = Counter((part.group, part.gpus) for part in option.parts)
-    return min(free[group].room(gpus) // parts for (group, gpus), parts in alike.items())
-
-
-def missing_gpus(option: Option, replicas: int, free: Free) -> list[tuple[Part, int]]:
-    """How many GPUs so many replicas are short of, for each kind of part that they have."""
-    alike = Counter((part.group, part.gpus) for part in option.parts)
-    kinds = {(part.group, part.gpus): part for part in option.parts}
-    short = {kind: replicas * parts - free[kind[0]].room(kind[1]) for kind, parts in alike.items()}
-    return [(kinds[kind], count * kind[1]) for kind, count in short.items() if count > 0]
-
-
-def room_for(option: Option, options: Options, free: Free) -> list[str]:
-    """What must change so that `option` has its replicas: their limit, and more GPUs."""
-    replicas, ways = wanted_replicas(option, options), []
-    if replicas > options.wish.replicas.max:
-        ways.append(f"replicas.max: {replicas}")
-    ways += [
-        f"{gpus} more GPUs in pool {part.pool.name}, {part.gpus} to a node"
-        for part, gpus in missing_gpus(option, replicas, free)
-    ]
-    return ways
-
-
 def too_much_on_spot(
-    options: Options, *, firm_rate: float, firm: float, more: Sequence[str] = ()
+    options: Options, *, firm_rate: float, firm: float, more: MissingRoom | None = None
 ) -> Unmet:
     """Nodes that cannot be taken away carry less than `max_spot_share` leaves to them.
 
@@ -156,12 +129,16 @@ def too_much_on_spot(
     wish = options.wish
     rate = wish.demand.requests_per_s if wish.demand else firm_rate
     share = math.ceil(100 * (1 - firm / rate)) / 100
+    room = more or MissingRoom(None, ())
     return Unmet(
         model=wish.name,
         constraint=f"{firm_rate:.3g} requests/s must not depend on spot nodes; the others carry "
         f"{firm:.3g}",
-        cheapest_relaxation=", with ".join([f"max_spot_share: {share:g}", *more])
+        cheapest_relaxation=", with ".join([f"max_spot_share: {share:g}", *room.in_words])
         + ", or more nodes that are not spot",
+        easing=Easing(
+            max_spot_share=share, max_replicas=room.max_replicas, more_nodes=room.more_nodes
+        ),
     )
 
 
@@ -174,6 +151,7 @@ def too_little_after_a_loss(node: str, left: float, wanted: float, options: Opti
         constraint=f"the loss of node {node} leaves {told}",
         cheapest_relaxation=f"replicas.max above {wish.replicas.max}, one more node, or "
         "carry_node_loss: false",
+        easing=Easing(forgo_node_loss=True),
     )
 
 
@@ -209,14 +187,14 @@ class _Trial:
         return found.concurrency > 0 and self.replicas * found.requests_per_s * slower >= rate
 
 
-def _for_rule(candidate: Candidate, rule: str, trial: _Trial) -> str:
+def _for_rule(candidate: Candidate, rule: str, trial: _Trial) -> tuple[str, Easing]:
     """The way out of a rejection; the general one where the rule itself says what to change."""
     precision = candidate.checkpoint.precision
     ranks = candidate.tensor_parallel_size
     if precision in GGUF_BITS:
         rule = "engine-has-no-loader"
     if rule == "weights-exceed-memory":
-        return _more_memory(candidate, trial)
+        return _more_memory(candidate, trial), Easing()
     if rule == "kv-cache-below-one-request":
         return _shorter_context(candidate, trial)
     ways = {
@@ -232,7 +210,11 @@ def _for_rule(candidate: Candidate, rule: str, trial: _Trial) -> str:
         "gpu-memory-unknown": "memory_gib_per_gpu in the inventory",
         "dtype-not-supported": "dtype: auto",
     }
-    return ways.get(rule, f"another tensor_parallel_size than {ranks}")
+    if rule in ways and rule != "tensor-parallel-exceeds-node":
+        return ways[rule], Easing()
+    asked = trial.wish.tensor_parallel_size is not None
+    words = ways.get(rule, f"another tensor_parallel_size than {ranks}")
+    return words, Easing(any_tensor_size=asked)
 
 
 def _more_memory(candidate: Candidate, trial: _Trial) -> str:
@@ -276,15 +258,15 @@ def _with_memory(candidate: Candidate, wish: FleetModel, gib: float) -> Candidat
     return with_context_that_fits(found, at_least=longest_request(wish))
 
 
-def _shorter_context(candidate: Candidate, trial: _Trial) -> str:
+def _shorter_context(candidate: Candidate, trial: _Trial) -> tuple[str, Easing]:
     available = memory_use(candidate).per_gpu.kv_cache_bytes if candidate.device.memory_bytes else 0
     fits = longest_context(
         kv_layout(candidate), available_bytes=available, at_most=candidate.max_model_len
     )
     shorter = replace(candidate, max_model_len=max(fits, 1))
     if fits >= _usual_request(trial.wish) and trial.passes(shorter):
-        return f"max_model_len: {fits}"
-    return _more_memory(candidate, trial)
+        return f"max_model_len: {fits}", Easing(max_model_len=fits)
+    return _more_memory(candidate, trial), Easing()
 
 
 def _usual_request(wish: FleetModel) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate, device_of
 from placement.fleet import FleetSpec
+from placement.missing_room import Free, missing_gpus, places_for, room_for, wanted_replicas
 from placement.option import Option
 from placement.options import Options, furthest
 from placement.packing import Places
@@ -19,16 +20,11 @@ from placement.plan import Unmet
 from placement.problem import MET
 from placement.question import Question
 from placement.relaxation import (
-    Free,
-    missing_gpus,
     no_memory_to_spare,
     nothing_legal,
     out_of_room,
-    places_for,
-    room_for,
     too_much_on_spot,
     too_slow,
-    wanted_replicas,
 )
 from placement.slower_level import Slower, slower_level
 

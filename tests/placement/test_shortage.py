@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from placement.explain import explain
 from placement.fleet import Demand, FleetModel, FleetSpec, Objective, ReplicaBounds, TokenLengths
 from placement.inventory import Inventory, Pool
 from placement.plan import Plan
@@ -145,3 +146,30 @@ def test_a_limit_that_is_reached_with_small_replicas_is_not_told_to_be_lowered()
     for entry in plan.unmet:
         limit = re.match(r"replicas\.max: (\d+)", entry.cheapest_relaxation)
         assert limit is None or int(limit[1]) > 3
+
+
+def test_what_each_model_lacks_is_a_way_out_together() -> None:
+    """Nothing alone helps: one has no such checkpoint, another too few GPUs, a third is too slow."""
+    wishes = (
+        a_chat(1, name="a", precision=("nvfp4",)),
+        a_chat(60, name="b", tensor_parallel_size=1),
+        a_chat(1, name="c", slo=STRICT),
+    )
+    fleet, inventory = a_fleet(*wishes), an_inventory(a_pool("l4", "L4", gpus_per_node=2))
+    plan = make_plan(fleet, inventory, CATALOGUE)
+
+    (way,) = explain(fleet, inventory, CATALOGUE, plan).ways_out
+
+    assert "precision any of a" in way.change
+    assert "of c" in way.change
+    assert "in pool l4" in way.change
+
+
+def test_a_price_that_nobody_knows_is_told_and_does_not_depend_on_other_pools() -> None:
+    wish = a_chat(1, pools=("l4",))
+    alone = planned(wish, pools=(a_pool("l4", "L4"),))
+    beside = planned(wish, pools=(a_pool("l4", "L4"), a_pool("h100")))
+
+    assert alone.unpriced == beside.unpriced == ("l4",)
+    assert 0 < alone.cost_per_hour == beside.cost_per_hour
+    assert not planned(wish, pools=(a_pool("l4", "L4", price_per_gpu_hour=0.7),)).unpriced
