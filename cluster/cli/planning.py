@@ -142,6 +142,8 @@ def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Pl
                 f"{_place_of_model(fleet, spec, wish.name)}: {error}{_where_known(error)}"
             )
     problems += _unknown_names(fleet, spec, offered, catalogue)
+    if not problems:
+        problems = _impossible_wishes(fleet, spec, catalogue)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     started_s = time.perf_counter()
@@ -205,6 +207,27 @@ def _unknown_names(
                 problems.append(f"{where}: {UnknownName('pool', pool, pools)}")
         if model.simulate_gpu and (problem := _unknown_gpu(model.simulate_gpu, catalogue)):
             problems.append(f"{place(fleet, 'models', index, 'simulate_gpu')}: {problem}")
+    return problems
+
+
+def _impossible_wishes(fleet: Path, spec: FleetSpec, catalogue: Catalogue) -> list[str]:
+    """A line for each wish that its model fulfils on no GPU whatever."""
+    problems = []
+    for index, wish in enumerate(spec.models):
+        model = catalogue.model(wish.model)
+        if wish.max_model_len is not None and wish.max_model_len > model.context:
+            where = place(fleet, "models", index, "max_model_len")
+            problems.append(
+                f"{where}: {wish.max_model_len} is more than the context of {model.name}; "
+                f"give {model.context} or less"
+            )
+        have = sorted({checkpoint.precision for checkpoint in model.checkpoints})
+        if wish.precision != "any" and not set(wish.precision) & set(have):
+            where = place(fleet, "models", index, "precision")
+            problems.append(
+                f"{where}: {model.name} has no checkpoint in {', '.join(wish.precision)}; "
+                f"known: {', '.join(have)}"
+            )
     return problems
 
 

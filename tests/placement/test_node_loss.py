@@ -172,3 +172,13 @@ def test_all_of_a_replica_is_lost_with_one_of_its_nodes() -> None:
 
     assert loss.share == pytest.approx(0.0)
     assert loss.restart_s is None
+
+
+def test_two_replicas_are_apart_though_another_model_fills_the_nodes() -> None:
+    many = a_chat(0.1, name="a", replicas=ReplicaBounds(min=10, max=10), tensor_parallel_size=1)
+    few = a_chat(0.1, name="b", replicas=ReplicaBounds(min=2, max=2), tensor_parallel_size=1)
+
+    plan = planned(many, few, pools=(pool(),))
+
+    (variant,) = [each for each in plan.variants if each.model == "b"]
+    assert len({replica[0].node for replica in variant.placement}) == 2
