@@ -177,9 +177,19 @@ def _with_room_for_a_loss(
 
 
 def _doubled(question: Question) -> Question:
-    """The question in which every model that must run has two replicas: no loss is carried by less."""
+    """The question in which every model that must run has two replicas, and enough without a node.
+
+    No loss is carried by less; should replicas not lie evenly on nodes, more is needed.
+    """
     needs = tuple(
-        replace(need, least=max(need.least, min(2, need.most))) if need.least else need
+        replace(
+            need,
+            least=max(need.least, min(2, need.most)),
+            rate_after_loss=need.rate,
+            replicas_after_loss=0 if need.rate > 0 else min(1, need.most - 1),
+        )
+        if need.least
+        else need
         for need in question.problem.needs
     )
     return replace(question, problem=replace(question.problem, needs=needs))

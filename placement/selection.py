@@ -68,6 +68,10 @@ def _what_is_met(problem: Problem, counts: Sequence[int], model: int) -> Need:
         rate=min(need.rate, rate),
         firm_rate=min(need.firm_rate, firm),
         least=min(need.least, problem.replicas(counts, model)),
+        rate_after_loss=min(need.rate_after_loss, problem.after_loss(counts, model)),
+        replicas_after_loss=min(
+            need.replicas_after_loss, int(problem.after_loss(counts, model, replicas=True) + 1e-6)
+        ),
     )
 
 

@@ -24,7 +24,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10
 .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   padding: 8px 14px; min-width: 90px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; }
-.scroll { overflow-x: auto; } svg { display: block; max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; } svg { display: block; width: 100%; min-width: 800px; max-width: 1120px; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--line); }
 th, td { padding: 6px 12px 6px 0; vertical-align: top; white-space: nowrap; }
@@ -64,7 +64,9 @@ def plan_html(
         *_unmet(plan),
         "<h2>GPUs</h2>",
         f'<p class="quiet">{_HOW_TO_READ}</p>',
+        '<div class="scroll">',
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="GPUs by node">{picture}</svg>',
+        "</div>",
         *_variants(plan),
         *([] if moved is None else _changes(moved)),
         *([] if explanation is None else _reasons(explanation, plan.currency)),

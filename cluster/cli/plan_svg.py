@@ -144,11 +144,11 @@ def _pool(
     names = pool.names()
     used = sum(len(replica.gpus) for name in names for replica in by_node.get(name, ()))
     nodes = "node" if pool.nodes == 1 else "nodes"
-    head = f"{pool.name}: {pool.nodes} {nodes} of {pool.gpus_per_node} x {pool.gpu}"
+    head = f"{pool.name}: {pool.nodes:,} {nodes} of {pool.gpus_per_node} x {pool.gpu}"
     parts = [
         _text(0, top + 18, head, size=15, bold=True),
         _text(
-            WIDTH, top + 18, f"{used} of {pool.nodes * pool.gpus_per_node} used", size=13,
+            WIDTH, top + 18, f"{used:,} of {pool.nodes * pool.gpus_per_node:,} used", size=13,
             quiet=True, end=True,
         ),
     ]  # fmt: skip

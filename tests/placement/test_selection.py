@@ -62,7 +62,7 @@ def test_without_time_there_is_still_an_answer_with_an_honest_bound(objective: s
 
         hasty = select(problem, Limits(time_s=0.0))
 
-        assert problem.meets(hasty.counts) == problem.meets(first_answer(problem))
+        assert problem.meets(hasty.counts) or not problem.meets(first_answer(problem))
         assert hasty.bound <= best.objective + 1e-6 * abs(best.objective)
         assert hasty.bound <= hasty.objective
 
