@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from placement.catalogue import Catalogue
@@ -16,6 +17,7 @@ from placement.planner import make_plan
 MOST_NODES = 64  # that are tried to be added to a pool
 _LIMITS = Limits(time_s=5.0)
 _ROUNDS = 4
+_HALVINGS = 3  # between two of those
 _EASIER = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
@@ -109,14 +111,37 @@ def _easier_models(
     if any(wish.slo != Objective() for wish in wishes):
         tries.append(("a service level {factor:g} times as slow for " + names, _slower))
     if any(wish.demand is not None for wish in wishes):
-        tries.append(("{share:.0f} % of the demand of " + names, _less_demand))
+        tries.append(("{share} % of the demand of " + names, _less_demand))
     for words, change in tries:
-        for factor in _EASIER:
-            price = cost(lambda wish, change=change, factor=factor: change(wish, factor))  # type: ignore[misc]
-            if price is not None:
-                told = words.format(factor=factor, share=100 / factor)
-                yield WayOut(change=told, cost_per_hour=price)
-                break
+        found = _least_factor(
+            lambda factor, change=change: cost(lambda wish: change(wish, factor))  # type: ignore[misc]
+        )
+        if found is not None:
+            factor, price = found
+            told = words.format(factor=factor, share=math.floor(100 / factor))
+            yield WayOut(change=told, cost_per_hour=price)
+
+
+def _least_factor(cost: Callable[[float], float | None]) -> tuple[float, float] | None:
+    """The least factor that works, to some percent, and the cost then; None: not even the largest."""
+    below = 1.0
+    for factor in _EASIER:
+        price = cost(factor)
+        if price is not None:
+            break
+        below = factor
+    else:
+        return None
+    for _ in range(_HALVINGS):
+        middle = math.ceil(100 * math.sqrt(below * factor)) / 100
+        if middle >= factor:
+            break
+        less = cost(middle)
+        if less is None:
+            below = middle
+        else:
+            factor, price = middle, less
+    return factor, price
 
 
 def _more_replicas(wish: FleetModel, factor: float) -> FleetModel:
