@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from cluster.host_state import HostState
+from cluster.priority import VARIABLE as PRIORITY
 from placement.mismatch import GIB, Mismatch
 from placement.node_facts import NodeFacts
 from placement.spec import Spec
@@ -171,7 +172,8 @@ def _speeds(facts: NodeFacts) -> Check:
 
 
 def _state_checks(host: str, state: HostState) -> list[Check]:
-    return [_models(host, state), _clock(host, state), *_limits(host, state), *_ports(host, state)]
+    rows = [_models(host, state), _clock(host, state), _priority(host, state)]
+    return [*rows, *_limits(host, state), *_ports(host, state)]
 
 
 def _models(host: str, state: HostState) -> Check:
@@ -201,6 +203,12 @@ def _clock(host: str, state: HostState) -> Check:
         return Check(host=host, check="clock", status="ok", found="synchronized")
     cure = "`timedatectl set-ntp true`, or run chrony"
     return Check(host=host, check="clock", status="warning", found="not synchronized", cure=cure)
+
+
+def _priority(host: str, state: HostState) -> Check:
+    found = f"processes of bora run at nice {state.niceness}"
+    cure = f"start Ray there with {PRIORITY}=0, and not under `nice`: engines inherit it"
+    return _limit(host, "priority", found, cure if state.niceness > 0 else "")
 
 
 def _limits(host: str, state: HostState) -> list[Check]:

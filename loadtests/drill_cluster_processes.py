@@ -61,6 +61,7 @@ class DrillCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # as on bora's own clusters
             **{f"RAY_health_check_{name}": value for name, value in _HEALTH.items()},
             **(env or {}),
         }

@@ -63,6 +63,7 @@ def test_a_sound_host_passes_every_check():
         (a_node(), a_state(clock_synchronized=False), "clock", "warning", "not synchronized"),
         (a_node(), a_state(shared_memory_bytes=64 * 2**20), "shared memory", "warning", "0.1 GiB"),
         (a_node(), a_state(open_files=1024), "open files", "warning", "1024"),
+        (a_node(), a_state(niceness=15), "priority", "warning", "nice 15"),
         (a_node(), a_state(ports_in_use=(8000,)), "ports", "failed", "8000"),
         (
             a_node(measured={"device": "cuda", "ranks": 0, "took_s": 0, "problem": "it hangs"}),
