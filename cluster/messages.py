@@ -62,6 +62,7 @@ class ReplicaReport(Spec):
     weights_bytes: int | None = None
     adapters: Mapping[str, str] = Field(default_factory=dict)  # loaded: name, and the engine's name
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)  # why others are not
+    adapter_stages: Mapping[str, str] = Field(default_factory=dict)  # how far those are that come
     expert_balance: float | None = None  # mean load of ranks over the largest, 0..1
 
 
@@ -87,6 +88,7 @@ class ReplicaStatus(Spec):
     weights_bytes: int | None
     adapters: Mapping[str, str] = Field(default_factory=dict)
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)
+    adapter_stages: Mapping[str, str] = Field(default_factory=dict)
     expert_balance: float | None = None
 
 

@@ -197,8 +197,12 @@ def _adapter_row(variant: VariantStatus, name: str, source: str) -> tuple[Render
     serving = [each for each in variant.replicas if each.state == "ready"]
     loaded = sum(name in each.adapters for each in serving)
     whys = [each.adapter_failures[name] for each in serving if name in each.adapter_failures]
+    stages = [f"{each.adapter_stages[name]} on {each.node}"
+              for each in variant.replicas if name in each.adapter_stages]  # fmt: skip
     state = Text("loaded", style="green")
-    if whys:
+    if stages:
+        state = Text(stages[0], style="yellow")
+    elif whys:
         state = Text(f"not loaded: {whys[0]}", style="red")
     elif loaded < len(serving) or not serving:
         state = Text("loading", style="yellow")
