@@ -38,10 +38,13 @@ from cluster.messages import (
     EventKind,
     EventList,
     FleetStatus,
+    LogPart,
+    LogQuery,
     NodeList,
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.node_logs import NodeLogs
 from cluster.pace import Pace
 from cluster.publishing import Publisher
 from cluster.ray_fetch import RayFetch
@@ -88,6 +91,7 @@ class Controller:
         self._paces = (Pace("scaling"), Pace("census"), Pace("delay"))
         self._events = EventLog(self._run_dir / EVENTS_FILE)
         self._weights = WeightEvents(self._events)
+        self._node_logs = NodeLogs(self._run_dir / "logs")
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
@@ -288,6 +292,10 @@ class Controller:
     def events(self, after: int) -> EventList:
         """What happened since the event with this number."""
         return EventList(events=self._events.after(after))
+
+    async def logs(self, query: LogQuery) -> LogPart:
+        """A part of a log, from the node that it lies on."""
+        return await self._node_logs.read(query)
 
     async def plan(self) -> Plan | None:
         """What the cluster serves."""

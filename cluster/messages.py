@@ -139,6 +139,25 @@ class EventList(Spec):
     events: tuple[Event, ...]
 
 
+class LogQuery(Spec):
+    """POST /v1/logs: a part of a log of bora's that lies on a node."""
+
+    node_id: str  # Ray's
+    file: str
+    offset: int | None = None  # whole lines from this byte on; None: the last `lines`
+    lines: int = Field(default=100, ge=1, le=100_000)
+    partial: bool = False  # the last line counts though its end is missing
+
+
+class LogPart(Spec):
+    """Its answer. `offset`: where the next part begins."""
+
+    lines: tuple[str, ...] = ()
+    offset: int = 0
+    missing: bool = False  # there is no such file, or not yet
+    problem: str = ""  # why the node does not tell
+
+
 class NodeList(Spec):
     """GET /v1/nodes."""
 
