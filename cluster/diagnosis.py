@@ -13,11 +13,13 @@ from placement.spec import Spec
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 # What a mismatch is about, where `bora doctor` has a row for it.
-_ROWS = {
+ROWS = {
     "gpu-count": "GPUs", "gpu-type": "GPUs", "gpu-memory": "GPUs", "gpu-unusable": "GPUs",
     "mig-on": "GPUs", "ecc-errors": "GPUs", "ecc-off": "GPUs", "pcie-width": "GPUs",
     "nvlink-missing": "P2P", "p2p-unavailable": "P2P", "p2p-wrong-copies": "P2P",
     "link-slow": "P2P", "host-memory": "memory", "disk-too-small": "disk",
+    "gpu-memory-taken": "GPUs", "gpu-memory-slow": "GPUs", "host-copies-slow": "GPUs",
+    "compute-capability": "GPUs", "gpu-counted-twice": "GPUs", "disk-slow": "disk",
     "driver-too-old": "driver", "clock-skew": "clock", "label-wrong": "labels",
     "network-slow": "network", "version-differs": "versions", "node-missing": "node",
 }  # fmt: skip
@@ -74,7 +76,7 @@ def diagnose(
 def _of_lie(lie: Mismatch) -> Check:
     return Check(
         host=lie.host,
-        check=_ROWS.get(lie.rule, lie.rule),
+        check=ROWS.get(lie.rule, lie.rule),
         status="failed" if lie.severity == "error" else "warning",
         found=f"{lie.rule}: declared {lie.declared}; found {lie.found}",
         cure=lie.cure,
