@@ -30,7 +30,7 @@ from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gang import Site
 from cluster.gateway_host import STOP_S, gateway_actors
-from cluster.gcs_values import copy_of_head
+from cluster.gcs_values import GcsValues, copy_of_head
 from cluster.generations import GenerationKey, key_of, plan_of
 from cluster.head_copy import PLAN_FILE, HeadCopy
 from cluster.key_keeper import KeyKeeper
@@ -99,7 +99,7 @@ class Controller:
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
         self._failures: dict[GenerationKey, str] = {}
         self._deployer = Deployer(
-            Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
+            Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host), GcsValues()
         )
         self._lifecycle = Lifecycle(
             self._registry,
