@@ -76,6 +76,11 @@ def beside_gpus(variant: Variant) -> str:
     return f" + {variant.shape.host_memory_bytes / GIB:.1f} GiB host"
 
 
+def error_bar(relative: float | None) -> str:
+    """What a prediction may be wrong by."""
+    return "" if relative is None else f" ±{relative:.0%}"
+
+
 def age(seconds: float) -> str:
     """`12 s`, `5 min`, `3 h`, `2 d`."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):

@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.render import GIB, age
-from cluster.messages import FleetStatus, RankPlace, ReplicaStatus, VariantStatus
+from cluster.cli.render import GIB, age, error_bar
+from cluster.messages import FleetStatus, RankPlace, ReplicaStatus, SpeedStatus, VariantStatus
 
 MOST_REPLICAS = 24  # beyond that only those are listed that do not serve, unless all are asked for
 _MOST_NODES = 3
@@ -32,8 +32,8 @@ def status_page(
         parts += [Text(), _variants(status.variants)]
     title, replicas = _replicas(status.variants, every_replica=every_replica)
     parts += [Text(), Text(title)] if title else []
-    tables = (replicas, _adapters(status.variants), _last_events(status.variants, now_s))
-    for table in tables:
+    tables = (replicas, _adapters(status.variants), _speeds(status.variants))
+    for table in (*tables, _last_events(status.variants, now_s)):
         parts += [Text(), table] if table.row_count else []
     remarks = [line for variant in status.variants for line in _remarks(variant)]
     failures = [line for variant in status.variants for line in _failures(variant)]
@@ -191,6 +191,27 @@ def _adapter_row(variant: VariantStatus, name: str, source: str) -> tuple[Render
     elif loaded < len(serving) or not serving:
         state = Text("loading", style="yellow")
     return (Text(f"{name} of {variant.model}"), f"{loaded}/{len(serving)}", state, Text(source))
+
+
+def _speeds(variants: Iterable[VariantStatus]) -> Table:
+    """Planned and actual, of those that were compared or told why not."""
+    table = _table("variant", "speed plan / actual", wraps=("variant", "speed plan / actual"))
+    for variant in variants:
+        if variant.speed is not None:
+            table.add_row(Text(variant.variant), Text(_speed(variant.speed)))
+    return table
+
+
+def _speed(speed: SpeedStatus) -> str:
+    """For the load of the newest window that counted."""
+    last = speed.last
+    if last is None:
+        return f"not compared: {speed.not_counted}"
+    return (
+        f"TPOT {last.predicted_tpot_ms:.3g}{error_bar(last.tpot_error)} / "
+        f"{last.observed_tpot_ms:.3g} ms, TTFT {last.predicted_ttft_s:.2g}"
+        f"{error_bar(last.ttft_error)} / {last.observed_ttft_s:.2g} s"
+    )
 
 
 def _last_events(variants: Iterable[VariantStatus], now_s: float) -> Table:
