@@ -64,14 +64,17 @@ def _head(status: FleetStatus) -> Text:
     return head.append("no gateway reports", style="red")
 
 
-def _variants(variants: Iterable[VariantStatus]) -> Table:
+def _variants(variants: Sequence[VariantStatus]) -> Table:
+    """With their roles, where some have one."""
+    roles = ("role",) if any(variant.role != "whole" for variant in variants) else ()
     table = _table(
-        "variant", "ready", "state", "GPUs", "GiB/GPU", "KV tokens", "flight+queue",
+        "variant", *roles, "ready", "state", "GPUs", "GiB/GPU", "KV tokens", "flight+queue",
         wraps=("variant", "GPUs"),
     )  # fmt: skip
     for variant in variants:
         table.add_row(
             Text(variant.variant),
+            *(variant.role for _ in roles),
             f"{variant.ready}/{variant.wanted}",
             _state(variant),
             Text(_where(variant)),
