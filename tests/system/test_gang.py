@@ -170,8 +170,8 @@ def test_without_a_second_node_the_replica_waits_and_says_why(cluster: tuple[Dri
         [variant] = json.loads(ray.bora("status", "--json"))["variants"]
         return str(variant["waiting"])
 
-    said = eventually(waiting, 60, 0.5)
-    assert "on each of 2 nodes of pool sim, which has 1 such" in said
+    expected = "on each of 2 nodes of pool sim, which has 1 such"
+    eventually(lambda: expected in waiting(), 60, 0.5)  # once Ray knows that the node is dead
     assert eventually(lambda: engines(ray) == [], 40, 0.5)
 
 
