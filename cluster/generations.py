@@ -15,6 +15,9 @@ from placement.plan import Plan, Variant
 RUNNING = ("RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")
 
 
+STOPPING = "STOPPING"  # one that waits for a place may be so for minutes, and takes none
+
+
 class GenerationKey(NamedTuple):
     """Two shapes of a variant run side by side while one replaces the other."""
 

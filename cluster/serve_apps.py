@@ -23,6 +23,7 @@ from ray.serve.context import _get_global_client
 
 from cluster.gang import Site
 from cluster.generations import (
+    STOPPING,
     Deployed,
     GenerationKey,
     ServedReplica,
@@ -34,7 +35,7 @@ from cluster.generations import (
 from cluster.replica import DRAIN_TIMEOUT_S, Replica
 from placement.plan import Variant
 
-DISCARD_TIMEOUT_S = 10.0
+DISCARD_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stops
 
 _PREFIX = "bora:"  # of our applications' names
@@ -114,7 +115,7 @@ def delete(key: GenerationKey, *, wait: bool) -> None:
 
 
 def discard(key: GenerationKey) -> None:
-    """Forget a generation of which no replica runs, only some that wait for a place. Blocks.
+    """Forget a generation of which no replica runs, only some that wait for a place. Blocks, briefly.
 
     Serve asks those to stop, which an actor hears only once it has a place: so they are ended here,
     after Serve has begun to, since it would start others before.
@@ -125,7 +126,7 @@ def discard(key: GenerationKey) -> None:
     while (left := deployed().get(key)) and time.monotonic() < deadline:
         for replica in left.replicas:
             name = ReplicaID(unique_id=replica.replica, deployment_id=deployment).to_full_id_str()
-            if replica.state == "STOPPING":
+            if replica.state == STOPPING:
                 with contextlib.suppress(ValueError):  # gone already
                     ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
         time.sleep(0.1)
