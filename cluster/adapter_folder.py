@@ -1,46 +1,57 @@
-"""Where a LoRA adapter's files are on this node."""
+"""Where a LoRA adapter's files are on this node: in a folder of its own, or in the model cache."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from cluster.errors import AdapterFailed
+from cluster import weights
+from cluster.errors import AdapterFailed, WeightsMissing
+from cluster.model_cache import Wanted, silent
+from cluster.weight_files import ADAPTER_CONFIG
+from placement.model_cache import ModelCacheSpec
 
-CONFIG = "adapter_config.json"
-_FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin", "new_embeddings.safetensors")
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-async def locate_adapter(source: str) -> Path:
-    """The adapter's folder; a Hugging Face repository is downloaded first.
+async def locate_adapter(
+    source: str, cache: ModelCacheSpec, log: Path, tell: Callable[[str], None] = silent
+) -> Path:
+    """The adapter's folder; one of a Hugging Face repository comes as weights do (`weights.fetch`).
 
     Raises:
         AdapterFailed: there is none, or it is not an adapter.
     """
-    return await asyncio.to_thread(_located, source)
+    folder = await asyncio.to_thread(_folder, source)
+    if folder is None:
+        wanted = adapter_repo(source)
+        if wanted is None:
+            raise AdapterFailed(f"{source}: no such folder on this node")
+        try:
+            return await weights.fetch(wanted, cache, log, tell)
+        except WeightsMissing as error:
+            raise AdapterFailed(f"{source}: {error}") from error
+    return folder
 
 
-def _located(source: str) -> Path:
+def adapter_repo(source: str) -> Wanted | None:
+    """What `source` means on a hub: REPO or REPO@REVISION; None: it can only be a folder."""
+    repo, _, revision = source.partition("@")
+    if not _REPO.fullmatch(repo):
+        return None
+    return Wanted(repo, revision or "main", checkpoint_format="lora")
+
+
+def _folder(source: str) -> Path | None:
+    """The one on this node; None: there is none."""
     try:
         folder = Path(source).expanduser()
         if not folder.exists():
-            if source.startswith((".", "/", "~")) or source.count("/") != 1:
-                raise AdapterFailed(f"{source}: no such folder on this node")
-            folder = _downloaded(source)
-        if not (folder / CONFIG).is_file():
-            raise AdapterFailed(f"{source}: no {CONFIG} there, so it is no LoRA adapter")
+            return None
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise AdapterFailed(f"{source}: no {ADAPTER_CONFIG} there, so it is no LoRA adapter")
         return folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home (~name)
         raise AdapterFailed(f"{source}: cannot be read: {error}") from error
-
-
-def _downloaded(repo: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
-
-    transport: type[Exception] = HfHubHTTPError.__bases__[0]  # the HTTP library's errors
-    try:
-        return Path(snapshot_download(repo, allow_patterns=list(_FILES)))
-    except (OSError, ValueError, transport) as error:  # ValueError: no name of a repository
-        first = str(error).strip().partition("\n")[0]
-        raise AdapterFailed(f"{repo}: cannot be downloaded: {first}") from error

@@ -28,24 +28,33 @@ class AdapterEngine(Protocol):
         ...
 
 
+class Locate(Protocol):
+    """Brings an adapter's folder to this node."""
+
+    async def __call__(self, source: str, tell: Callable[[str], None]) -> Path:
+        """The folder; `tell` is given how far it is, empty: it does nothing. `AdapterFailed`."""
+        ...
+
+
 class Adapters:
     """`loaded` is what may be routed to: names, and the engine's name of each.
 
     The engine's name is the same, but while one source replaces another, both are loaded and the new
     one gets a name of its own: so nobody's answer changes in the middle. `failures`: why those that
-    are missing do. `locate` brings an adapter's folder to this node.
+    are missing do. `stages`: how far those are that come just now.
     """
 
     def __init__(
         self,
         engine: AdapterEngine,
-        locate: Callable[[str], Awaitable[Path]],
+        locate: Locate,
         *,
         retry_s: tuple[float, float] = RETRY_S,
         unload_after_s: float = UNLOAD_AFTER_S,
     ) -> None:
         self.loaded: dict[str, str] = {}
         self.failures: dict[str, str] = {}
+        self.stages: dict[str, str] = {}
         self._engine = engine
         self._locate = locate
         self._wanted: dict[str, str] = {}
@@ -107,10 +116,18 @@ class Adapters:
         """The engine's name of `source`, which is loaded now."""
         served = self._served_name(name, source)
         if served not in self._sources:
-            folder = await self._locate(source)
+            try:
+                folder = await self._locate(source, lambda stage: self._note(name, stage))
+            finally:
+                self._note(name, "")
             await self._engine.load_adapter(served, folder)
             self._sources[served] = source
         return served
+
+    def _note(self, name: str, stage: str) -> None:
+        self.stages.pop(name, None)
+        if stage:
+            self.stages[name] = stage
 
     def _served_name(self, name: str, source: str) -> str:
         if self._sources.get(name, source) == source:

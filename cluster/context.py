@@ -15,6 +15,8 @@ from cluster.processes import is_alive
 from placement.errors import ConfigError
 from placement.spec import Spec
 
+_FILE = "context.json"
+
 
 class Context(Spec):
     """Kept in `state_dir()/context.json`, readable by its owner only: it holds the token."""
@@ -72,6 +74,21 @@ def save(context: Context) -> None:
         write_private(path, context.model_dump_json(indent=2))
 
 
+def save_where_missing(context: Context) -> bool:
+    """Write it beside its `run_dir` for commands on this host, if its disk was lost; whether it was.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path(context.run_dir).parent / _FILE
+    with _told(path):
+        if path.exists():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(path, context.model_dump_json(indent=2))
+    return True
+
+
 def find() -> Context | None:
     """The saved context, unless the `bora up` that made it has ended without taking it away.
 
@@ -124,7 +141,7 @@ def forget() -> None:
 
 
 def _path() -> Path:
-    return state_dir() / "context.json"
+    return state_dir() / _FILE
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from cluster.messages import (
     DrainRequest,
     EventList,
     FleetStatus,
+    LogPart,
+    LogQuery,
     NodeList,
     ScaleRequest,
 )
@@ -92,6 +94,10 @@ class Control(Protocol):
         """What probes found on the nodes."""
         ...
 
+    async def logs(self, query: LogQuery) -> LogPart:
+        """A part of a log, from the node that it lies on."""
+        ...
+
     @property
     def keys(self) -> KeyControl:
         """Tenants, keys and usage."""
@@ -142,6 +148,7 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
             web.get("/v1/status", _at_once(control.status)),
             web.get("/v1/nodes", _at_once(control.nodes)),
             web.get("/v1/events", _events(control)),
+            web.post("/v1/logs", _on_body(LogQuery, control.logs)),
             web.get("/v1/keys", _no_body(control.keys.list)),
             web.post("/v1/keys", _on_body(CreateKeyRequest, control.keys.create)),
             web.post("/v1/keys/revoke", _on_body(RevokeKeyRequest, control.keys.revoke)),
@@ -253,6 +260,10 @@ class ControlClient:
     def events(self, after: int = 0) -> EventList:
         """What happened since the event with this number, as far as it is kept."""
         return self._read(EventList, self._call("GET", f"/v1/events?after={after}"))
+
+    def logs(self, query: LogQuery) -> LogPart:
+        """A part of a log, from the node that it lies on."""
+        return self._read(LogPart, self._call("POST", "/v1/logs", query))
 
     def nodes(self) -> NodeList:
         """What probes found on the nodes."""

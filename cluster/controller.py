@@ -22,6 +22,7 @@ from cluster import census, serve_apps
 from cluster.adapter_events import adapter_events
 from cluster.autoscaler import Autoscaler, answering, shared_out
 from cluster.calibration_file import CALIBRATION_FILE, calibrated_catalogue
+from cluster.context import Context, save_where_missing
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.event_log import EventLog
@@ -29,7 +30,9 @@ from cluster.facts_file import FACTS_FILE
 from cluster.files import replace_text
 from cluster.gang import Site
 from cluster.gateway_host import STOP_S, gateway_actors
+from cluster.gcs_values import GcsValues, copy_of_head
 from cluster.generations import GenerationKey, key_of, plan_of
+from cluster.head_copy import PLAN_FILE, HeadCopy
 from cluster.key_keeper import KeyKeeper
 from cluster.lifecycle import Lifecycle
 from cluster.messages import (
@@ -38,10 +41,13 @@ from cluster.messages import (
     EventKind,
     EventList,
     FleetStatus,
+    LogPart,
+    LogQuery,
     NodeList,
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.node_logs import NodeLogs
 from cluster.observer import Observer
 from cluster.pace import Pace
 from cluster.publishing import Publisher
@@ -63,7 +69,6 @@ SCALE_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.5  # a census costs Serve and the controller some milliseconds each
 SETTLE_S = 3.0  # after a restart every replica has sent a heartbeat by then
 SETTLE_LONGEST_S = 30.0  # or by then, when Ray's head went down too and finds its nodes again
-PLAN_FILE = "plan.yaml"
 EVENTS_FILE = "events.jsonl"
 SHOWN_EVENTS = 200  # in a status; `bora events` has all
 
@@ -87,13 +92,14 @@ class Controller:
         self._paces = (Pace("scaling"), Pace("census"), Pace("delay"))
         self._events = EventLog(self._run_dir / EVENTS_FILE)
         self._weights = WeightEvents(self._events)
+        self._node_logs = NodeLogs(self._run_dir / "logs")
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
         self._observer = Observer(self._run_dir.parent / CALIBRATION_FILE, self._events)
         self._failures: dict[GenerationKey, str] = {}
         self._deployer = Deployer(
-            Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
+            Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host), GcsValues()
         )
         self._lifecycle = Lifecycle(
             self._registry,
@@ -105,6 +111,7 @@ class Controller:
             drain_node=census.drain_node,
             fetch=RayFetch(str(self._run_dir / "logs")),
         )
+        self._copy: HeadCopy | None = None  # only where Ray's state outlives this host
         self._recovered_s = -math.inf  # when (monotonic) this took over from one that died
         self._gateway_failure = ""
         self._loops: list[asyncio.Task[None]] = []
@@ -121,7 +128,8 @@ class Controller:
                 await asyncio.to_thread(serve_apps.start)
                 await self._recover()
                 await serve_control_api(self, *self._address, self._token)
-                loops = (self._run_forever, self._look_forever, self._surveyor.run_forever)
+                loops = [self._run_forever, self._look_forever, self._surveyor.run_forever]
+                loops += [self._copy.run_forever] if self._copy else []
                 for forever in loops:
                     loop = asyncio.create_task(forever())
                     loop.add_done_callback(end_process_on_failure)
@@ -132,20 +140,42 @@ class Controller:
     async def _recover(self) -> None:
         """After a restart: the plan from disk, the counts from Serve, replicas from heartbeats.
 
-        Where the disk is gone with the head, Serve knows what it was told of the plan.
+        Where the disk is gone with the head, Redis has a copy, and without one Serve knows what it
+        was told of the plan.
         """
         served = await self._deployer.deployed()
+        await self._restore()
         plan = await asyncio.to_thread(_kept_plan, self._run_dir / PLAN_FILE) or plan_of(served)
         if plan is None:
             return
         counts = {
             v.variant: served[key].target for v in plan.variants if (key := key_of(v)) in served
         }
+        self._save_context()
         self._autoscaler.restore(counts)
         self._recovered_s = time.monotonic()
         self._adopt(plan, {variant.model for variant in plan.variants})
         await self._reconcile()
         log.info("recovered the fleet %s", plan.fleet)
+
+    async def _restore(self) -> None:
+        """To disk what a disk that was lost, or an old one, lacks."""
+        self._copy = copy_of_head(self._run_dir)
+        if self._copy:
+            self._desk.keys.changed = self._copy.nudge
+            for text in await asyncio.to_thread(self._copy.restore):
+                self._note("", f"restored from Redis: {text}")
+
+    def _save_context(self) -> None:
+        """Commands on a head that lost its disk find this controller again."""
+        found = Context(
+            run_dir=str(self._run_dir),
+            ray_address=ray.get_runtime_context().gcs_address,
+            controller_url="http://{}:{}".format(*self._address),
+            token=self._token,
+        )
+        if save_where_missing(found):
+            self._note("", "the file by which commands find the controller is here again")
 
     async def report(self, text: str) -> float | None:
         """A replica's heartbeat (`ReplicaReport` as JSON).
@@ -215,6 +245,8 @@ class Controller:
         running = {variant.model for variant in self._variants()}
         path = self._run_dir / PLAN_FILE
         await asyncio.to_thread(replace_text, path, dump_yaml(plan))
+        if self._copy:
+            self._copy.nudge()
         self._adopt(plan, running)
         await self._reconcile()
 
@@ -271,6 +303,8 @@ class Controller:
             await asyncio.wait_for(together, STOP_S)
         self._plan = None
         (self._run_dir / PLAN_FILE).unlink(missing_ok=True)
+        if self._copy:
+            await asyncio.to_thread(self._copy.forget)
         await self._deployer.stop()
 
     async def inventory(self) -> Inventory:
@@ -288,6 +322,10 @@ class Controller:
     def events(self, after: int) -> EventList:
         """What happened since the event with this number."""
         return EventList(events=self._events.after(after))
+
+    async def logs(self, query: LogQuery) -> LogPart:
+        """A part of a log, from the node that it lies on."""
+        return await self._node_logs.read(query)
 
     async def plan(self) -> Plan | None:
         """What the cluster serves."""

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from cluster.host_state import HostState
+from cluster.priority import VARIABLE as PRIORITY
 from placement.mismatch import GIB, Mismatch
 from placement.node_facts import NodeFacts
 from placement.spec import Spec
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 # What a mismatch is about, where `bora doctor` has a row for it.
-_ROWS = {
+ROWS = {
     "gpu-count": "GPUs", "gpu-type": "GPUs", "gpu-memory": "GPUs", "gpu-unusable": "GPUs",
     "mig-on": "GPUs", "ecc-errors": "GPUs", "ecc-off": "GPUs", "pcie-width": "GPUs",
     "nvlink-missing": "P2P", "p2p-unavailable": "P2P", "p2p-wrong-copies": "P2P",
     "link-slow": "P2P", "host-memory": "memory", "disk-too-small": "disk",
+    "gpu-memory-taken": "GPUs", "gpu-memory-slow": "GPUs", "host-copies-slow": "GPUs",
+    "compute-capability": "GPUs", "gpu-counted-twice": "GPUs", "disk-slow": "disk",
     "driver-too-old": "driver", "clock-skew": "clock", "label-wrong": "labels",
     "network-slow": "network", "version-differs": "versions", "node-missing": "node",
 }  # fmt: skip
@@ -73,7 +76,7 @@ def diagnose(
 def _of_lie(lie: Mismatch) -> Check:
     return Check(
         host=lie.host,
-        check=_ROWS.get(lie.rule, lie.rule),
+        check=ROWS.get(lie.rule, lie.rule),
         status="failed" if lie.severity == "error" else "warning",
         found=f"{lie.rule}: declared {lie.declared}; found {lie.found}",
         cure=lie.cure,
@@ -171,7 +174,8 @@ def _speeds(facts: NodeFacts) -> Check:
 
 
 def _state_checks(host: str, state: HostState) -> list[Check]:
-    return [_models(host, state), _clock(host, state), *_limits(host, state), *_ports(host, state)]
+    rows = [_models(host, state), _clock(host, state), _priority(host, state)]
+    return [*rows, *_limits(host, state), *_ports(host, state)]
 
 
 def _models(host: str, state: HostState) -> Check:
@@ -201,6 +205,12 @@ def _clock(host: str, state: HostState) -> Check:
         return Check(host=host, check="clock", status="ok", found="synchronized")
     cure = "`timedatectl set-ntp true`, or run chrony"
     return Check(host=host, check="clock", status="warning", found="not synchronized", cure=cure)
+
+
+def _priority(host: str, state: HostState) -> Check:
+    found = f"processes of bora run at nice {state.niceness}"
+    cure = f"start Ray there with {PRIORITY}=0, and not under `nice`: engines inherit it"
+    return _limit(host, "priority", found, cure if state.niceness > 0 else "")
 
 
 def _limits(host: str, state: HostState) -> list[Check]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import weights
@@ -23,11 +24,13 @@ from cluster.engine_process import EngineProcess
 from cluster.engines.adapter import EngineFacts, Rank
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
+from cluster.gang_nodes import rank_order
 from cluster.gang_state import GangWatch, RankState
 from cluster.generations import bundles
 from cluster.messages import RankPlace
 from cluster.names import log_folder
 from cluster.processes import free_ports
+from cluster.ray_inventory import node_name
 from cluster.running_engine import RunningEngine
 from cluster.seat import Seat, interface_of, my_seat, with_gpus
 from placement.plan import Variant
@@ -78,7 +81,9 @@ class GangFollower:
 
     async def prepare(self) -> None:
         """Hold the GPUs and have the weights here, so that all ranks can start at once."""
-        self._seat = await asyncio.to_thread(with_gpus, self._seat, self._variant, self._name)
+        self._seat = await asyncio.to_thread(
+            with_gpus, self._seat, self._variant, self._name, self._rank
+        )
         self._checkpoint = await weights.bring(
             self._variant, self._engine.log, self._engine.note_stage
         )
@@ -151,12 +156,14 @@ class Gang:
             EngineFailed: one does not come up, or cannot have them.
         """
         group = ray.util.get_current_placement_group()
+        nodes = await asyncio.to_thread(_nodes_of, group)
+        shares = bundles(self._variant)
         self._followers = [
-            _follower(group, number, bundle).remote(
-                self._site, self._variant.model_dump_json(), self._replica, number
+            _follower(group, number, shares[number]).remote(
+                self._site, self._variant.model_dump_json(), self._replica, rank
             )
-            for number, bundle in enumerate(bundles(self._variant))
-            if number > 0
+            for rank, number in enumerate(rank_order(self._variant, nodes))
+            if rank > 0
         ]
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
@@ -264,6 +271,13 @@ class Gang:
         """The same from a process that is about to end itself."""
         ending = [each.end.remote() for each in self._followers]
         ray.wait(ending, num_returns=len(ending), timeout=_END_TIMEOUT_S)
+
+
+def _nodes_of(group: Any) -> list[str]:
+    """The nodes of its bundles, as plans name them."""
+    names = {node["NodeID"]: node_name(node) for node in ray.nodes()}
+    places = placement_group_table(group)["bundles_to_node_id"]
+    return [names[places[number]] for number in sorted(places)]
 
 
 def _follower(group: Any, number: int, bundle: dict[str, float]) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cluster.names import SLOT
+from cluster.names import NODE_LABEL, POOL_LABEL, SLOT
 from cluster.placement_check import NodeFacts
 from cluster.shape_version import shape_version
 from placement.plan import Plan, Variant
 
 # Serve's names for replicas that it counts as running or as about to be found running again.
 RUNNING = ("RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")
+
+
+STOPPING = "STOPPING"  # one that waits for a place may be so for minutes, and takes none
 
 
 class GenerationKey(NamedTuple):
@@ -98,6 +101,14 @@ def bundle(variant: Variant) -> dict[str, float]:
 def bundles(variant: Variant) -> list[dict[str, float]]:
     """Of a replica on all of its nodes, which are equal; the leader's first."""
     return [bundle(variant)] * variant.shape.num_nodes
+
+
+def selectors(variant: Variant, pins: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Labels of the nodes that the bundles may be on: of their pools, or these very nodes."""
+    pools = [{POOL_LABEL: pool} for pool in variant.rank_pools]
+    if not pins:
+        return pools
+    return [{**pool, NODE_LABEL: pin} for pool, pin in zip(pools, pins, strict=True)]
 
 
 def spread(variant: Variant) -> str:

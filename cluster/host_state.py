@@ -34,6 +34,7 @@ class HostState(Spec):
     ports_in_use: tuple[int, ...] = ()  # of those that were asked about
     ray_running: bool = False
     cache_writable: bool = True
+    niceness: int = 0  # of what asked: of Ray's workers where Ray runs, else of the login
 
 
 def host_state(ports: Sequence[int] = (), cache: Path | None = None) -> HostState:
@@ -49,6 +50,7 @@ def host_state(ports: Sequence[int] = (), cache: Path | None = None) -> HostStat
         ports_in_use=tuple(port for port in ports if _in_use(port)),
         ray_running=any(each.info["name"] == "raylet" for each in psutil.process_iter(["name"])),
         cache_writable=cache is None or _writable(cache),
+        niceness=os.nice(0),
     )
 
 

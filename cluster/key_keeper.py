@@ -34,6 +34,7 @@ class KeyKeeper:
 
     def __init__(self, folder: Path, on_change: Callable[[], None]) -> None:
         self._store = KeyStore(folder / KEY_FILE)
+        self.changed: Callable[[], None] = lambda: None  # hears of each key that is made or goes
         self._on_change = on_change
         self._turn = asyncio.Lock()
         self._table: KeyTable | None = None
@@ -42,6 +43,7 @@ class KeyKeeper:
         """Make a key. Raises `ConfigError` as the store does."""
         async with self._turn:
             made = await asyncio.to_thread(self._store.create, request)
+            self.changed()
             await self._read()
         return made
 
@@ -49,6 +51,7 @@ class KeyKeeper:
         """Take keys away. Raises `UnknownName` if there are none of that name."""
         async with self._turn:
             ids = await asyncio.to_thread(self._store.revoke, request.name)
+            self.changed()
             await self._read()
         return RevokedKeys(ids=ids)
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from cluster.autoscaler import Autoscaler
 from cluster.errors import ClusterError
 from cluster.event_log import EventLog
+from cluster.gang_nodes import why_elsewhere
 from cluster.generations import RUNNING, Census, Deployed, GenerationKey, key_of
 from cluster.messages import Drained, DrainRequest, EventKind, ReplicaReport
 from cluster.placement_check import NodeFacts
@@ -56,6 +57,14 @@ class Counts(Protocol):
 
     async def delete(self, key: GenerationKey) -> None:
         """Let a generation finish what runs, and forget it."""
+        ...
+
+    async def pins(self, variant: Variant) -> tuple[str, ...]:
+        """The nodes that a gang must be on (Ray's ids); empty: any of its pools."""
+        ...
+
+    async def unpin(self, variant: Variant, replicas: int) -> None:
+        """From now on any will do; none of it runs."""
         ...
 
 
@@ -256,8 +265,9 @@ class Lifecycle:
             changed |= self._bury(now)
             try:
                 await self._let_go(now)
+                await self._free_gangs(now)
                 await self._roll(now)
-            except (ray.exceptions.RayError, ValueError) as error:
+            except (ray.exceptions.RayError, ClusterError, ValueError) as error:
                 log.warning("Serve is busy or restarting: %r", error)  # the next census comes
         self.places.compare(self._variants(), now, self._drained)
         return changed
@@ -292,6 +302,29 @@ class Lifecycle:
         for key, served in now.generations.items():
             if served.model not in models and not served.deleting:
                 await self._deployer.delete(key)  # of a model that went before Serve knew it
+
+    async def _free_gangs(self, now: Census) -> None:
+        """Those that cannot have the nodes of the plan get others."""
+        for variant in self._variants():
+            served, pins = now.generations.get(key_of(variant)), await self._deployer.pins(variant)
+            if served is None or not pins:
+                continue
+            of_model = sum(each.model == variant.model for each in now.generations.values())
+            why = why_elsewhere(
+                pins,
+                served,
+                now.placeless,
+                now.nodes,
+                drained=self._drained,
+                now_s=time.time(),
+                patient=of_model > 1,
+            )
+            if why:
+                pools = " and ".join(dict.fromkeys(variant.pools))
+                text = f"not on the nodes of the plan, of which {why}: any of pool {pools} will do"
+                self._note(variant.model, "no-place", text)
+                count = self.counts([variant])[variant.variant]
+                await self._deployer.unpin(variant, count)
 
     async def _roll(self, now: Census) -> None:
         """One step of every model's roll-out."""

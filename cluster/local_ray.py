@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.files import write_private
+from cluster.priority import NORMAL_PRIORITY
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from cluster.signals import signals_ignored
 
@@ -64,6 +65,7 @@ def start_local_ray(
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "3000",
         "RAY_health_check_failure_threshold": "3",
+        **NORMAL_PRIORITY,
     }
     gcs, client, agent, agent_grpc, metrics = free_ports(5, HOST)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]

@@ -64,6 +64,7 @@ class ReplicaReport(Spec):
     weights_bytes: int | None = None
     adapters: Mapping[str, str] = Field(default_factory=dict)  # loaded: name, and the engine's name
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)  # why others are not
+    adapter_stages: Mapping[str, str] = Field(default_factory=dict)  # how far those are that come
     expert_balance: float | None = None  # mean load of ranks over the largest, 0..1
     speed: SpeedWindow | None = None  # the last one, again and again until the next
 
@@ -90,6 +91,7 @@ class ReplicaStatus(Spec):
     weights_bytes: int | None
     adapters: Mapping[str, str] = Field(default_factory=dict)
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)
+    adapter_stages: Mapping[str, str] = Field(default_factory=dict)
     expert_balance: float | None = None
 
 
@@ -163,6 +165,25 @@ class EventList(Spec):
     """GET /v1/events?after=NUMBER."""
 
     events: tuple[Event, ...]
+
+
+class LogQuery(Spec):
+    """POST /v1/logs: a part of a log of bora's that lies on a node."""
+
+    node_id: str  # Ray's
+    file: str
+    offset: int | None = None  # whole lines from this byte on; None: the last `lines`
+    lines: int = Field(default=100, ge=1, le=100_000)
+    partial: bool = False  # the last line counts though its end is missing
+
+
+class LogPart(Spec):
+    """Its answer. `offset`: where the next part begins."""
+
+    lines: tuple[str, ...] = ()
+    offset: int = 0
+    missing: bool = False  # there is no such file, or not yet
+    problem: str = ""  # why the node does not tell
 
 
 class NodeList(Spec):

@@ -24,9 +24,10 @@ from cluster.cached_repo import CachedRepo
 from cluster.errors import HubUnreachable, WeightsMissing
 from cluster.hub_file import HubFile
 from cluster.probes.host import cache_folder
-from cluster.weight_files import CheckpointFormat, wanted_files
+from cluster.weight_files import CheckpointFormat, nothing_of, wanted_files
 
 WORKERS = 8
+DOWNLOADING = "downloading weights"  # how what is told begins while bytes come
 _POLL_S = 0.3
 
 R = TypeVar("R")
@@ -141,11 +142,8 @@ class ModelCache:
             raise self._offline(wanted, "nothing of it is there")
         chosen = _chosen(wanted, files)
         if not chosen:
-            precision = f" {wanted.precision}" if wanted.precision else ""
-            raise WeightsMissing(
-                f"{wanted.repo} holds no{precision} {wanted.checkpoint_format} checkpoint: no "
-                f"weights are among its {len(files)} files"
-            )
+            nothing = nothing_of(wanted.checkpoint_format, wanted.precision)
+            raise WeightsMissing(f"{wanted.repo} holds {nothing} among its {len(files)} files")
         return chosen
 
     def _listed(self, repo: CachedRepo, commit: str) -> tuple[HubFile, ...]:
@@ -212,7 +210,7 @@ class ModelCache:
         make_room(self.folder, self._limits, repo, more, total)
 
         def tell() -> None:
-            told(f"downloading weights, {_share(there + repo.present_bytes(left), total)}")
+            told(f"{DOWNLOADING}, {_share(there + repo.present_bytes(left), total)}")
 
         tell()
         # Large ones first: the last to end is then a small one. The same bytes are fetched once.

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from cluster import checkpoints
+from cluster.adapter_folder import adapter_repo
 from cluster.errors import HubUnreachable, WeightsMissing
+from cluster.model_cache import Wanted
 from placement.catalogue import Catalogue, ModelSpec, Precision
 from placement.errors import ConfigError, UnknownName
 from placement.fit_checkpoints import Subject
 from placement.fleet import FleetSpec
 from placement.gguf_weights import weights_from_header
 from placement.headers.model_files import local_model
-from placement.plan import Plan
+from placement.plan import Plan, Variant
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def catalogue_for(fleet: FleetSpec, catalogue: Catalogue) -> Catalogue:
@@ -82,38 +86,65 @@ class Commits(Protocol):
 def pinned(plan: Plan, running: Plan | None = None, hub: Commits | None = None) -> Plan:
     """`plan` with the commits that its revisions stand for now, so that all replicas load the same.
 
-    `hub` is asked, by default $HF_ENDPOINT. Where it does not say, those of the `running` plan stay;
+    Those of adapters are part of their source: `REPO@COMMIT`. `hub` is asked, by default $HF_ENDPOINT. Where it does not say, those of the `running` plan stay;
     of what it says nothing about, every node takes what it finds.
     """
-    known = {
-        (variant.checkpoint, variant.revision): variant.commit
-        for variant in (running.variants if running is not None else ())
-        if variant.commit
+    known = _commits_of(running) if running is not None else {}
+    wanted = [
+        (variant, checkpoint)
+        for variant in plan.variants
+        for checkpoint in (checkpoints.to_download(variant), *_adapters(variant).values())
+        if checkpoint is not None
+    ]
+    known |= {
+        (each.repo, each.revision): each.revision
+        for _, each in wanted
+        if _COMMIT.fullmatch(each.revision)
     }
-    wanted = [variant for variant in plan.variants if checkpoints.to_download(variant) is not None]
-    for variant in wanted:
-        if re.fullmatch(r"[0-9a-f]{40}", variant.revision):
-            known[variant.checkpoint, variant.revision] = variant.revision
     asked = {
-        (variant.checkpoint, variant.revision)
-        for variant in wanted
-        if not variant.model_cache.offline
-        and variant.revision != known.get((variant.checkpoint, variant.revision))
+        (each.repo, each.revision)
+        for variant, each in wanted
+        if not variant.model_cache.offline and not _COMMIT.fullmatch(each.revision)
     }
     if asked and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
         known |= _commits(asked, hub)
     return plan.model_copy(
-        update={
-            "variants": tuple(
-                variant.model_copy(
-                    update={"commit": known.get((variant.checkpoint, variant.revision), "")}
-                )
-                if variant in wanted
-                else variant
-                for variant in plan.variants
-            )
-        }
+        update={"variants": tuple(_with_commits(variant, known) for variant in plan.variants)}
     )
+
+
+def _commits_of(running: Plan) -> dict[tuple[str, str], str]:
+    """By repository and revision. Of an adapter only the commit is known, not what it stood for."""
+    known = {}
+    for variant in running.variants:
+        for adapter in _adapters(variant).values():
+            if _COMMIT.fullmatch(adapter.revision):
+                known[adapter.repo, "main"] = adapter.revision
+        if variant.commit:
+            known[variant.checkpoint, variant.revision] = variant.commit
+    return known
+
+
+def _adapters(variant: Variant) -> dict[str, Wanted]:
+    """Those that are no folders here, by name."""
+    found = {
+        name: adapter_repo(source)
+        for name, source in variant.adapters.items()
+        if not Path(source).exists()
+    }
+    return {name: repo for name, repo in found.items() if repo is not None}
+
+
+def _with_commits(variant: Variant, known: Mapping[tuple[str, str], str]) -> Variant:
+    adapters = {
+        name: f"{each.repo}@{commit}"
+        for name, each in _adapters(variant).items()
+        if (commit := known.get((each.repo, each.revision)))
+    }
+    changes: dict[str, object] = {"adapters": {**variant.adapters, **adapters}} if adapters else {}
+    if checkpoints.to_download(variant) is not None:
+        changes["commit"] = known.get((variant.checkpoint, variant.revision), "")
+    return variant.model_copy(update=changes)
 
 
 def _commits(asked: Iterable[tuple[str, str]], hub: Commits | None) -> dict[tuple[str, str], str]:

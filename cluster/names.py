@@ -8,6 +8,7 @@ NAMESPACE = "bora"
 CONTROLLER = "bora-controller"
 GATEWAY = "bora-gateway"
 SLOT = "bora_slot"  # custom Ray resource of nodes without GPUs: how many ranks may run there
+NODE_LABEL = "ray.io/node-id"  # Ray's own
 POOL_LABEL = "bora.pool"
 GPU_LABEL = "bora.gpu"
 MEMORY_LABEL = "bora.memory-gib"  # per GPU or slot; needed for nodes without GPUs

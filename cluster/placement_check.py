@@ -76,7 +76,8 @@ def differences(
     planned_here = {part.node for replica in variant.placement for part in replica}
     if not planned_here or not planned_here <= {node.name for node in nodes.values()}:
         return found  # planned on an inventory with other names
-    return found + _other_nodes(variant, reports, nodes) + _other_gpus(variant, reports, nodes)
+    found += _other_nodes(variant, reports, nodes) + _other_gpus(variant, reports, nodes)
+    return found + _other_ranks(variant, reports, nodes)
 
 
 def _parts(report: ReplicaReport) -> tuple[ReplicaReport | RankPlace, ...]:
@@ -135,6 +136,22 @@ def _other_nodes(
     if not missing or not surplus:
         return []
     return [f"planned on {_counts(missing)}, runs on {_counts(surplus)} instead"]
+
+
+def _other_ranks(
+    variant: Variant, reports: Sequence[ReplicaReport], nodes: Mapping[str, NodeFacts]
+) -> list[str]:
+    """A gang on its planned nodes whose ranks stand otherwise; of several any may lead."""
+    if variant.shape.num_nodes == 1 or len(variant.placement) != 1:
+        return []
+    planned = [part.node for part in variant.placement[0]]
+    found = []
+    for report in reports:
+        there = [nodes[part.node_id].name for part in _parts(report) if part.node_id in nodes]
+        if there != planned and sorted(there) == sorted(planned):
+            ranks, wanted = ", ".join(there), ", ".join(planned)
+            found.append(f"{report.replica}: its ranks are on {ranks}, planned were {wanted}")
+    return found
 
 
 def _other_gpus(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cluster.event_log import EventLog
-from cluster.generations import Census, bundle, key_of
+from cluster.generations import STOPPING, Census, bundle, key_of
 from cluster.messages import EventKind
 from cluster.placement_check import differences, explain_waiting, shared_gpus
 from cluster.registry import Registry
@@ -40,7 +40,9 @@ class Places:
         shared = shared_gpus(self._registry.reports)
         for variant in variants:
             served = now.generations.get(key_of(variant))
-            replicas = served.replicas if served else ()
+            replicas = (
+                [each for each in served.replicas if each.state != STOPPING] if served else []
+            )
             waits = ""
             if any(replica.replica in now.placeless for replica in replicas):
                 waits = explain_waiting(variant, bundle(variant), tuple(nodes.values()))

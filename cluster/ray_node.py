@@ -27,6 +27,7 @@ import psutil
 from cluster.context import made_state_dir
 from cluster.files import write_private
 from cluster.head_store import HeadStore, is_kept, store_of
+from cluster.priority import NORMAL_PRIORITY
 
 CLUSTER_VARIABLE = "BORA_CLUSTER"
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
@@ -77,7 +78,7 @@ def start(cluster: str, command: Sequence[str]) -> int:
     if not is_kept():
         head_state_file(cluster).unlink(missing_ok=True)  # what was launched from here is gone
     _raise_limits()
-    environment = {**os.environ, CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = environment_of_ray(cluster, os.environ)
     ray = [sys.executable, "-m", "ray.scripts.scripts", *command[1:]]
     status = subprocess.run(ray, env=environment, check=False).returncode
     if status != 0:  # Ray's own time limit is short for a host that is just booting
@@ -94,6 +95,12 @@ def start(cluster: str, command: Sequence[str]) -> int:
         }
         write_private(record, json.dumps(node))
     return status
+
+
+def environment_of_ray(cluster: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What `ray start` runs in; a priority that the operator set is his."""
+    own = {CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**NORMAL_PRIORITY, **inherited, **own}
 
 
 def stop(cluster: str, *, drain_s: float) -> None:

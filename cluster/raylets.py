@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.names import GPU_LABEL, MEMORY_LABEL, POOL_LABEL
+from cluster.priority import NORMAL_PRIORITY
 from cluster.probes.speeds import GPUS_VARIABLE
 from placement.catalogue import Catalogue
 from placement.found_inventory import device_kinds, pools_of
@@ -29,7 +30,8 @@ class Raylet:
 
     def start_arguments(self) -> str:
         """What stands before and after `ray start`, for a shell."""
-        environment = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        variables = {**NORMAL_PRIORITY, **self.environment}
+        environment = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
         labels = ",".join(f"{key}={value}" for key, value in self.labels.items())
         options = ["--num-gpus", str(self.pool.gpus_per_node), "--labels", shlex.quote(labels)]
         return " ".join([*environment, "ray start", *options])

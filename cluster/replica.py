@@ -199,9 +199,11 @@ class Replica:
             self._die()
 
     async def _follow_features(self, engine: RunningEngine, variant: Variant) -> None:
+        engine.stage = "loading adapters" if variant.adapters else ""
         task = await self._features.start(
             variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
         )
+        engine.stage = ""
         task.add_done_callback(self._watch_ended)
         self._tasks.append(task)
 

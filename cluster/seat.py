@@ -44,8 +44,10 @@ def my_seat() -> Seat:
     )
 
 
-def with_gpus(seat: Seat, variant: Variant, owner: str) -> Seat:
+def with_gpus(seat: Seat, variant: Variant, owner: str, rank: int = 0) -> Seat:
     """The seat with the GPUs of the plan held; as it is on nodes without GPUs. Blocks.
+
+    `rank`: of the node, among those of a replica.
 
     Raises:
         EngineFailed: the GPUs do not come free.
@@ -62,17 +64,19 @@ def with_gpus(seat: Seat, variant: Variant, owner: str) -> Seat:
             f"{GPUS_VARIABLE} to the same (`bora probe` prints the command for mixed boxes)"
         )
     locks = DeviceLocks(seat.node_id, identifiers)
-    held = locks.hold(planned_gpus(variant, seat.node), len(given), owner=owner)
+    held = locks.hold(planned_gpus(variant, seat.node, rank), len(given), owner=owner)
     return replace(seat, gpus=held.gpus, devices=held)
 
 
-def planned_gpus(variant: Variant, node: str) -> list[tuple[int, ...]]:
-    """The sets of GPUs that the plan gives replicas of `variant` on a node.
+def planned_gpus(variant: Variant, node: str, rank: int = 0) -> list[tuple[int, ...]]:
+    """The sets of GPUs that the plan gives replicas of `variant` on a node, those of `rank` first.
 
     A node that the plan does not name (it came later, or the plan was made for an inventory with
     other names) is like those that it names.
     """
-    places = [part for replica in variant.placement for part in replica]
+    ranked = [(part, number == rank) for replica in variant.placement
+              for number, part in enumerate(replica)]  # fmt: skip
+    places = [part for part, _ in sorted(ranked, key=lambda each: not each[1])]
     here = [part.gpus for part in places if part.node == node]
     return here or list(dict.fromkeys(part.gpus for part in places))
 

@@ -3,27 +3,39 @@
 A changed shape is another application beside the old one, so that who decides when the old one goes
 is bora, which knows the capacity that was promised, and not Serve, which knows only replica counts.
 
-Three things have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
+Four things have no public form in Ray 2.60 (pinned for that reason): an explicit code version, so
 that deploying a fleet again restarts only variants whose shape changed; setting a replica count, and
-reading the one that was set, without the dashboard's REST server.
+reading the one that was set, without the dashboard's REST server; the actor of a replica that waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 
 from cluster.gang import Site
-from cluster.generations import Deployed, GenerationKey, ServedReplica, bundles, key_of, spread
-from cluster.names import POOL_LABEL
+from cluster.generations import (
+    STOPPING,
+    Deployed,
+    GenerationKey,
+    ServedReplica,
+    bundles,
+    key_of,
+    selectors,
+    spread,
+)
 from cluster.replica import DRAIN_TIMEOUT_S, Replica
 from placement.plan import Variant
 
+DISCARD_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stops
 
 _PREFIX = "bora:"  # of our applications' names
@@ -34,15 +46,17 @@ def start() -> None:
     serve.start(proxy_location="Disabled")
 
 
-def deploy(variant: Variant, replicas: int, site: Site) -> None:
+def deploy(variant: Variant, replicas: int, site: Site, pins: Sequence[str] = ()) -> None:
     """Create or update a generation; returns once Serve has taken it over.
+
+    `pins`: Ray's ids of the nodes for its ranks; those that it was created with, or it restarts.
 
     Serve deploys nothing with 0 replicas, only scales to it: such a generation may start one for a
     moment.
     """
     key = key_of(variant)
     target = serve.RunTarget(
-        target=_deployment(variant, replicas).bind(site),
+        target=_deployment(variant, replicas, pins).bind(site),
         name=_application(key),
         route_prefix=None,
         external_scaler_enabled=True,
@@ -100,6 +114,24 @@ def delete(key: GenerationKey, *, wait: bool) -> None:
     serve.delete(_application(key), _blocking=wait)
 
 
+def discard(key: GenerationKey) -> None:
+    """Forget a generation of which no replica runs, only some that wait for a place. Blocks, briefly.
+
+    Serve asks those to stop, which an actor hears only once it has a place: so they are ended here,
+    after Serve has begun to, since it would start others before.
+    """
+    serve.delete(_application(key), _blocking=False)
+    deployment = DeploymentID(name=key.variant, app_name=_application(key))
+    deadline = time.monotonic() + DISCARD_TIMEOUT_S
+    while (left := deployed().get(key)) and time.monotonic() < deadline:
+        for replica in left.replicas:
+            name = ReplicaID(unique_id=replica.replica, deployment_id=deployment).to_full_id_str()
+            if replica.state == STOPPING:
+                with contextlib.suppress(ValueError):  # gone already
+                    ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+        time.sleep(0.1)
+
+
 def _application(key: GenerationKey) -> str:
     return f"{_PREFIX}{key.variant}:{key.version}"
 
@@ -109,7 +141,7 @@ def _key(application: str) -> GenerationKey:
     return GenerationKey(variant, version)
 
 
-def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
+def _deployment(variant: Variant, replicas: int, pins: Sequence[str]) -> serve.Deployment:
     nodes = bundles(variant)
     resources = nodes[0]  # the leader's; its followers take the others themselves (cluster.gang)
     actor: dict[str, Any] = {"num_cpus": 0}
@@ -123,7 +155,7 @@ def _deployment(variant: Variant, replicas: int) -> serve.Deployment:
         num_replicas=max(replicas, 1),
         ray_actor_options=actor,
         placement_group_bundles=nodes,
-        placement_group_bundle_label_selector=[{POOL_LABEL: pool} for pool in variant.rank_pools],
+        placement_group_bundle_label_selector=selectors(variant, pins),
         placement_group_strategy=spread(variant),
         user_config=variant.model_dump(mode="json"),
         health_check_period_s=1,

@@ -12,6 +12,7 @@ from cluster.adapters import Adapters
 from cluster.engine_adapters import EngineAdapters
 from cluster.engines.kinds import ENGINES
 from cluster.expert_log import ExpertLog
+from placement.model_cache import ModelCacheSpec
 from placement.plan import Variant
 
 FIRST_ADAPTERS_S = 30.0  # for adapters, before a new replica serves without them
@@ -23,6 +24,8 @@ class ServingFeatures:
     def __init__(self) -> None:
         self._adapters: Adapters | None = None
         self._experts: ExpertLog | None = None
+        self._cache = ModelCacheSpec()
+        self._log = Path()
 
     async def start(
         self,
@@ -39,16 +42,22 @@ class ServingFeatures:
         unless that takes long; later ones are loaded as they come.
         """
         self._experts = ExpertLog(ENGINES[variant.shape.engine], variant, log)
-        self._adapters = Adapters(EngineAdapters(url, api_key), locate_adapter)
-        self._adapters.want(variant.adapters)
+        # Not the engine's log: of what comes here each line is read.
+        self._log = log.with_name(f"{log.stem}-adapters.log")
+        self._adapters = Adapters(EngineAdapters(url, api_key), self._locate)
+        self.want(variant)
         task = asyncio.create_task(self._adapters.run_forever(changed))
         await self._adapters.settled(FIRST_ADAPTERS_S)
         return task
 
     def want(self, variant: Variant) -> None:
         """The plan's adapters may be others now."""
+        self._cache = variant.model_cache
         if self._adapters is not None:
             self._adapters.want(variant.adapters)
+
+    async def _locate(self, source: str, tell: Callable[[str], None]) -> Path:
+        return await locate_adapter(source, self._cache, self._log, tell)
 
     def report(self) -> dict[str, Any]:
         """Fields of a `ReplicaReport`."""
@@ -57,5 +66,6 @@ class ServingFeatures:
         return {
             "adapters": dict(self._adapters.loaded),
             "adapter_failures": dict(self._adapters.failures),
+            "adapter_stages": dict(self._adapters.stages),
             "expert_balance": self._experts.balance(),
         }

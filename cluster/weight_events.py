@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from cluster.event_log import EventLog
 from cluster.messages import ReplicaReport
-
-DOWNLOADING = "downloading weights"  # how the stage begins in which a replica does
+from cluster.model_cache import DOWNLOADING
 
 
 class WeightEvents:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Literal
 
-CheckpointFormat = Literal["hf", "mistral", "gguf"]
+CheckpointFormat = Literal["hf", "mistral", "gguf", "lora"]
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
+_ADAPTER_EXTRAS = ("new_embeddings.safetensors", "new_embeddings.bin")
 
 # Weights in other forms than the engines load, and pictures.
 _OTHER_FORMS = (
@@ -26,6 +29,8 @@ def wanted_files(
     of the format are wanted. `precision` chooses among GGUF files.
     """
     names = sorted(names)
+    if checkpoint_format == "lora":
+        return _adapter_files(names)
     if checkpoint_format == "gguf":
         return gguf_files(names, precision)
     wanted = [name for name in names if _is_loaded(name)]
@@ -52,6 +57,22 @@ def gguf_files(names: Iterable[str], quantisation: str) -> list[str]:
         and "mmproj" not in name.lower()
         and wanted in name.lower().replace("-", "_")
     )
+
+
+def nothing_of(checkpoint_format: CheckpointFormat, precision: str = "") -> str:
+    """How it is said that a repository holds none of the files that are wanted."""
+    if checkpoint_format == "lora":
+        return f"no LoRA adapter: no {ADAPTER_CONFIG} with {_ADAPTER_WEIGHTS[0]} beside it is"
+    kind = f"{precision} {checkpoint_format}" if precision else checkpoint_format
+    return f"no {kind} checkpoint: no weights are"
+
+
+def _adapter_files(names: Sequence[str]) -> list[str]:
+    """Those that an engine reads; states of its training may lie beside them, and in folders."""
+    weights = [name for name in _ADAPTER_WEIGHTS if name in names][:1]
+    if ADAPTER_CONFIG not in names or not weights:
+        return []
+    return sorted([ADAPTER_CONFIG, *weights, *(name for name in _ADAPTER_EXTRAS if name in names)])
 
 
 def _is_loaded(name: str) -> bool:

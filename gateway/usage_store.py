@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,18 @@ INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, day, model) 
   prompt_tokens = prompt_tokens + excluded.prompt_tokens,
   completion_tokens = completion_tokens + excluded.completion_tokens,
   estimated_tokens = estimated_tokens + excluded.estimated_tokens
+"""
+# Of two tellings of the same sum the larger one is the later one.
+_MERGE = """
+INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, day, model) DO UPDATE SET
+  requests = MAX(requests, excluded.requests),
+  prompt_tokens = MAX(prompt_tokens, excluded.prompt_tokens),
+  completion_tokens = MAX(completion_tokens, excluded.completion_tokens),
+  estimated_tokens = MAX(estimated_tokens, excluded.estimated_tokens)
+"""
+_MERGE_SOURCE = """
+INSERT INTO reports VALUES (?, ?, date('now')) ON CONFLICT (source) DO UPDATE SET
+  sequence = MAX(sequence, excluded.sequence)
 """
 Grouping = Literal["tenant", "model", "day"]
 _KEPT_SOURCES_DAYS = "-30 days"
@@ -112,6 +124,31 @@ class UsageStore:
                 dict(zip(UsageRow.model_fields, values, strict=True))
                 for values in database.execute(query, (since,))
             ]
+
+    def days(self) -> dict[str, int]:
+        """Requests of each day: a sum that changes whenever anything of the day does."""
+        with closing(self._open()) as database:
+            return dict(database.execute("SELECT day, SUM(requests) FROM usage GROUP BY day"))
+
+    def rows_of(self, day: str) -> tuple[UsageRow, ...]:
+        """What was used on that day."""
+        with closing(self._open()) as database:
+            found = database.execute("SELECT * FROM usage WHERE day = ?", (day,))
+            return tuple(
+                UsageRow.model_validate(dict(zip(UsageRow.model_fields, values, strict=True)))
+                for values in found
+            )
+
+    def sources(self) -> dict[str, int]:
+        """The last report that was counted of each source."""
+        with closing(self._open()) as database:
+            return dict(database.execute("SELECT source, sequence FROM reports"))
+
+    def merge(self, rows: Sequence[UsageRow], sources: Mapping[str, int]) -> None:
+        """Take in what another copy of this file holds, as far as it is later."""
+        with closing(self._open()) as database, database:
+            database.executemany(_MERGE, [_values(row) for row in rows])
+            database.executemany(_MERGE_SOURCE, list(sources.items()))
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=_BUSY_S)

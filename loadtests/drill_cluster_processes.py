@@ -61,6 +61,7 @@ class DrillCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # as on bora's own clusters
             **{f"RAY_health_check_{name}": value for name, value in _HEALTH.items()},
             **(env or {}),
         }
@@ -76,12 +77,16 @@ class DrillCluster:
         Raises:
             CannotRun: one does not come up.
         """
+        self.start_head()
+        for name in self._workers:
+            self.start_worker(name)
+
+    def start_head(self) -> None:
+        """Start the head node, or start it again at the same address."""
         client, *_ = free_ports(1)
         head = ["--head", "--port", str(self._gcs_port), "--include-dashboard", "false"]
         head += ["--ray-client-server-port", str(client), "--num-gpus", "0"]
         self._start_node("head", [*head, "--temp-dir", self.env["RAY_TMPDIR"]])
-        for name in self._workers:
-            self.start_worker(name)
 
     def start_worker(self, name: str) -> None:
         """Start one worker node, or start it again."""

@@ -258,7 +258,8 @@ class FleetModel(Spec):
     adapters: Mapping[str, str] = Field(
         default_factory=dict,
         description="LoRA adapters of the model: what clients send as `model`, and a folder on the "
-        "nodes or a Hugging Face repo id. They come and go while engines run.",
+        "nodes or a Hugging Face repo id (REPO, or REPO@REVISION). They come and go while engines "
+        "run.",
     )
     lora: LoraLimits | None = Field(
         default=None,

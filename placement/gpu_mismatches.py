@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from placement import speed_mismatches
 from placement.catalogue import Catalogue
 from placement.gpu_names import gpu_type_of
 from placement.mig import MARK, slice_name
@@ -15,6 +16,9 @@ from placement.node_facts import GpuFacts, NodeFacts, PairFacts
 _LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 _HALF = 0.6  # of the declared bandwidth: below it a plan's transfer times are wrong
 _QUARTER = 0.3
+_LINKS_LOST = (
+    0.5  # of NVLink's bandwidth: a copy that is timed reaches 80 %, over half the links 40 %
+)
 _MEMORY_TOLERANCE = 0.02  # between drivers, torch-visible memory differs by less
 _DRIVER_TOLERANCE = 0.05  # nvidia-smi's figure is up to 4 % above torch's
 
@@ -31,10 +35,15 @@ def of_node(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> list[M
     for gpu in own:
         if not other_card:  # its memory and slot differ for that reason
             answer += [*_memory(expected, node, gpu), *_pcie(expected, node, gpu)]
+            answer += _capability(expected, node, gpu)
         answer += _ecc(expected, node, gpu)
     indices = {gpu.index for gpu in own}
     inside = [pair for pair in node.pairs if {pair.first, pair.second} <= indices]
-    return [*answer, *_links(expected, node, inside)]
+    return [
+        *answer,
+        *_links(expected, node, inside),
+        *speed_mismatches.of_node(expected, node, () if other_card else own),
+    ]
 
 
 def own_gpus(declared: str, gpus: Sequence[GpuFacts], catalogue: Catalogue) -> tuple[GpuFacts, ...]:
@@ -97,6 +106,21 @@ def _count_and_type(
             found=f"{count} x {name} ({memory / GIB:.1f} GiB)",
             cure=cure,
         )
+
+
+def _capability(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
+    """A card with a name that is not its own, or an entry of the catalogue that is wrong."""
+    declared = expected.gpu.compute_capability
+    if gpu.compute_capability in ("", f"{declared}"):
+        return
+    yield expected.mismatch(
+        "compute-capability",
+        node.host,
+        declared=f"{expected.gpu.name}, compute capability {declared}",
+        found=f"GPU {gpu.index} ({gpu.name}): {gpu.compute_capability}",
+        cure=f"the card is not what its name says, and kernels for {expected.gpu.name} would not "
+        "run on it: take it out, or correct configs/gpus/",
+    )
 
 
 def _memory(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
@@ -234,14 +258,16 @@ def _copies(expected: Expected, node: NodeFacts, pairs: Sequence[PairFacts]) -> 
     declared = expected.gpu.pcie_bytes_per_s
     if expected.link == "nvlink":
         declared = expected.gpu.nvlink_bytes_per_s
-    slow = [pair for pair in pairs if (pair.copy_bytes_per_s or declared) < _QUARTER * declared]
+    least = (_LINKS_LOST if expected.link == "nvlink" else _QUARTER) * declared
+    slow = [pair for pair in pairs if (pair.copy_bytes_per_s or declared) < least]
     if slow and not wrong:
         yield expected.mismatch(
             "link-slow",
             node.host,
             declared=f"{declared / 1e9:.0f} GB/s between GPUs ({expected.link})",
             found=f"{_listed(slow)}: {(slow[0].copy_bytes_per_s or 0) / 1e9:.1f} GB/s",
-            cure="see that nothing else used the GPUs; then `nvidia-smi topo -m` and the cables",
+            cure="see that nothing else used the GPUs; then `nvidia-smi nvlink --status` (links that "
+            "are inactive), `nvidia-smi topo -m` and the cables",
             severity="warning",
         )
 

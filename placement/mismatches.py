@@ -31,7 +31,26 @@ def mismatches(
         for node in nodes:
             answer += gpu_mismatches.of_node(expected, node, catalogue)
             answer += host_mismatches.of_node(expected, node)
-    return (*answer, *host_mismatches.differing_versions(found))
+    return (*answer, *_counted_twice(found), *host_mismatches.differing_versions(found))
+
+
+def _counted_twice(found: Sequence[NodeFacts]) -> Iterator[Mismatch]:
+    """GPUs that two Ray nodes of a host both offer; each may offer other slices of one GPU."""
+    holders: dict[tuple[str, str], NodeFacts] = {}
+    for node in found:
+        own = {(node.host, gpu.uuid): node for gpu in node.gpus if gpu.uuid and not gpu.mig}
+        twice = [key for key in own if key in holders]
+        if twice:
+            yield Mismatch(
+                rule="gpu-counted-twice",
+                host=node.host,
+                pool=node.pool,
+                declared=f"{len(node.gpus)} GPUs of Ray node {node.node}",
+                found=f"{len(twice)} of them belong to {holders[twice[0]].node} too",
+                cure="start one Ray node for all GPUs of a kind: `bora probe --ray-start` prints "
+                "the commands",
+            )
+        holders |= own
 
 
 def _nodes_of(pool: Pool, declared: Inventory, found: Sequence[NodeFacts]) -> list[NodeFacts]:

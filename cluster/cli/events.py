@@ -15,6 +15,7 @@ from rich.table import Table
 from cluster import context
 from cluster.cli.render import page_console
 from cluster.control_api import ControlClient
+from cluster.errors import ClusterUnreachable
 from cluster.messages import Event, EventList
 
 POLL_S = 0.5
@@ -59,7 +60,8 @@ def event_table(shown: Sequence[Event]) -> Table:
 def _follow(
     client: ControlClient, shown: Sequence[Event], model: str | None, *, json_: bool
 ) -> None:
-    last = max((event.number for event in shown), default=0)
+    """For ever; while no controller answers, gateways and engines serve on, and it is asked again."""
+    last, silent = max((event.number for event in shown), default=0), False
     while True:
         for event in shown:
             last = max(last, event.number)
@@ -67,7 +69,15 @@ def _follow(
                 print(event.model_dump_json() if json_ else _line(event))  # noqa: T201
         sys.stdout.flush()
         time.sleep(POLL_S)
-        shown = client.events(last).events
+        try:
+            if silent and not any(event.number >= last for event in client.events().events):
+                last = 0  # a new head began to count anew
+            shown, silent = client.events(last).events, False
+        except ClusterUnreachable as error:
+            shown = ()
+            if not silent:
+                print(f"{error}; asking again", file=sys.stderr, flush=True)  # noqa: T201
+            silent = True
 
 
 def _line(event: Event) -> str:

@@ -17,7 +17,8 @@ from cluster.calibration_file import calibrated_catalogue
 from cluster.cli.catalogue import Json
 from cluster.cli.inventory_check import probed_nodes, require_truth
 from cluster.cli.planning import solve, solve_on
-from cluster.cli.render import feasible, page_console, status_page
+from cluster.cli.render import feasible, page_console
+from cluster.cli.status_page import status_page
 from cluster.cli.waiting import wait_until_ready
 from cluster.context import Context
 from cluster.control_api import ControlClient
@@ -27,6 +28,7 @@ from cluster.gateway_ports import checked_ports
 from cluster.local_ray import remove_tmpdir, use_own_token
 from cluster.models import pinned
 from cluster.processes import free_ports
+from placement.errors import UnknownName
 from placement.found_inventory import with_findings
 from placement.inventory import Inventory
 from placement.spec import load_yaml
@@ -78,13 +80,24 @@ def deploy(
     console.print(status_page(client.status()))
 
 
-def status(*, json_: Json = False) -> None:
+def status(
+    model: Annotated[str | None, typer.Argument(help="Only this one, with all replicas.")] = None,
+    *,
+    replicas: Annotated[bool, typer.Option("--replicas", help="All, however many.")] = False,
+    json_: Json = False,
+) -> None:
     """What runs: variants, replicas, memory planned and actual, load, last events."""
     current = _client(context.require()).status()
+    if model is not None:
+        chosen = [each for each in current.variants if model in (each.model, *each.aliases)]
+        if not chosen:
+            raise UnknownName("model", model, {each.model for each in current.variants})
+        current = current.model_copy(update={"variants": tuple(chosen)})
     if json_:
         print(current.model_dump_json())  # noqa: T201
     else:
-        page_console().print(status_page(current))
+        every_replica = replicas or model is not None
+        page_console().print(status_page(current, every_replica=every_replica))
 
 
 def scale(model: str, replicas: Annotated[int, typer.Argument(min=0)]) -> None:

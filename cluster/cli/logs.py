@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
@@ -14,6 +12,8 @@ from urllib.parse import unquote
 import typer
 
 from cluster import context
+from cluster.cli.log_follow import OVER, LogReader, ReplicaWatch, readers_of
+from cluster.cli.log_follow import follow as go_on
 from cluster.context import Context
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError
@@ -21,9 +21,7 @@ from cluster.messages import FleetStatus, ReplicaStatus
 from cluster.names import log_folder
 from placement.errors import UnknownName
 
-POLL_S = 0.2
 _OWN = ("controller", "gateway", "ray")
-_OVER = ("failed", "stopped")
 
 
 def register(app: typer.Typer) -> None:
@@ -36,25 +34,33 @@ def logs(
         str, typer.Argument(help="MODEL, MODEL/REPLICA, `gateway`, `controller` or `ray`.")
     ],
     *,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Go on as lines come, also of replicas that come later."
+        ),
+    ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1)] = 100,
 ) -> None:
     """The output of a model's engines, of the gateway, of the controller or of Ray."""
-    readers = [_Reader(file) for file in _log_files(context.require(), target)]
-    for reader in readers:
-        if not reader.file.exists():
-            print(f"{reader.file}: nothing on this machine yet", file=sys.stderr)  # noqa: T201
-            continue
-        shown = reader.last(lines)
-        if not follow:
-            shown = [*shown, *reader.more(partial=True)][-lines:]
-        if len(readers) > 1:
-            print(f"==> {reader.file} <==")  # noqa: T201
-        for line in shown:
-            print(line)  # noqa: T201
-    if follow:
-        with contextlib.suppress(KeyboardInterrupt):
-            _follow(readers)
+    with contextlib.suppress(KeyboardInterrupt):
+        readers, watch = _chosen(context.require(), target, follow=follow)
+        for reader in readers:
+            _show(reader, lines, heading=len(readers) > 1, partial=not follow)
+        if follow:
+            go_on(readers, watch)
+
+
+def _show(reader: LogReader, lines: int, *, heading: bool, partial: bool) -> None:
+    part = reader.last(lines, partial=partial)
+    if part.missing or part.problem:
+        why = part.problem or "nothing there yet"
+        print(f"{reader.place}: {why}", file=sys.stderr)  # noqa: T201
+        return
+    if heading:
+        print(f"==> {reader.place} <==")  # noqa: T201
+    for line in part.lines:
+        print(line)  # noqa: T201
 
 
 class _NothingRanYet(ClusterError):
@@ -63,52 +69,10 @@ class _NothingRanYet(ClusterError):
     exit_code = 2
 
 
-class _Reader:
-    """A log file as it grows; it need not exist yet."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._offset = 0
-
-    def last(self, count: int) -> list[str]:
-        """The last `count` whole lines; `more` goes on after them."""
-        with contextlib.suppress(FileNotFoundError), self.file.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            span, text = 0, b""
-            while span < size and text.count(b"\n") <= count:
-                span = min(size, 2 * span or 400 * count)
-                log.seek(size - span)
-                text = log.read(span)
-            whole, end, _ = text.rpartition(b"\n")
-            self._offset = size - span + len(whole + end)
-            return whole.decode(errors="replace").splitlines()[-count:]
-        return []
-
-    def more(self, *, partial: bool = False) -> list[str]:
-        """Whole lines that came since; with `partial` a last one without its end, too."""
-        with contextlib.suppress(FileNotFoundError), self.file.open("rb") as log:
-            if log.seek(0, os.SEEK_END) < self._offset:
-                self._offset = 0  # begun anew
-            log.seek(self._offset)
-            text = log.read()
-            text = text if partial else text[: text.rfind(b"\n") + 1]
-            self._offset += len(text)
-            return text.decode(errors="replace").splitlines()
-        return []
-
-
-def _follow(readers: Sequence[_Reader]) -> None:
-    while True:
-        for reader in readers:
-            prefix = f"{reader.file.stem}: " if len(readers) > 1 else ""
-            for line in reader.more():
-                print(prefix + line)  # noqa: T201
-        sys.stdout.flush()
-        time.sleep(POLL_S)
-
-
-def _log_files(running: Context, target: str) -> list[Path]:
-    """Logs that `target` means, of a model at least one.
+def _chosen(
+    running: Context, target: str, *, follow: bool
+) -> tuple[list[LogReader], ReplicaWatch | None]:
+    """Logs that `target` means, of a model at least one, and who looks for more of them.
 
     Raises:
         UnknownName: no such model or replica; with the nearest names.
@@ -116,8 +80,9 @@ def _log_files(running: Context, target: str) -> list[Path]:
     """
     folder = Path(running.run_dir) / "logs"
     if target in _OWN:
-        return [folder / f"{target}.log"]
-    status = ControlClient(running.controller_url, running.token).status()
+        return [LogReader(folder / f"{target}.log")], None
+    client = ControlClient(running.controller_url, running.token)
+    status = client.status()
     models = _models(status, folder)
     # A model's name may hold slashes itself, so that of all fitting ones the longest is meant.
     fitting = [name for name in models if f"{target}/".startswith(f"{name}/")]
@@ -132,9 +97,15 @@ def _log_files(running: Context, target: str) -> list[Path]:
     ]
     ended = sorted((folder / log_folder(models[name])).glob("*.log"), key=_written_s)
     wanted = target[len(name) + 1 :]
+    readers = {reader.name: reader for each in replicas for reader in readers_of(each, client)}
     if wanted:
-        return _replica_logs(wanted, target, replicas, ended)
-    return _model_logs(models[name], replicas, ended)
+        readers = _of_replica(wanted, target, readers, ended)
+    else:
+        readers = _of_model(models[name], replicas, readers, ended)
+    watch = None
+    if follow:
+        watch = ReplicaWatch(client, models[name], tuple(readers) if wanted else None)
+    return list(readers.values()), watch
 
 
 def _models(status: FleetStatus, folder: Path) -> dict[str, str]:
@@ -145,24 +116,33 @@ def _models(status: FleetStatus, folder: Path) -> dict[str, str]:
     return names | {variant.model: variant.model for variant in status.variants}
 
 
-def _model_logs(model: str, replicas: Sequence[ReplicaStatus], ended: Sequence[Path]) -> list[Path]:
+def _of_model(
+    model: str,
+    replicas: Sequence[ReplicaStatus],
+    readers: Mapping[str, LogReader],
+    ended: Sequence[Path],
+) -> dict[str, LogReader]:
     """Of the replicas that run, else of the one that ran last."""
-    running = [Path(replica.log_file) for replica in replicas if replica.state not in _OVER]
-    if not running and not ended:
+    over = {Path(each.log_file).stem for each in replicas if each.state in OVER}
+    running = {name: reader for name, reader in readers.items() if name not in over}
+    if running:
+        return running
+    if not readers and not ended:
         raise _NothingRanYet(f"no replica of {model} has run yet: there is no log")
-    return running or list(ended[-1:])
+    if not ended:
+        return dict(readers)
+    return {ended[-1].stem: LogReader(ended[-1])}
 
 
-def _replica_logs(
-    wanted: str, target: str, replicas: Sequence[ReplicaStatus], ended: Sequence[Path]
-) -> list[Path]:
+def _of_replica(
+    wanted: str, target: str, readers: Mapping[str, LogReader], ended: Sequence[Path]
+) -> dict[str, LogReader]:
     """Of the replica called `wanted`; part of its name will do."""
-    files = {file.stem: file for file in ended}
-    files |= {replica.replica: Path(replica.log_file) for replica in replicas}
-    found = [wanted] if wanted in files else [name for name in files if wanted in name]
+    known = {file.stem: LogReader(file) for file in ended} | dict(readers)
+    found = [wanted] if wanted in known else [name for name in known if wanted in name]
     if not found:
-        raise UnknownName("replica", target, (f"{target[: -len(wanted)]}{name}" for name in files))
-    return [files[name] for name in found]
+        raise UnknownName("replica", target, (f"{target[: -len(wanted)]}{name}" for name in known))
+    return {name: known[name] for name in found}
 
 
 def _written_s(file: Path) -> float:

@@ -1,21 +1,15 @@
-"""Plans and states as pages for people."""
+"""Plans as pages for people, and what pages share."""
 
 from __future__ import annotations
-
-import time
-from collections import Counter
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.messages import FleetStatus, ReplicaStatus, SpeedStatus, VariantStatus
 from placement.errors import DoesNotFit
 from placement.plan import Plan, Robustness, Variant
 
 GIB = 2**30
-FAILURE_LINES = 6
-_STYLES = {"ready": "green", "failed": "red", "unhealthy": "red"}
 
 
 def page_console(*, stderr: bool = False) -> Console:
@@ -85,42 +79,6 @@ def _if_slower(plan: Plan, robustness: Robustness) -> str:
     return f"{told}; `robust: require` avoids that"
 
 
-def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableType:
-    """The fleet now: each variant, and under it its replicas. `now_s`: epoch seconds."""
-    now_s = time.time() if now_s is None else now_s
-    roles = ("role",) if any(variant.role != "whole" for variant in status.variants) else ()
-    table = Table(
-        "model", "variant", *roles, "ready", "state", "nodes and GPUs",
-        "weights/GPU plan/actual", "KV tokens plan/actual", "load", "speed plan/actual",
-        "last event",
-        box=None,
-    )  # fmt: skip
-
-    def add(row: tuple[RenderableType, ...], role: str = "") -> None:
-        table.add_row(*row[:2], *(role for _ in roles), *row[2:])
-
-    failures: list[RenderableType] = []
-    for variant in status.variants:
-        add(_variant_row(variant, now_s), variant.role)
-        for replica in variant.replicas:
-            add(_replica_row(variant, replica))
-        for name, source in variant.adapters.items():
-            add(_adapter_row(variant, name, source))
-        failures += [Text(line, style="yellow") for line in _remarks(variant)]
-        if variant.failure and variant.ready < variant.wanted:
-            end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
-            text = f"{variant.model}: an engine ended (`bora logs {variant.model}`):\n{end}"
-            failures.append(Text(text, style="red"))
-    head = Text(f"fleet {status.fleet or '(none)'}, endpoint table {status.table_version}, ")
-    if status.gateways:
-        head.append(f"{len(status.gateways)} gateway(s)")
-    else:
-        head.append("no gateway reports", style="red")
-        if status.gateway_failure:
-            failures.append(Text(f"gateway: {status.gateway_failure}", style="red"))
-    return Group(head, table, *failures)
-
-
 def beside_gpus(variant: Variant) -> str:
     """What a replica of llama.cpp holds in host memory; on a CPU that is all, and told already."""
     if not variant.shape.host_memory_bytes or variant.gpu == "cpu":
@@ -141,48 +99,6 @@ def age(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def _variant_row(variant: VariantStatus, now_s: float) -> tuple[RenderableType, ...]:
-    hosts = Counter(replica.node for replica in variant.replicas if replica.node)
-    places = ", ".join(
-        f"{host} ({count * variant.gpus_per_replica})" for host, count in sorted(hosts.items())
-    )
-    last = ""
-    if variant.last_event:
-        last = f"{variant.last_event}, {age(now_s - variant.last_event_s)} ago"
-    return (
-        variant.model,
-        variant.variant,
-        f"{variant.ready}/{variant.wanted}",
-        _state(variant),
-        Text(f"{variant.gpu}: {places}" if places else variant.gpu),
-        "",
-        "",
-        f"{variant.in_flight:.1f} in flight, {variant.queued} waiting",
-        Text("" if variant.speed is None else _speed(variant.speed)),
-        Text(last),
-    )
-
-
-def _speed(speed: SpeedStatus) -> str:
-    """For the load of the newest window that counted."""
-    last = speed.last
-    if last is None:
-        return f"not compared: {speed.not_counted}"
-    return (
-        f"TPOT {last.predicted_tpot_ms:.3g}{error_bar(last.tpot_error)} / "
-        f"{last.observed_tpot_ms:.3g} ms, TTFT {last.predicted_ttft_s:.2g}"
-        f"{error_bar(last.ttft_error)} / {last.observed_ttft_s:.2g} s"
-    )
-
-
-def _remarks(variant: VariantStatus) -> list[str]:
-    """What is under way or not as planned."""
-    remarks = [f"not as planned: {text}" for text in variant.misplaced]
-    remarks += [variant.waiting] if variant.waiting else []
-    remarks += [f"roll-out: {variant.rollout}"] if variant.rollout else []
-    return [f"{variant.model}: {text}" for text in remarks]
-
-
 def _plan_row(variant: Variant) -> tuple[str, ...]:
     shape = variant.shape
     nodes = sorted({node.node for replica in variant.placement for node in replica})
@@ -198,53 +114,3 @@ def _plan_row(variant: Variant) -> tuple[str, ...]:
         f"{variant.predicted.tpot_p95_ms:.1f} ms",
         f"{100 * variant.predicted.utilization:.0f} %",
     )
-
-
-def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[RenderableType, ...]:
-    tokens = "?" if replica.kv_cache_tokens is None else f"{replica.kv_cache_tokens:,}"
-    weights = "?" if replica.weights_bytes is None else f"{replica.weights_bytes / GIB:.3f}"
-    stage = f" ({replica.stage})" if replica.stage else ""
-    ranks = [(replica.node, replica.gpus)]
-    ranks += [(follower.node, follower.gpus) for follower in replica.followers]
-    places = [node + (f" GPU {','.join(map(str, gpus))}" if gpus else "") for node, gpus in ranks]
-    return (
-        "",
-        Text(f"  {replica.replica}"),
-        age(replica.age_s),
-        Text(f"{replica.state}{stage}", style=_STYLES.get(replica.state, "yellow")),
-        Text(" + ".join(places)),
-        f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
-        f"{variant.planned_kv_cache_tokens:,} / {tokens}",
-        f"{replica.running} running, {replica.waiting} waiting{_balance(replica)}",
-        "",
-        "",
-    )
-
-
-def _balance(replica: ReplicaStatus) -> str:
-    if replica.expert_balance is None:
-        return ""
-    return f", experts {100 * replica.expert_balance:.0f} % balanced"
-
-
-def _adapter_row(variant: VariantStatus, name: str, source: str) -> tuple[RenderableType, ...]:
-    """An adapter: on how many of the replicas that serve it is loaded; where not, why."""
-    serving = [each for each in variant.replicas if each.state == "ready"]
-    loaded = sum(name in each.adapters for each in serving)
-    whys = [each.adapter_failures[name] for each in serving if name in each.adapter_failures]
-    state = Text("loaded", style="green")
-    if whys:
-        state = Text(f"not loaded: {whys[0]}", style="red")
-    elif loaded < len(serving) or not serving:
-        state = Text("loading", style="yellow")
-    return ("", Text(f"  adapter {name}"), f"{loaded}/{len(serving)}", state, Text(source))
-
-
-def _state(variant: VariantStatus) -> Text:
-    if variant.ready > variant.wanted == 0:
-        return Text("being replaced", style="yellow")
-    if variant.ready >= variant.wanted:
-        return Text("serving" if variant.wanted else "scaled to zero", style="green")
-    if variant.ready or variant.failure:
-        return Text("degraded", style="yellow")
-    return Text("starting", style="yellow")

@@ -32,6 +32,7 @@ from cluster.local_inventory import POOL, local_inventory
 from cluster.local_ray import HOST, LocalRay, remove_tmpdir, start_local_ray
 from cluster.models import catalogue_for, pinned
 from cluster.names import SLOT
+from cluster.priority import VARIABLE as PRIORITY
 from cluster.probes.node import probe
 from cluster.probes.speeds import with_speeds
 from cluster.processes import free_ports
@@ -164,7 +165,7 @@ def _require_one_kind(facts: NodeFacts, catalogue: Catalogue) -> None:
     raise DoesNotFit(
         f"this machine has {devices}, and `bora up` serves on one kind. "
         f"Start Ray with a node for each kind, then `bora deploy FLEET --address HOST:PORT`:\n"
-        f"  ray start --head --num-gpus 0\n{commands}"
+        f"  {PRIORITY}=0 ray start --head --num-gpus 0\n{commands}"
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from cluster.registry import Registry
 from cluster.shape_version import shape_version
 from gateway.endpoints import ModelLoad
 from placement.changes import migration
+from placement.model_cache import ModelCacheSpec
 from tests.builders import a_plan, a_report, a_shape, a_variant
 
 
@@ -50,8 +52,13 @@ async def nothing() -> None:
     """Nobody listens."""
 
 
-async def a_folder(source: str) -> Path:
+async def a_folder(source: str, tell: Callable[[str], None]) -> Path:
+    tell("looking")
     return Path(source)
+
+
+async def located(source: str) -> Path:
+    return await locate_adapter(source, ModelCacheSpec(), Path("/dev/null"))
 
 
 def some_adapters(engine: Engine) -> Adapters:
@@ -149,15 +156,34 @@ async def test_an_old_source_serves_on_while_the_new_one_fails() -> None:
     assert adapters.failures == {"legal": "broken"}
 
 
+async def test_how_far_an_adapter_is_is_told_until_it_is_here_or_failed() -> None:
+    heard: list[dict[str, str]] = []
+
+    async def locate(source: str, tell: Callable[[str], None]) -> Path:
+        tell("downloading weights, 50 % of 120.0 MiB")
+        heard.append(dict(adapters.stages))
+        if source == "acme/gone":
+            raise AdapterFailed("no such repository")
+        return Path(source)
+
+    adapters = Adapters(Engine(), locate)
+    adapters.want({"legal": "acme/legal", "gone": "acme/gone"})
+    await adapters.settle(nothing)
+
+    stage = "downloading weights, 50 % of 120.0 MiB"
+    assert heard == [{"legal": stage}, {"gone": stage}]
+    assert adapters.stages == {}
+
+
 async def test_a_folder_must_hold_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(AdapterFailed, match=r"/nowhere: no such folder on this node"):
-        await locate_adapter("/nowhere")
+        await located("/nowhere")
     with pytest.raises(AdapterFailed, match=r"no adapter_config.json there"):
-        await locate_adapter(str(tmp_path))
+        await located(str(tmp_path))
     with pytest.raises(AdapterFailed, match=r"~nobody-here/lora: cannot be read"):
-        await locate_adapter("~nobody-here/lora")
+        await located("~nobody-here/lora")
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert await locate_adapter(str(tmp_path)) == tmp_path
+    assert await located(str(tmp_path)) == tmp_path
 
 
 async def test_a_real_engine_process_loads_and_unloads(tmp_path: Path) -> None:
@@ -211,6 +237,21 @@ def test_what_happens_to_adapters_is_told_once() -> None:
     ]
     assert told[-1].reason == "too wide"
     assert list(adapter_events(now, now)) == []
+
+
+def test_a_download_of_an_adapter_is_told_once_with_its_size() -> None:
+    reports = [
+        a_report(adapter_stages={"a": stage} if stage else {})
+        for stage in (
+            "",
+            "downloading weights, 0 % of 1.5 GiB",
+            "downloading weights, 9 % of 1.5 GiB",
+        )
+    ]
+
+    told = [event.text for pair in itertools.pairwise(reports) for event in adapter_events(*pair)]
+
+    assert told == ["replica r1: downloading adapter a, 1.5 GiB"]
 
 
 def test_requests_to_adapters_are_load_of_their_model() -> None:

@@ -23,6 +23,7 @@ from cluster.cluster_file import (
     start_commands,
 )
 from cluster.names import GPU_LABEL, POOL_LABEL
+from cluster.priority import VARIABLE
 from cluster.provider_config import checked_cluster
 from placement.catalogue import CONFIGS, load_catalogue
 from placement.errors import ConfigError, UnknownName
@@ -137,10 +138,13 @@ def test_kuberay_pools_are_labelled_and_authenticated():
     assert spec["autoscalerOptions"]["version"] == "v2"
     assert spec["rayVersion"] in (CONFIGS.parent / "pyproject.toml").read_text()
     assert "redisAddress" in spec["gcsFaultToleranceOptions"]
+    [head] = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": VARIABLE, "value": "0"} in head["env"]
     for group in spec["workerGroupSpecs"]:
         settings = group["template"]["spec"]["containers"][0]["env"]
         told = {setting["name"]: setting["value"] for setting in settings}
         assert int(told["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 600  # a pod takes minutes
+        assert told[VARIABLE] == "0"
         labels = dict(pair.split("=") for pair in group["rayStartParams"]["labels"].split(","))
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert labels[POOL_LABEL] == group["groupName"]

@@ -14,7 +14,16 @@ import pytest
 from cluster.control_api import ControlClient, serve_control_api
 from cluster.errors import ClusterError, ClusterUnreachable
 from cluster.key_keeper import KeyKeeper
-from cluster.messages import Drained, DrainRequest, Event, EventList, FleetStatus, NodeList
+from cluster.messages import (
+    Drained,
+    DrainRequest,
+    Event,
+    EventList,
+    FleetStatus,
+    LogPart,
+    LogQuery,
+    NodeList,
+)
 from cluster.processes import free_ports
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
@@ -67,6 +76,9 @@ class RememberingControl:
 
     def events(self, after: int) -> EventList:
         return EventList(events=(Event(number=after + 1, at_s=1.0, text="it happened"),))
+
+    async def logs(self, query: LogQuery) -> LogPart:
+        return LogPart(lines=(f"{query.file} on {query.node_id}",), offset=7)
 
     def nodes(self) -> NodeList:
         return NodeList(nodes=(), pending=("a-00000000",))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.diagnosis import Check, Diagnosis, diagnose
+from cluster.diagnosis import ROWS, Check, Diagnosis, diagnose
 from cluster.host_state import HostState, host_state
 from cluster.processes import free_ports
 from cluster.ssh_survey import ask_hosts, read_cluster
@@ -17,6 +17,7 @@ from placement.errors import ConfigError
 from placement.mismatch import Mismatch
 from placement.node_facts import DiskFacts, NodeFacts
 from tests.placement.nodes import GIB, a_node, pairs
+from tests.placement.test_mismatches import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +33,13 @@ def a_state(**changes: Any) -> HostState:
 def checks(facts: NodeFacts, state: HostState | None = None, *lies: Mismatch) -> dict[str, Check]:
     diagnosis = diagnose([(facts, state or a_state())], lies)
     return {check.check: check for check in diagnosis.checks}
+
+
+def test_every_lie_that_is_planted_has_its_row():
+    planted = {rule for rule, *_ in PLANTED}
+
+    assert len(planted) >= 12
+    assert planted <= set(ROWS)
 
 
 def test_a_sound_host_passes_every_check():
@@ -63,6 +71,7 @@ def test_a_sound_host_passes_every_check():
         (a_node(), a_state(clock_synchronized=False), "clock", "warning", "not synchronized"),
         (a_node(), a_state(shared_memory_bytes=64 * 2**20), "shared memory", "warning", "0.1 GiB"),
         (a_node(), a_state(open_files=1024), "open files", "warning", "1024"),
+        (a_node(), a_state(niceness=15), "priority", "warning", "nice 15"),
         (a_node(), a_state(ports_in_use=(8000,)), "ports", "failed", "8000"),
         (
             a_node(measured={"device": "cuda", "ranks": 0, "took_s": 0, "problem": "it hangs"}),

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from cluster.autoscaler import Autoscaler
 from cluster.cli.events import event_table
-from cluster.cli.render import age, status_page
+from cluster.cli.render import age
+from cluster.cli.status_page import status_page
 from cluster.event_log import EventLog
 from cluster.generations import Census
 from cluster.lifecycle import Lifecycle
@@ -149,15 +150,15 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
 
     page = console.export_text()
     assert "2/3" in page
-    assert "H100-SXM: h1 (2), h2 (2)" in page
+    assert "4 x H100-SXM: h1 (2), h2 (2)" in page
     assert "h1 GPU 0,1" in page
-    assert "43.772 / 48.000" in page
-    assert "122,064 / 1,000" in page
-    assert "deployed, 60 s ago" in page
+    assert "43.8/48" in page
+    assert "122k/1,000" in page
+    assert "chat  60 s deployed" in page
     assert "chat: a replica waits for 2 GPU" in page
     assert "chat: not as planned: r1 runs elsewhere" in page
     assert "chat: roll-out: 1 of 3 in the new shape" in page
-    assert "1.5 in flight" in page
+    assert "1.5+0" in page
 
 
 def test_status_has_a_column_for_roles_only_where_replicas_have_some(tmp_path):
@@ -188,5 +189,5 @@ def test_status_has_a_column_for_roles_only_where_replicas_have_some(tmp_path):
 
     assert "role" not in page("whole")
     split = page("prefill", "decode").splitlines()
-    assert split[1].split()[:4] == ["model", "variant", "role", "ready"]
-    assert [line.split()[2] for line in split if line.startswith(" chat")] == ["prefill", "decode"]
+    assert split[2].split()[:3] == ["variant", "role", "ready"]
+    assert [line.split()[1] for line in split if line.startswith("chat@")] == ["prefill", "decode"]

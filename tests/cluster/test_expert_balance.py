@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.cli.render import status_page
+from cluster.cli.status_page import status_page
 from cluster.engines.vllm import VllmEngine
 from cluster.expert_log import ExpertLog
 from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
@@ -86,10 +86,10 @@ def test_status_shows_it_beside_the_load_and_adapters_below() -> None:
     console.print(status_page(status))
     page = [" ".join(line.split()) for line in console.export_text().splitlines()]
 
-    assert any("2 running, 0 waiting, experts 83 % balanced" in line for line in page)
-    assert "adapter legal 1/1 loaded /lora/legal" in page
-    assert any(line.startswith("adapter medical 0/1 not loaded: LoRA rank 64") for line in page)
-    assert "adapter new 0/1 loading /lora/new" in page
+    assert any("ready, experts 83 % balanced" in line for line in page)
+    assert "legal of chat 1/1 loaded /lora/legal" in page
+    assert any(line.startswith("medical of chat 0/1 not loaded: LoRA rank 64") for line in page)
+    assert "new of chat 0/1 loading /lora/new" in page
 
 
 @pytest.mark.engine

@@ -144,6 +144,10 @@ def test_planned_gpus_are_those_of_the_node_or_of_any_where_the_plan_does_not_na
     variant = a_variant(placement=tuple((part,) for part in parts))
 
     assert planned_gpus(variant, "b") == [(2, 3)]
+    both = a_variant(
+        placement=((NodeGpus(node="a", gpus=(0, 1)), NodeGpus(node="a", gpus=(2, 3))),)
+    )
+    assert planned_gpus(both, "a", rank=1) == [(2, 3), (0, 1)]
     assert planned_gpus(variant, "c") == [(0, 1), (2, 3)]
 
 

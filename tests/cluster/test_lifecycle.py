@@ -42,6 +42,7 @@ class Fleet:
         self.refusal = ""
         self.served: dict[GenerationKey, Deployed] = {}
         self.placeless: frozenset[str] = frozenset()
+        self.nodes = {"id-a": NODE}
         self.lifecycle = Lifecycle(
             self.registry,
             self.autoscaler,
@@ -78,7 +79,7 @@ class Fleet:
         self.served[key_of(variant)] = Deployed(**{**fields, "replicas": served, **changes})
 
     def census(self) -> Census:
-        return Census(time.monotonic(), dict(self.served), self.placeless, {"id-a": NODE})
+        return Census(time.monotonic(), dict(self.served), self.placeless, self.nodes)
 
 
 async def test_the_idlest_replica_goes_and_serves_count_follows_when_it_is_gone():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ import pytest
 
 from cluster.context import Context
 from cluster.control_api import serve_control_api
-from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from cluster.log_tail import MOST_BYTES, lines_after
+from cluster.messages import (
+    Event,
+    EventKind,
+    EventList,
+    FleetStatus,
+    LogPart,
+    LogQuery,
+    ReplicaStatus,
+    VariantStatus,
+)
 from cluster.names import log_folder
+from cluster.node_logs import NodeLogs, log_part
 from cluster.processes import free_ports
+from placement.errors import ConfigError
 from tests.cluster.test_control_api import TOKEN, RememberingControl
 
 
@@ -27,6 +40,36 @@ class Fleet(RememberingControl):
         super().__init__(run_dir)
         self.run_dir = run_dir
         self.variants: list[VariantStatus] = []
+        self.happened: list[Event] = []
+        self.elsewhere: dict[tuple[str, str], bytes] = {}  # logs by node and file
+        [self.port] = free_ports(1)
+
+    async def up(self) -> None:
+        self.runner = await serve_control_api(self, "127.0.0.1", self.port, TOKEN)
+
+    async def down(self) -> None:
+        await self.runner.cleanup()
+
+    def events(self, after: int) -> EventList:
+        return EventList(events=tuple(self.happened[after:]))
+
+    async def logs(self, query: LogQuery) -> LogPart:
+        log = self.elsewhere.get((query.node_id, query.file))
+        if log is None:
+            return LogPart(problem=f"node {query.node_id} is gone, and this log with it")
+        copy = self.run_dir / "copy.log"
+        copy.write_bytes(log)
+        return log_part(query.model_copy(update={"file": str(copy)}), self.run_dir)
+
+    def tell(self, kind: EventKind, text: str, **changes: str) -> None:
+        """Something happened to `chat`."""
+        number = len(self.happened) + 1
+        fields = {"model": "chat", "node": "here", **changes}
+        self.happened.append(
+            Event.model_validate(
+                {"number": number, "at_s": 1.0, "kind": kind, "text": text, **fields}
+            )
+        )
 
     def status(self) -> FleetStatus:
         return FleetStatus(
@@ -41,6 +84,7 @@ class Fleet(RememberingControl):
 
     def runs(self, model: str, *replicas: str, state: str = "ready", **changes: Any) -> None:
         """`model` with these replicas, each with a log that says which it is."""
+        self.variants = [each for each in self.variants if each.model != model]
         rows = [
             ReplicaStatus(
                 replica=replica,
@@ -84,24 +128,27 @@ class Fleet(RememberingControl):
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     control = Fleet(tmp_path / "run")
     (control.run_dir / "logs").mkdir(parents=True)
-    [port] = free_ports(1)
-    runner = await serve_control_api(control, "127.0.0.1", port, TOKEN)
+    await control.up()
     context = Context(
         ray_address="",
         ray_tmpdir="",
-        controller_url=f"http://127.0.0.1:{port}",
+        controller_url=f"http://127.0.0.1:{control.port}",
         token=TOKEN,
         run_dir=str(control.run_dir),
     )
     (tmp_path / "context.json").write_text(context.model_dump_json())
     yield control
-    await runner.cleanup()
+    await control.down()
+
+
+def logs(fleet: Fleet, *arguments: str) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    return bora(fleet, "logs", *arguments)
 
 
 @asynccontextmanager
-async def logs(fleet: Fleet, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def bora(fleet: Fleet, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", "logs", *arguments),
+        *(sys.executable, "-m", "cluster", *arguments),
         env={**os.environ, "BORA_STATE": str(fleet.run_dir.parent), "PYTHONUNBUFFERED": "1"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -236,10 +283,123 @@ async def test_a_log_that_does_not_exist_yet_is_waited_for(fleet: Fleet) -> None
     async with logs(fleet, "gateway", "-f") as process:
         assert process.stderr is not None
         async with asyncio.timeout(60):
-            assert b"nothing on this machine yet" in await process.stderr.readline()
+            assert b"nothing there yet" in await process.stderr.readline()
         file.write_text("listening\n")
 
         assert await lines_until(process, "listening") == ["listening"]
+
+
+def a_far_replica(fleet: Fleet, replica: str, text: str) -> None:
+    """A replica of `chat` on node b, whose log is not on this host."""
+    file = fleet.run_dir / "logs" / "chat" / f"{replica}.log"
+    fleet.runs("chat", replica)
+    file.unlink()
+    [variant] = fleet.variants
+    [row] = variant.replicas
+    far = row.model_copy(update={"node": "b", "node_id": "id-b"})
+    fleet.variants = [variant.model_copy(update={"replicas": (far,)})]
+    fleet.elsewhere["id-b", str(file)] = text.encode()
+
+
+async def test_a_log_on_another_node_is_read_there(fleet: Fleet) -> None:
+    a_far_replica(fleet, "r1", "1\n2\n3\nopen end")
+
+    assert await said(fleet, "chat", "-n", "2") == (0, "3\nopen end\n", "")
+
+
+async def test_a_log_on_another_node_is_followed(fleet: Fleet) -> None:
+    a_far_replica(fleet, "r1", "first\n")
+    [where] = fleet.elsewhere
+    async with logs(fleet, "chat/r1", "-f") as process:
+        await lines_until(process, "first")
+        fleet.elsewhere[where] += b"second\nhalf a li"
+
+        assert await lines_until(process, "second") == ["second"]
+        del fleet.elsewhere[where]
+        [gone] = await lines_until(
+            process, f"==> b:{where[1]}: node id-b is gone, and this log with it <=="
+        )
+        assert gone
+
+
+async def test_who_replaces_a_replica_is_followed_on_and_what_happened_is_said(
+    fleet: Fleet,
+) -> None:
+    fleet.runs("chat", "r1")
+    fleet.runs("other", "r9")
+    async with logs(fleet, "chat/r1", "-f") as process:
+        await lines_until(process, "chat on r1")
+        fleet.tell("replica-died", "replica r1: failed", replica="r1", reason="out of memory")
+        fleet.tell("replica-started", "replica r9: starting", replica="r9", model="other")
+        fleet.tell("replica-started", "replica r2: starting", replica="r2", reason="replaces r1")
+        fleet.runs("chat", "r2")
+
+        followed = await lines_until(process, "r2: chat on r2")
+
+    assert followed == [
+        "==> replica r1: failed on here (out of memory) <==",
+        "==> replica r2: starting on here (replaces r1) <==",
+        "r2: chat on r2",
+    ]
+
+
+@pytest.mark.parametrize("command", [("logs", "chat"), ("events",)])
+async def test_ctrl_c_ends_what_is_followed_without_an_error(
+    fleet: Fleet, command: tuple[str, ...]
+) -> None:
+    fleet.runs("chat", "r1")
+    fleet.tell("replica-ready", "chat on r1")
+    async with bora(fleet, *command, "-f") as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            while b"chat on r1" not in await process.stdout.readline():
+                pass
+        process.send_signal(signal.SIGINT)
+
+        async with asyncio.timeout(60):
+            _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_events_are_followed_over_a_restart_of_the_controller(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.tell("replica-ready", "it is ready")
+    async with bora(fleet, "events", "-f") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(60):
+            assert b"it is ready" in await process.stdout.readline()
+            await fleet.down()
+            assert b"asking again" in await process.stderr.readline()
+            fleet.tell("replica-ready", "another is")
+            await fleet.up()
+            assert b"another is" in await process.stdout.readline()
+
+
+async def test_only_logs_of_bora_are_read_for_anybody(tmp_path: Path) -> None:
+    logs_of_nodes = NodeLogs(tmp_path / "logs")
+    for file in ("/etc/hostname", f"{tmp_path}/logs/../secret", f"{tmp_path}/logs-not"):
+        with pytest.raises(ConfigError, match="is no log of bora's"):
+            await logs_of_nodes.read(LogQuery(node_id="a", file=file))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "secret").write_text("secret\n")
+    (tmp_path / "logs" / "link.log").symlink_to(tmp_path / "secret")
+
+    query = LogQuery(node_id="a", file=str(tmp_path / "logs" / "link.log"))
+    assert log_part(query, tmp_path / "logs").missing
+
+
+def test_a_line_longer_than_a_part_comes_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.write_text("x" * (MOST_BYTES + 10) + "\nend\n")
+
+    first = lines_after(file, 0)
+    second = lines_after(file, first.offset)
+
+    assert [len(line) for line in first.lines] == [MOST_BYTES]
+    assert second.lines == ("x" * 10, "end")
+    assert lines_after(file, second.offset).lines == ()
 
 
 def test_no_two_models_share_a_log_folder() -> None:

@@ -181,7 +181,7 @@ def test_a_box_of_one_kind_needs_nothing_special(tmp_path, monkeypatch):
     [only] = raylets(probe(measure=False), CATALOGUE, "h100")
 
     assert only.start_arguments() == (
-        "ray start --num-gpus 1 --labels bora.pool=h100,bora.gpu=H100-SXM"
+        "RAY_worker_niceness=0 ray start --num-gpus 1 --labels bora.pool=h100,bora.gpu=H100-SXM"
     )
 
 
@@ -216,5 +216,5 @@ def test_up_on_a_mixed_box_says_how_to_start_ray_there(tmp_path, monkeypatch):
 
     assert result.returncode == 3
     assert "1 x H100-SXM, 1 x RTX-4090" in result.stderr
-    assert "ray start --head --num-gpus 0" in result.stderr
+    assert "RAY_worker_niceness=0 ray start --head --num-gpus 0" in result.stderr
     assert "BORA_GPUS=GPU-00000001-aaaa ray start --num-gpus 1" in result.stderr

@@ -76,3 +76,35 @@ def test_another_commit_is_another_engine():
     [change] = migration(running, plan).changes
     assert isinstance(change, Replace)
     assert change.why == f"commit {FIRST[:12]} -> {SECOND[:12]}"
+
+
+def test_adapters_of_a_repository_are_fixed_to_its_commit_and_folders_stay_folders():
+    hub = Commits(FIRST)
+    adapters = {"a": "acme/a", "b": "acme/b@v2", "c": "/srv/c", "d": f"acme/d@{SECOND}"}
+
+    plan = pinned(a_plan(a_variant(adapters=adapters)), hub=hub)
+
+    assert plan.variants[0].adapters == {
+        "a": f"acme/a@{FIRST}",
+        "b": f"acme/b@{FIRST}",
+        "c": "/srv/c",
+        "d": f"acme/d@{SECOND}",
+    }
+    assert sorted(hub.asked) == [("acme/a", "main"), ("acme/b", "v2")]
+
+
+def test_without_a_hub_adapters_stay_what_they_are():
+    running = a_plan(a_variant(adapters={"a": f"acme/a@{FIRST}"}))
+    wanted = a_plan(a_variant(adapters={"a": "acme/a", "b": "acme/b"}))
+
+    plan = pinned(wanted, running, Commits(HubUnreachable("gone")))
+
+    assert plan.variants[0].adapters == {"a": f"acme/a@{FIRST}", "b": "acme/b"}
+
+
+def test_of_an_offline_fleet_no_hub_is_asked_about_adapters():
+    hub = Commits(FIRST)
+    offline = a_variant(adapters={"a": "acme/a"}, model_cache=ModelCacheSpec(offline=True))
+
+    assert pinned(a_plan(offline), hub=hub).variants[0].adapters == {"a": "acme/a"}
+    assert hub.asked == []

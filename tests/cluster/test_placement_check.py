@@ -113,13 +113,17 @@ def a_follower(**changes: Any) -> RankPlace:
     return RankPlace(**{**fields, **changes})
 
 
-def test_a_gang_on_its_planned_nodes_in_any_order_is_no_news():
+def test_a_gang_on_its_planned_nodes_in_another_order_is_told_where_one_replica_is_planned():
     leader = {"replica": "r1", "gpus": (0, 1), "num_devices": 2}
     there = a_report(node_id="id-a", followers=(a_follower(),), **leader)
     swapped = a_report(node_id="id-b", followers=(a_follower(node_id="id-a"),), **leader)
 
     assert differences(a_gang(), [there], NODES, shared_gpus([there])) == []
-    assert differences(a_gang(), [swapped], NODES, shared_gpus([swapped])) == []
+    assert differences(a_gang(), [swapped], NODES, shared_gpus([swapped])) == [
+        "r1: its ranks are on b, a, planned were a, b"
+    ]
+    several = a_gang(placement=a_gang().placement * 2)
+    assert differences(several, [swapped], NODES, shared_gpus([swapped])) == []
 
 
 def test_what_is_not_as_planned_about_a_follower_is_said():

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.ray_node import CLUSTER_VARIABLE, _digest, stop
+from cluster.priority import NORMAL_PRIORITY, VARIABLE
+from cluster.ray_node import CLUSTER_VARIABLE, _digest, environment_of_ray, stop
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = (
@@ -88,3 +89,11 @@ def test_a_node_is_the_same_while_command_and_identity_are(name: str):
     assert _digest(command, node) == same
     assert _digest(command, {**node, "RAY_CLOUD_INSTANCE_ID": "10.0.0.2@2"}) != same
     assert _digest([*command, "--block"], node) != same
+
+
+def test_ray_starts_its_workers_at_normal_priority_unless_the_operator_chose_another(name: str):
+    plain = environment_of_ray(name, {"HOME": "/root"})
+
+    assert plain == {**NORMAL_PRIORITY, **plain}
+    assert (plain["HOME"], plain[CLUSTER_VARIABLE]) == ("/root", name)
+    assert environment_of_ray(name, {VARIABLE: "5"})[VARIABLE] == "5"

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from cluster.calibration_file import load_calibration
-from cluster.cli.render import status_page
+from cluster.cli.status_page import status_page
 from cluster.engines import vllm_output
 from cluster.engines.adapter import EngineLoad
 from cluster.engines.llamacpp import LlamacppEngine

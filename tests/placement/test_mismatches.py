@@ -10,7 +10,7 @@ from placement.catalogue import load_catalogue
 from placement.inventory import Inventory, Links, Pool
 from placement.mismatch import Mismatch
 from placement.mismatches import mismatches
-from placement.node_facts import DiskFacts, MigSlice, NicFacts, NodeFacts
+from placement.node_facts import DiskFacts, Measured, MigSlice, NicFacts, NodeFacts
 from tests.placement.nodes import GIB, a_4090, a_gpu, a_node, an_a100, pairs
 
 CATALOGUE = load_catalogue()
@@ -76,6 +76,10 @@ PCIE_GPUS = tuple(a_gpu(index, name="NVIDIA H100 PCIe") for index in range(2))
 MIG_SLICES = tuple(
     MigSlice(profile="3g.40gb", uuid=f"MIG-{index}", memory_bytes=40 * GIB) for index in range(2)
 )
+MEASURED = Measured(device="cuda", ranks=8, copy_bytes_per_s=2.6e12, took_s=9.0)
+SLOW_DISK = DiskFacts(
+    path="/cache", total_bytes=4000 * GIB, free_bytes=3000 * GIB, read_bytes_per_s=1.5e8
+)
 PLANTED = [
     # rule, pool, node, what the found side must say, what the cure must say
     (
@@ -138,6 +142,33 @@ PLANTED = [
         "gpu-memory", h100_pool(memory_gib_per_gpu=100), a_node(), "GPU 0", "memory_gib_per_gpu: 79",
     ),
     ("link-slow", h100_pool(), a_node(pairs=pairs(8, copy_bytes_per_s=2e10)), "20.0 GB/s", "cables"),
+    (
+        "link-slow", h100_pool(),
+        a_node(pairs=pairs(8, copy_bytes_per_s=1.9e11)), "190.0 GB/s", "nvlink --status",
+    ),
+    (
+        "compute-capability", h100_pool(), a_node(gpus=eight(compute_capability="8.0")),
+        "GPU 0 (NVIDIA H100 80GB HBM3): 8.0", "not what its name says",
+    ),
+    (
+        "gpu-memory-taken", h100_pool(),
+        a_node(gpus=eight(used_bytes=9 * GIB), measured=MEASURED),
+        "GPU 0: 9.0 GiB in use", "nvidia-smi",
+    ),
+    (
+        "host-copies-slow", h100_pool(),
+        a_node(gpus=eight(host_to_device_bytes_per_s=3e9), measured=MEASURED),
+        "GPU 0: 3.0 GB/s", "retrains",
+    ),
+    (
+        "gpu-memory-slow", h100_pool(),
+        a_node(measured=MEASURED.model_copy(update={"copy_bytes_per_s": 4e11})),
+        "400 GB/s on the slowest", "power",
+    ),
+    (
+        "disk-slow", h100_pool(), a_node(disk=SLOW_DISK, measured=MEASURED),
+        "150 MB/s in /cache", "13 times later",
+    ),
 ]  # fmt: skip
 
 
@@ -154,6 +185,28 @@ def test_a_planted_lie_is_caught_by_name_with_host_and_cure(
     assert cure in caught[0].cure
     assert caught[0].host in ("h1", "h9", "1 of 2 nodes")
     assert caught[0].pool == "h100"
+
+
+def test_what_engines_hold_is_not_taken_by_others():
+    """Only where a run on the devices had them to itself is it known whose memory is in use."""
+    assert lies(h100_pool(), a_node(gpus=eight(used_bytes=70 * GIB))) == ()
+
+
+def test_a_gpu_that_two_ray_nodes_of_a_host_offer_is_counted_twice():
+    one, two = a_node(), a_node(node="h1-0000dcba")
+    pool = h100_pool(nodes=2, node_names=("h1-0000abcd", "h1-0000dcba"))
+
+    [lie] = lies(pool, one, two)
+
+    assert (lie.rule, lie.severity) == ("gpu-counted-twice", "error")
+    assert "8 of them belong to h1-0000abcd too" in lie.found
+    cut = a_gpu(0, mig=True, mig_slices=MIG_SLICES)
+    slices = h100_pool(
+        nodes=2, node_names=pool.node_names, gpu="H100-SXM-MIG-3g.40gb", gpus_per_node=2,
+        links=Links(),
+    )  # fmt: skip
+    each = [node.model_copy(update={"gpus": (cut,), "pairs": ()}) for node in (one, two)]
+    assert lies(slices, *each) == ()
 
 
 def test_several_lies_of_one_host_are_all_told():

@@ -16,12 +16,15 @@ import pytest
 
 from cluster.checkpoints import locate
 from cluster.engines.vllm import VllmEngine
+from cluster.errors import ClusterError
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
 from placement.plan import Plan, Variant
+from tests.cluster.fake_hub import Hub, running_hub
 from tests.lora_files import an_adapter
 from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
 PROMPT = "The bora blows"
+REPO = "acme/legal-lora"
 SIM_FLEET = """
 fleet: adapted
 models:
@@ -168,6 +171,49 @@ def test_a_replica_that_died_has_its_adapters_again(bora: Bora, tmp_path: Path) 
     eventually(lambda: loaded(bora, "legal") == 2)
     for _ in range(8):
         assert ask(bora.url, "legal")[0] == 200
+
+
+@pytest.fixture
+def adapted_hub(tmp_path: Path) -> Iterator[Hub]:
+    """It holds one adapter, and sends it slowly."""
+    folder = an_adapter(tmp_path / "hub" / "legal", seed=5)
+    with running_hub() as hub:
+        hub.publish(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+        hub.bytes_per_s = 3e5
+        yield hub
+
+
+@pytest.mark.ray
+def test_an_adapter_of_a_hub_is_downloaded_once_for_all_replicas_and_told_of(
+    adapted_hub: Hub, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_ENDPOINT", adapted_hub.url)
+        environment.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        fleet = a_fleet(tmp_path, SIM_FLEET, {"legal": REPO})
+        with running_bora(tmp_path / "state", fleet) as bora:
+            stages = [
+                stage
+                for each in eventually(lambda: adapter_stages(bora))
+                for stage in each["adapter_stages"].values()
+            ]
+            bora.wait_ready()
+            eventually(lambda: loaded(bora, "legal") == 2)
+
+            [variant] = bora.status()["variants"]
+            events = [event["text"] for event in bora.status()["events"]]
+    assert variant["adapters"]["legal"].startswith(f"{REPO}@")
+    assert stages[0].startswith(("downloading weights, ", "waiting for another replica's download"))
+    assert sum("downloading adapter legal, " in text for text in events) == 1
+    assert len([path for path, start in adapted_hub.starts if path.endswith(".safetensors")]) == 1
+
+
+def adapter_stages(bora: Bora) -> list[dict[str, Any]]:
+    try:
+        replicas: list[dict[str, Any]] = bora.variant("chat")["replicas"]
+    except (ClusterError, OSError, StopIteration, ValueError):
+        return []  # it is still starting
+    return [each for each in replicas if each["adapter_stages"]]
 
 
 def of_vllm_itself(variant: Variant, adapter: Path, log: Path) -> str:

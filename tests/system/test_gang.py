@@ -16,6 +16,8 @@ import pytest
 from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
 from loadtests.drill_processes import free_ports
 from loadtests.processes import CannotRun
+from placement.plan import Plan
+from placement.spec import parse_yaml
 from tests.system.harness import eventually
 
 pytestmark = pytest.mark.ray
@@ -98,6 +100,24 @@ def test_a_replica_has_a_rank_on_each_of_two_nodes_and_serves(cluster: tuple[Dri
     assert answers(url)
 
 
+def test_its_ranks_are_on_the_nodes_of_the_plan_in_its_order(cluster: tuple[DrillCluster, str]):
+    ray, _ = cluster
+    replica = the_replica(ray)
+    [variant] = json.loads(ray.bora("status", "--json"))["variants"]
+
+    ranks = [replica, *replica["followers"]]
+    assert [f"{rank['node']}-{rank['node_id'][:8]}" for rank in ranks] == planned(ray)
+    assert variant["misplaced"] == []
+
+
+def planned(cluster: DrillCluster) -> list[str]:
+    """Nodes of the plan's only replica, by rank."""
+    file = next(Path(cluster.env["BORA_STATE"]).rglob("plan.yaml"))
+    [variant] = parse_yaml(file.read_text(), Plan, source="plan").variants
+    [replica] = variant.placement
+    return [part.node for part in replica]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_any_rank_starts_the_whole_gang_anew(
     cluster: tuple[DrillCluster, str], rank: int
@@ -134,6 +154,8 @@ def test_a_gang_on_a_drained_node_moves_as_a_whole(cluster: tuple[DrillCluster, 
     after = another(ray, before)
     assert follower["node_id"] not in nodes_of(after)
     assert answers(url)
+    events = json.loads(ray.bora("status", "--json"))["events"]
+    assert any("not on the nodes of the plan, of which" in event["text"] for event in events)
 
 
 def test_without_a_second_node_the_replica_waits_and_says_why(cluster: tuple[DrillCluster, str]):
@@ -148,8 +170,8 @@ def test_without_a_second_node_the_replica_waits_and_says_why(cluster: tuple[Dri
         [variant] = json.loads(ray.bora("status", "--json"))["variants"]
         return str(variant["waiting"])
 
-    said = eventually(waiting, 60, 0.5)
-    assert "on each of 2 nodes of pool sim, which has 1 such" in said
+    expected = "on each of 2 nodes of pool sim, which has 1 such"
+    eventually(lambda: expected in waiting(), 60, 0.5)  # once Ray knows that the node is dead
     assert eventually(lambda: engines(ray) == [], 40, 0.5)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from cluster.control_api import ControlClient
+from cluster.errors import ClusterError
+from cluster.messages import LogQuery
 from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
 from loadtests.drill_processes import free_ports
 from loadtests.processes import CannotRun
@@ -58,6 +61,26 @@ async def the_variant(cluster: DrillCluster) -> dict[str, Any]:
     text = await asyncio.to_thread(cluster.bora, "status", "--json")
     [variant] = json.loads(text)["variants"]
     return dict(variant)
+
+
+async def test_a_log_is_read_on_the_node_that_it_lies_on(cluster: tuple[DrillCluster, str]):
+    """As from a host that has no such file: by way of the controller."""
+    nodes, _ = cluster
+    context = json.loads((Path(nodes.env["BORA_STATE"]) / "context.json").read_text())
+    client = ControlClient(context["controller_url"], context["token"])
+    replicas = (await the_variant(nodes))["replicas"]
+    queries = [LogQuery(node_id=each["node_id"], file=each["log_file"]) for each in replicas]
+
+    parts = [await asyncio.to_thread(client.logs, query) for query in queries]
+    on = [await asyncio.to_thread(client.logs, query.model_copy(update={"offset": part.offset}))
+          for query, part in zip(queries, parts, strict=True)]  # fmt: skip
+    gone = queries[0].model_copy(update={"node_id": "0" * 56})
+
+    assert all(part.lines and not part.problem for part in parts)
+    assert [part.offset for part in on] == [part.offset for part in parts]
+    assert "is gone" in (await asyncio.to_thread(client.logs, gone)).problem
+    with pytest.raises(ClusterError, match="is no log of bora's"):
+        await asyncio.to_thread(client.logs, LogQuery(node_id="a", file="/etc/hostname"))
 
 
 async def test_a_drained_node_is_empty_and_nothing_was_lost_or_missing(

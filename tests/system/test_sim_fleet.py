@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 
 from cluster.errors import ClusterError
@@ -213,6 +214,24 @@ async def test_deploying_again_with_other_bounds_restarts_nothing(steady: Bora, 
     assert [replica["pid"] for replica in after["replicas"]] == [
         replica["pid"] for replica in before
     ]
+
+
+async def test_engines_and_what_serves_them_have_the_priority_of_who_started_bora(steady: Bora):
+    """Ray itself would put its workers, and engines with them, at nice 15."""
+    async with aiohttp.ClientSession() as session:
+        assert not (await ask(session, steady.url, tokens=4, stream=False)).startswith("!")
+    [replica] = await asyncio.to_thread(steady.settled, "chat")
+    guard = psutil.Process(replica["pid"])
+    [engine] = guard.children()
+    actors = ("ServeReplica", "ControllerActor", "GatewayActor")
+    hosts = [await asyncio.to_thread(_pid_of, steady, actor) for actor in actors]
+
+    processes = {"engine": engine, **dict(zip(actors, map(psutil.Process, hosts), strict=True))}
+
+    shell = psutil.Process(steady.process.pid).nice()
+    assert {name: process.nice() for name, process in processes.items()} == dict.fromkeys(
+        processes, shell
+    )
 
 
 async def test_a_fleet_whose_models_sleep_can_be_deployed_and_wakes(
