@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,17 +16,11 @@ import yaml
 
 from cluster.cluster_file import HEAD_SETTINGS, OnPremCluster, onprem_yaml, pools_of
 from placement.catalogue import load_catalogue
+from tests.debian_packages import install_missing
 from tests.multihost.lab import OPERATOR, Host, Lab, running_lab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = "~/bora/.venv/bin/python"
-_PACKAGES = {
-    "sshd": "openssh-server",
-    "rsync": "rsync",
-    "ip": "iproute2",
-    "ps": "procps",
-    "redis-server": "redis-server",
-}
 _CPU_HOSTS = {
     "node_config": {},
     "resources": {"CPU": 2, "bora_slot": 1},
@@ -73,19 +66,6 @@ def cluster() -> Iterator[Cluster]:
         (home / "lab.yaml").write_text(yaml.safe_dump(_cluster_file(lab)))
         lab.power_off("h1")
         yield Cluster(lab)
-
-
-def install_missing() -> None:
-    """Programs of Debian's that hosts run."""
-    missing = [package for program, package in _PACKAGES.items() if not _found(program)]
-    if missing:
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts nothing
-        command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-
-
-def _found(program: str) -> bool:
-    return shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is not None
 
 
 def _cluster_file(lab: Lab) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from cluster.control_api import ControlClient
 from cluster.errors import ClusterError
 from loadtests.drill_cluster import ENGINE_DELAY_S
 from placement.catalogue import load_catalogue
-from tests.multihost.conftest import PYTHON, ROOT, install_bora, install_missing
+from tests.debian_packages import install_missing
+from tests.multihost.conftest import PYTHON, ROOT, install_bora
 from tests.multihost.lab import OPERATOR, Lab, running_lab
 from tests.system.harness import eventually
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.multihost.conftest import ROOT, install_missing
+from tests.debian_packages import install_missing
+from tests.multihost.conftest import ROOT
 from tests.multihost.lab import Lab, running_lab
 from tests.system.harness import eventually
 

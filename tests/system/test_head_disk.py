@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -17,12 +18,10 @@ import pytest
 from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
 from loadtests.drill_processes import free_ports
 from loadtests.processes import CannotRun
+from tests.debian_packages import install_missing, is_there
 from tests.system.harness import eventually
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server"),
-]
+pytestmark = pytest.mark.ray
 
 FLEET = """
 fleet: kept
@@ -40,6 +39,10 @@ gateway: {{http_port: {http}, grpc_port: {grpc}, auth: keys}}
 @pytest.fixture
 def redis() -> Iterator[str]:
     """The address of a server that holds all in memory."""
+    if os.geteuid() == 0:
+        install_missing("redis-server")
+    elif not is_there("redis-server"):
+        pytest.skip("there is no redis-server: apt-get install redis-server")
     [port] = free_ports(1)
     command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
