@@ -109,6 +109,7 @@ _PLANNED_FLAGS = {
     "--gpu-memory-utilization": "gpu_memory_utilization",
     "--dtype": "dtype",
     "--kv-cache-dtype": "kv_cache_dtype",
+    "--kv-transfer-config": "disaggregate",
     "--ctx-size": "max_model_len",
     "--parallel": "max_num_seqs",
     "--batch-size": "max_num_batched_tokens",
@@ -207,6 +208,12 @@ class FleetModel(Spec):
         description="Whether a replica's pipeline stages may stand on two nodes, also of two pools "
         "with unlike GPUs: `needed` where no node alone runs the model, `always` wherever that "
         "serves the objective.",
+    )
+    disaggregate: Literal["never", "allowed", "always"] = Field(
+        default="never",
+        description="Experimental: replicas that only read prompts, and replicas that only write "
+        "answers, in shapes and on pools of their own; the KV cache goes over the network (vLLM's "
+        "NixlConnector). `allowed`: where that serves the objective better; `always`: nothing else.",
     )
     demand: Demand | None = Field(
         default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
@@ -315,6 +322,28 @@ class FleetModel(Spec):
                         f"{key}: {getattr(self, key)} means nothing to engine 'llamacpp', which "
                         "gives each GPU whole layers; leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _caches_can_be_handed_over(self) -> Self:
+        told = f"disaggregate: {self.disaggregate}"
+        if self.disaggregate == "never":
+            return self
+        if self.engine == "llamacpp":
+            raise ValueError(
+                f"{told} means nothing to engine 'llamacpp', which hands no KV cache over; use "
+                "vllm, or leave it out"
+            )
+        if self.canary is not None:
+            raise ValueError(
+                f"{told} beside a canary: the KV cache of one version means nothing to the other; "
+                "leave out either"
+            )
+        if self.disaggregate == "always" and self.replicas.max == 1:
+            raise ValueError(
+                f"{told} takes at least two replicas, one that reads prompts and one that writes "
+                "answers; set replicas.max to 2 or more"
+            )
         return self
 
     @model_validator(mode="after")

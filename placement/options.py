@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
 from placement.catalogue import Catalogue
+from placement.disaggregation import Pair, find_pairs
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
@@ -29,6 +30,8 @@ class Options:
     legal: tuple[Option, ...]
     illegal: tuple[tuple[Candidate, Rejection], ...]
     rejected: tuple[Rejection, ...]
+    pairs: tuple[Pair, ...] = ()  # `disaggregate`: cheapest first
+    other_pairs: tuple[Pair, ...] = ()  # that none but those who run them need; not stressed
 
 
 def find_options(
@@ -43,14 +46,18 @@ def find_options(
     judge = _llamacpp_options if wish.engine == "llamacpp" else _vllm_options
     judged = judge(wish, groups, catalogue, dearest=dearest)
     legal = judged.legal
+    pairs, other_pairs, apart = find_pairs(wish, legal, groups)
     if fleet.robust == "require":
         legal = [as_stressed(option, wish) for option in legal]
+        pairs = tuple(pair.as_stressed(wish) for pair in pairs)
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(
         wish=wish,
         legal=tuple(legal),
         illegal=tuple(judged.illegal),
-        rejected=tuple(judged.rejected),
+        rejected=(*judged.rejected, *apart),
+        pairs=pairs,
+        other_pairs=other_pairs,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
@@ -11,9 +11,10 @@ from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import node_groups
 from placement.node_loss import Lost, losses, node_loss
+from placement.option import Option
 from placement.options import Options, find_options
 from placement.plan import Plan, Robustness, Unmet, Variant
-from placement.problem import MET, score
+from placement.problem import MET, Problem, score
 from placement.question import Question, make_question
 from placement.relaxation import (
     not_enough_gpus,
@@ -23,6 +24,7 @@ from placement.relaxation import (
     too_little_after_a_loss,
     too_much_on_spot,
 )
+from placement.role_relaxation import no_pair, no_room_for_roles, roles_beyond_limit
 from placement.selection import Selection, select, select_all_met
 from placement.variants import make_variants, refine
 
@@ -208,9 +210,9 @@ def _prefer_robust(
     """
     if fleet.robust != "prefer":
         return chosen, None
-    stressed = question.stressed()
     if not question.problem.meets(chosen.counts):
         return chosen, None
+    stressed = _without_new_roles(question.stressed(), chosen)
     names = [options.wish.name for options in question.options]
     short = [name for model, name in enumerate(names) if not stressed.met(chosen.counts, model)]
     if not short:
@@ -227,11 +229,33 @@ def _prefer_robust(
     return chosen, Robustness(holds=False, short=tuple(short), objective_to_hold=reached)
 
 
+def _without_new_roles(problem: Problem, chosen: Selection) -> Problem:
+    """Prefill and decode replicas must be better, not as good: only models that have them keep them."""
+    in_roles = {
+        column.model
+        for column, count in zip(problem.columns, chosen.counts, strict=True)
+        if count and column.pair is not None
+    }
+    columns = tuple(
+        column if column.pair is None or column.model in in_roles else replace(column, rate=0.0)
+        for column in problem.columns
+    )
+    return replace(problem, columns=columns)
+
+
 def _unmet(question: Question, chosen: Selection, model: int, options: Options) -> Unmet | None:
     """What of a model's wishes stays open, and the way out."""
     if not options.legal:
         return nothing_legal(options)
     quick = [option for option in options.legal if option.capacity.concurrency > 0]
+    if options.wish.disaggregate == "always" or (options.pairs and not quick):
+        return _roles_unmet(question, chosen, model, options)
+    return _whole_unmet(question, chosen, model, options, quick)
+
+
+def _whole_unmet(
+    question: Question, chosen: Selection, model: int, options: Options, quick: Sequence[Option]
+) -> Unmet | None:
     if not quick:
         fastest = min(options.legal, key=lambda option: option.capacity.prediction.tpot_ms)
         return service_level(fastest, options)
@@ -244,6 +268,23 @@ def _unmet(question: Question, chosen: Selection, model: int, options: Options) 
     )
     if firm < need.firm_rate * MET and question.problem.rate(chosen.counts, model) > firm:
         return too_much_on_spot(options, firm_rate=need.firm_rate, firm=firm)
-    if question.problem.replicas(chosen.counts, model) >= options.wish.replicas.max:
+    if question.problem.engines(chosen.counts, model) >= options.wish.replicas.max:
         return replica_limit(best, options)
     return not_enough_gpus(best, options, question.places_beside(chosen.counts, model, best))
+
+
+def _roles_unmet(
+    question: Question, chosen: Selection, model: int, options: Options
+) -> Unmet | None:
+    """The same of a model whose requests only prefill and decode replicas can answer."""
+    if not options.pairs:
+        return no_pair(options)
+    problem, pair = question.problem, options.pairs[0]
+    if problem.met(chosen.counts, model):
+        return roles_beyond_limit(pair, options) if question.beyond_limit[model] else None
+    if problem.engines(chosen.counts, model) >= options.wish.replicas.max:
+        return roles_beyond_limit(pair, options)
+    reading, writing = (
+        question.places_beside(chosen.counts, model, side) for side in (pair.prefill, pair.decode)
+    )
+    return no_room_for_roles(pair, options, (reading, writing))

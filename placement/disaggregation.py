@@ -1,0 +1,205 @@
+"""Disaggregation: replicas that read prompts on some GPUs, replicas that write answers on others.
+
+A pair is a shape for either side between which KV caches can be handed over. How many replicas each
+side gets is the solver's to say; of a model one pair is used at most, since the gateway must be able
+to send a cache from any prefill replica to any decode replica. Experimental.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from placement.capacity import DEFAULT_DEMAND
+from placement.fleet import FleetModel
+from placement.kv_transfer import RULES, cache_bytes, first_obstacle, handover_link
+from placement.legality import describe
+from placement.node_groups import NodeGroup
+from placement.option import Option, as_stressed, carried, replicas_needed
+from placement.plan import Rejection
+from placement.role_capacity import NO_HANDOVER, Handover, first_token_s, most_per_s
+from placement.routing_policy import Role
+
+_TOO_SLOW = "handover-too-slow"
+_ORDER = (*RULES, _TOO_SLOW)
+MOST_PAIRS = 32  # of a model that are solved for: the cheapest of each two pools first
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An option that reads prompts, and one that writes the answers."""
+
+    prefill: Option
+    decode: Option
+
+    def as_stressed(self, wish: FleetModel) -> Pair:
+        """With engines that are slower, and have less memory, than predicted."""
+        return Pair(as_stressed(self.prefill, wish), as_stressed(self.decode, wish))
+
+    @property
+    def price_per_request(self) -> float:
+        """Of a request/s for an hour, when both sides are used to the full."""
+        return sum(_price(side) for side in (self.prefill, self.decode))
+
+    @property
+    def gpus_per_request(self) -> float:
+        """Of a request/s, the same way."""
+        sides = (self.prefill, self.decode)
+        return sum(side.gpus_per_replica / side.capacity.requests_per_s for side in sides)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Of nodes, for either side."""
+        return self.prefill.group, self.decode.group
+
+
+def find_pairs(
+    wish: FleetModel, legal: Sequence[Option], groups: Sequence[NodeGroup]
+) -> tuple[tuple[Pair, ...], tuple[Pair, ...], tuple[Rejection, ...]]:
+    """Pairs of the `legal` ways to run the model that are worth solving for; others; why not more.
+
+    None where the fleet does not want any, or where one replica is all that may run.
+    """
+    if wish.disaggregate == "never" or wish.replicas.max < 2:
+        return (), (), ()
+    found: list[Pair] = []
+    refused: dict[tuple[int, int], Rejection] = {}  # the one that came furthest
+    writing = [_in_role(wish, option, "decode", NO_HANDOVER) for option in legal]
+    for option in legal:
+        for decode in writing:
+            obstacle = first_obstacle(option.candidate, decode.candidate)
+            if obstacle is None and decode.capacity.concurrency:
+                pair = _pair(wish, option, decode, groups)
+                if pair.prefill.capacity.requests_per_s > 0:
+                    found.append(pair)
+                    continue
+            rule, reason = obstacle or (_TOO_SLOW, _too_slow(wish, option, decode))
+            before = refused.get((option.group, decode.group))
+            if before is None or _ORDER.index(rule) > _ORDER.index(before.rule):
+                refused[option.group, decode.group] = _rejection(wish, option, decode, rule, reason)
+    possible = {pair.groups for pair in found}
+    kept = _first_of_each(_undominated(found), MOST_PAIRS)
+    chosen = set(map(id, kept))
+    others = tuple(pair for pair in found if id(pair) not in chosen)
+    why_not = tuple(entry for where, entry in refused.items() if where not in possible)
+    return tuple(kept), others, why_not
+
+
+def _in_role(wish: FleetModel, option: Option, role: Role, handover: Handover) -> Option:
+    """The option as it does one part of the work."""
+    candidate = replace(option.candidate, role=role)
+    each = carried(wish, candidate, option.speed, wish.slo, handover)
+    needed = replicas_needed(wish, each)
+    return replace(
+        option,
+        candidate=candidate,
+        capacity=each,
+        handover=handover,
+        replicas_needed=needed,
+        replicas=min(max(wish.replicas.min, needed), wish.replicas.max),
+    )
+
+
+def _pair(wish: FleetModel, option: Option, decode: Option, groups: Sequence[NodeGroup]) -> Pair:
+    """With what the link between them leaves of their capacities."""
+    lengths = wish.demand or DEFAULT_DEMAND
+    tokens, new = lengths.input_tokens, 1 - lengths.prefix_hit
+    link = handover_link(
+        option.candidate,
+        decode.candidate,
+        shares=(_share(option), _share(decode)),
+        one_node=_on_one_node(option, decode, groups),
+    )
+
+    def seconds(prompt: float) -> float:
+        return link.seconds(cache_bytes(decode.candidate, decode.speed, prompt * new))
+
+    handover = Handover(
+        transfer_s=seconds(tokens.p95 or tokens.mean),
+        first_token_s=first_token_s(decode.speed, decode.capacity),
+        most_per_s=most_per_s(seconds(tokens.mean)),
+    )
+    return Pair(
+        _in_role(wish, option, "prefill", handover), _in_role(wish, decode, "decode", handover)
+    )
+
+
+def _share(option: Option) -> float:
+    """Of its node's GPUs."""
+    return option.gpus_here / option.pool.gpus_per_node
+
+
+def _on_one_node(one: Option, other: Option, groups: Sequence[NodeGroup]) -> bool:
+    return one.group == other.group and groups[one.group].usable.nodes == 1
+
+
+def _price(option: Option) -> float:
+    return option.price_per_replica / option.capacity.requests_per_s
+
+
+def _undominated(pairs: Sequence[Pair]) -> list[Pair]:
+    """Without those whose sides another pair's can always stand in for; among equals, the first."""
+    kept: list[Pair] = []
+    by_size = sorted(
+        pairs,
+        key=lambda pair: (
+            pair.prefill.gpus_per_replica + pair.decode.gpus_per_replica,
+            -pair.prefill.capacity.requests_per_s - pair.decode.capacity.requests_per_s,
+        ),
+    )
+    for pair in by_size:
+        if not any(_dominates(each, pair) for each in kept):
+            kept.append(pair)
+    return kept
+
+
+def _dominates(one: Pair, other: Pair) -> bool:
+    return one.groups == other.groups and all(
+        mine.gpus_per_replica <= its.gpus_per_replica
+        and mine.capacity.requests_per_s >= its.capacity.requests_per_s
+        for mine, its in ((one.prefill, other.prefill), (one.decode, other.decode))
+    )
+
+
+def _first_of_each(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """The cheapest of each two groups of nodes, then the second of each, up to `most`; cheapest first."""
+    by_groups: dict[tuple[int, int], list[Pair]] = {}
+    for pair in sorted(pairs, key=_rank):
+        by_groups.setdefault(pair.groups, []).append(pair)
+    ordered = sorted(
+        ((at, _rank(pair), pair) for mine in by_groups.values() for at, pair in enumerate(mine)),
+        key=lambda entry: entry[:2],
+    )
+    return sorted((pair for _, _, pair in ordered[:most]), key=_rank)
+
+
+def _rank(pair: Pair) -> tuple[object, ...]:
+    return (
+        pair.price_per_request,
+        pair.gpus_per_request,
+        *(_named(side) for side in (pair.prefill, pair.decode)),
+    )
+
+
+def _named(option: Option) -> tuple[str, int, str]:
+    return option.pool.name, option.gpus_per_replica, option.candidate.checkpoint.source
+
+
+def _too_slow(wish: FleetModel, option: Option, decode: Option) -> str:
+    if not decode.capacity.concurrency:
+        return f"one answer alone breaks {decode.capacity.broken_promise} on {decode.hardware}"
+    return (
+        f"a prompt read on {option.hardware} and its cache sent to {decode.hardware} take more "
+        f"than ttft_p95_s {wish.slo.ttft_p95_s:g}"
+    )
+
+
+def _rejection(
+    wish: FleetModel, option: Option, decode: Option, rule: str, reason: str
+) -> Rejection:
+    shape = {
+        **describe(option.candidate),
+        "model": wish.name,
+        "pool": f"{option.pool.name} (prefill) and {decode.pool.name} (decode)",
+    }
+    return Rejection(shape=shape, rule=rule, reason=reason)

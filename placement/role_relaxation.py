@@ -1,0 +1,78 @@
+"""What stands in the way of prefill and decode replicas, and the smallest change, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from placement.disaggregation import Pair
+from placement.option import Option
+from placement.options import Options
+from placement.packing import Places
+from placement.plan import Unmet
+
+
+def no_pair(options: Options) -> Unmet:
+    """`disaggregate: always`, and no cache can be handed over between any two shapes."""
+    refused = [entry for entry in options.rejected if entry.rule.startswith("handover")]
+    why = "no two shapes of it"
+    if refused:
+        why = f"{refused[0].rule}: {refused[0].shape['pool']}: {refused[0].reason}"
+    return Unmet(
+        model=options.wish.name,
+        constraint=why,
+        cheapest_relaxation="disaggregate: allowed, or pools with GPUs of one generation",
+    )
+
+
+def roles_beyond_limit(pair: Pair, options: Options) -> Unmet:
+    """The demand takes more prefill and decode replicas than `replicas.max`."""
+    engines = pair.prefill.replicas_needed + pair.decode.replicas_needed
+    return Unmet(
+        model=options.wish.name,
+        constraint=f"{_demand(options)} {_both(pair)}; replicas.max is {options.wish.replicas.max}",
+        cheapest_relaxation=f"replicas.max: {engines}",
+    )
+
+
+def no_room_for_roles(pair: Pair, options: Options, free: tuple[Places, Places]) -> Unmet:
+    """Nodes lack room for as many prefill or decode replicas; `free` is what others leave of each."""
+    missing = [
+        f"{count} more GPUs in pool {side.pool.name}, {side.gpus_here} to a node"
+        for side, places in zip((pair.prefill, pair.decode), free, strict=True)
+        if (count := _missing(side, places))
+    ]
+    return Unmet(
+        model=options.wish.name,
+        constraint=f"{_demand(options)} {_both(pair)}, of which there are "
+        f"{_room(pair.prefill, free[0])} and {_room(pair.decode, free[1])}",
+        cheapest_relaxation=" and ".join(missing) or _more_nodes((pair.prefill, pair.decode)),
+    )
+
+
+def _demand(options: Options) -> str:
+    rate = options.wish.demand.requests_per_s if options.wish.demand else 0.0
+    return f"{rate:g} requests/s take"
+
+
+def _both(pair: Pair) -> str:
+    return (
+        f"{pair.prefill.replicas_needed} places for prefill on {_on(pair.prefill)} and "
+        f"{pair.decode.replicas_needed} for decode on {_on(pair.decode)}"
+    )
+
+
+def _on(side: Option) -> str:
+    return f"pool {side.pool.name} ({side.hardware}, {side.capacity.requests_per_s:.3g} requests/s)"
+
+
+def _room(side: Option, places: Places) -> int:
+    return places.room(side.gpus_here)
+
+
+def _missing(side: Option, places: Places) -> int:
+    return max(0, side.replicas_needed - _room(side, places)) * side.gpus_here
+
+
+def _more_nodes(sides: Sequence[Option]) -> str:
+    pools = dict.fromkeys(side.pool.name for side in sides)
+    return f"one more node in pool {' or '.join(pools)}"
