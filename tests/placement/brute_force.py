@@ -62,13 +62,24 @@ def _packs(sizes: tuple[int, ...], free: tuple[int, ...]) -> bool:
 
 
 def _all_counts(problem: Problem) -> Iterator[tuple[int, ...]]:
-    for counts in itertools.product(
-        *(range(problem.most(index) + 1) for index in range(len(problem.columns)))
-    ):
-        if all(
-            problem.engines(counts, model) <= need.most for model, need in enumerate(problem.needs)
-        ):
-            yield counts
+    """Of each model what it may have for itself, in every combination."""
+    models = range(len(problem.needs))
+    for each in itertools.product(*(_counts_of(problem, model) for model in models)):
+        together = {index: count for counts in each for index, count in counts.items()}
+        yield tuple(together[index] for index in range(len(problem.columns)))
+
+
+def _counts_of(problem: Problem, model: int) -> list[dict[int, int]]:
+    mine = problem.of_model(model)
+    found = []
+    for counts in itertools.product(*(range(problem.most(index) + 1) for index in mine)):
+        everywhere = [0] * len(problem.columns)
+        for index, count in zip(mine, counts, strict=True):
+            everywhere[index] = count
+        within = problem.engines(everywhere, model) <= problem.needs[model].most
+        if within and problem.fits_roles(everywhere, model):
+            found.append(dict(zip(mine, counts, strict=True)))
+    return found
 
 
 def _beside(
