@@ -16,14 +16,13 @@ import os
 import time
 from typing import Any
 
-import ray
 from ray import serve
 
 from cluster import weights
+from cluster.controller_link import UNREACHABLE, ControllerLink
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
-from cluster.names import CONTROLLER, NAMESPACE
 from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
@@ -49,6 +48,7 @@ class Replica:
         self._variant: Variant | None = None
         self._version = ""
         self._features = ServingFeatures()
+        self._link = ControllerLink()
         self._failure = ""
         self._engine: RunningEngine | None = None
         self._gang: Gang | None = None
@@ -75,7 +75,9 @@ class Replica:
         )
         if variant.shape.num_nodes > 1:
             self._gang = Gang(self._site, variant, self._id, self._seat)
-        self._tasks.append(asyncio.create_task(self._report_forever()))
+        reporting = asyncio.create_task(self._report_forever())
+        reporting.add_done_callback(self._watch_ended)
+        self._tasks.append(reporting)
         try:
             await self._start(variant, self._engine)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
@@ -198,8 +200,7 @@ class Replica:
     def _die(self) -> None:
         """Tell the controller, then end this process: Serve replaces a dead replica at once."""
         self._state = "failed"
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
+        self._link.report_last(self._snapshot().model_dump_json())
         if self._gang:
             self._gang.end_now()
         if self._engine:
@@ -208,11 +209,8 @@ class Replica:
 
     async def _report(self) -> None:
         """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
-        with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-            # In a thread: while Ray's head is down this waits, and the engine is watched meanwhile.
-            controller = await asyncio.to_thread(_controller)
-            reference = controller.report.remote(self._snapshot().model_dump_json())
-            retire_within_s = await asyncio.wait_for(reference, 5)
+        with contextlib.suppress(*UNREACHABLE):
+            retire_within_s = await self._link.report(self._snapshot().model_dump_json())
             if retire_within_s is not None and self._retiring is None:
                 self._retiring = asyncio.create_task(self._retire(retire_within_s))
 
@@ -250,7 +248,3 @@ class Replica:
 
 def _told(error: Exception) -> str:
     return str(error) if isinstance(error, ClusterError) else repr(error)
-
-
-def _controller() -> Any:
-    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
