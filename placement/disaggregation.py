@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from placement.capacity import DEFAULT_DEMAND
+from placement.capacity import DEFAULT_DEMAND, Capacity
 from placement.fleet import FleetModel
-from placement.kv_transfer import RULES, cache_bytes, first_obstacle, handover_link
+from placement.kv_transfer import RULES, cache_bytes, first_obstacle, handover_links
 from placement.legality import describe
 from placement.node_groups import NodeGroup
 from placement.option import Option, as_stressed, carried, replicas_needed
@@ -89,10 +89,13 @@ def _in_role(wish: FleetModel, option: Option, role: Role, handover: Handover) -
     """The option as it does one part of the work."""
     candidate = replace(option.candidate, role=role)
     each = carried(wish, candidate, option.speed, wish.slo, handover)
+    return _with(wish, replace(option, candidate=candidate), each, handover)
+
+
+def _with(wish: FleetModel, option: Option, each: Capacity, handover: Handover) -> Option:
     needed = replicas_needed(wish, each)
     return replace(
         option,
-        candidate=candidate,
         capacity=each,
         handover=handover,
         replicas_needed=needed,
@@ -104,23 +107,28 @@ def _pair(wish: FleetModel, option: Option, decode: Option, groups: Sequence[Nod
     """With what the link between them leaves of their capacities."""
     lengths = wish.demand or DEFAULT_DEMAND
     tokens, new = lengths.input_tokens, 1 - lengths.prefix_hit
-    link = handover_link(
+    ends = handover_links(
         option.candidate,
         decode.candidate,
         shares=(_share(option), _share(decode)),
         one_node=_on_one_node(option, decode, groups),
     )
 
-    def seconds(prompt: float) -> float:
-        return link.seconds(cache_bytes(decode.candidate, decode.speed, prompt * new))
-
-    handover = Handover(
-        transfer_s=seconds(tokens.p95 or tokens.mean),
-        first_token_s=first_token_s(decode.speed, decode.capacity),
-        most_per_s=most_per_s(seconds(tokens.mean)),
+    usual, long = (
+        cache_bytes(decode.candidate, decode.speed, prompt * new)
+        for prompt in (tokens.mean, tokens.p95 or tokens.mean)
+    )
+    reading, writing = (
+        Handover(
+            transfer_s=max(each.seconds(long) for each in ends),
+            first_token_s=first_token_s(decode.speed, decode.capacity),
+            most_per_s=most_per_s(end.seconds(usual)),
+        )
+        for end in ends
     )
     return Pair(
-        _in_role(wish, option, "prefill", handover), _in_role(wish, decode, "decode", handover)
+        _in_role(wish, option, "prefill", reading),
+        _with(wish, decode, writing.within(decode.capacity), writing),
     )
 
 

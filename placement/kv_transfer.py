@@ -146,23 +146,27 @@ def cache_bytes(decode: Candidate, speed: ReplicaSpeed, tokens: float) -> float:
     return held * speed.kv_bytes_per_token * decode.tensor_parallel_size
 
 
-def handover_link(
+def handover_links(
     prefill: Candidate, decode: Candidate, *, shares: tuple[float, float], one_node: bool
-) -> Collective:
-    """What sends a cache from a prefill replica to a decode replica: the slower of both ends.
+) -> tuple[Collective, Collective]:
+    """What either end needs to send a cache, or to take one; a cache is as fast as the slower end.
 
     Of a node's network each replica has the `shares` that its GPUs are of the node's: all may send
     at once. Inside a node NVLink joins as many pairs of GPUs as the smaller side has.
     """
-    ends = []
-    for candidate, share in ((prefill, shares[0]), (decode, shares[1])):
-        hop = replace(candidate, pipeline_parallel_size=2, num_nodes=1 if one_node else 2)
-        link, at_once = send(hop), share
-        if one_node:
-            pairs = min(prefill.tensor_parallel_size, decode.tensor_parallel_size)
-            at_once = float(pairs) if candidate.device.link == "nvlink" else 1.0
-        ends.append(Collective(link.latency_s, link.s_per_byte / at_once))
-    return max(ends, key=lambda link: link.s_per_byte)
+    pairs = min(prefill.tensor_parallel_size, decode.tensor_parallel_size)
+    return (
+        _end(prefill, shares[0], pairs=pairs, one_node=one_node),
+        _end(decode, shares[1], pairs=pairs, one_node=one_node),
+    )
+
+
+def _end(candidate: Candidate, share: float, *, pairs: int, one_node: bool) -> Collective:
+    hop = replace(candidate, pipeline_parallel_size=2, num_nodes=1 if one_node else 2)
+    link, at_once = send(hop), share
+    if one_node:
+        at_once = float(pairs) if candidate.device.link == "nvlink" else 1.0
+    return Collective(link.latency_s, link.s_per_byte / at_once)
 
 
 def kv_transfer_args(candidate: Candidate) -> tuple[str, ...]:

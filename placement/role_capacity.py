@@ -8,7 +8,7 @@ other prompts and its own, the cache on its way, a step of the decode replica.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.capacity import DEFAULT_DEMAND, Capacity, load_at
 from placement.fleet import Demand, Objective
@@ -37,6 +37,13 @@ class Handover:
         """What of TTFT comes after the prompt was read."""
         return self.transfer_s + self.first_token_s
 
+    def within(self, each: Capacity) -> Capacity:
+        """What the network leaves of a replica's capacity."""
+        if each.requests_per_s <= self.most_per_s:
+            return each
+        broken = f"its share of the network ({self.most_per_s:.3g} KV caches/s)"
+        return replace(each, requests_per_s=self.most_per_s, broken_promise=broken)
+
 
 NO_HANDOVER = Handover()
 
@@ -62,16 +69,14 @@ def prefill_capacity(
                 f"ttft_p95_s {promised:g} (predicted {slowest:.2f}, {handover.after_s:.2f} of it "
                 "after the prompt is read)"
             )
-    if handover.most_per_s < rate:
-        rate = handover.most_per_s
-        broken = f"its share of the network ({rate:.3g} KV caches/s)"
     alone = speed.efficiency.request_s + costs.usual.prefill_s + handover.after_s
-    return Capacity(
+    fast = Capacity(
         concurrency=math.ceil(rate * costs.usual.prefill_s) if rate > 0 else 0,
         requests_per_s=rate,
         prediction=Prediction(ttft_s=alone, tpot_ms=0.0, output_tokens_per_s=rate),
         broken_promise=broken,
     )
+    return handover.within(fast)
 
 
 def decode_capacity(
@@ -101,15 +106,13 @@ def decode_capacity(
         steady = Objective(tpot_p95_ms=promised)
         found = highest(speed, lengths, steady, at_most=max(low, 1), costs=_NO_PROMPTS)
         rate = min(rate, found.rate_per_s)
-    if handover.most_per_s < rate:
-        rate = handover.most_per_s
-        broken = f"its share of the network ({rate:.3g} KV caches/s)"
-    return Capacity(
+    fast = Capacity(
         concurrency=low,
         requests_per_s=rate if low else 0.0,
         prediction=prediction,
         broken_promise=broken,
     )
+    return handover.within(fast)
 
 
 def first_token_s(speed: ReplicaSpeed, fullest: Capacity) -> float:

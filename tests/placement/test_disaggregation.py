@@ -32,6 +32,7 @@ POOLS = (H100, A100)
 def documents(rate: float = 4.0, **changes: Any) -> FleetModel:
     """Long prompts, short answers, an eager reader."""
     fields: dict[str, Any] = {
+        "name": "documents",
         "model": "mistral-small-3.2",
         "max_model_len": 32768,
         "disaggregate": "always",
@@ -43,7 +44,7 @@ def documents(rate: float = 4.0, **changes: Any) -> FleetModel:
         "slo": Objective(ttft_p95_s=6.0, tpot_p95_ms=30),
         "replicas": ReplicaBounds(min=1, max=24),
     }
-    return a_wish("documents", **{**fields, **changes})
+    return a_wish(**{**fields, **changes})
 
 
 def planned(
@@ -405,3 +406,39 @@ def test_roles_never_take_more_than_there_is_nor_lose_by_a_node_more(
         assert requests_per_s_of(plan.variants) >= rate * (1 - 1e-5)
         assert not more.unmet
         assert more.objective <= plan.objective + 1e-5 * abs(plan.objective) + 1e-9
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    rates=st.lists(st.sampled_from([0.5, 3.0, 8.0]), min_size=1, max_size=2),
+    later=st.sampled_from([0.5, 1.0, 2.0]),
+    mode=st.sampled_from(["allowed", "always"]),
+    robust=st.sampled_from(["off", "prefer", "require"]),
+)
+def test_planning_again_moves_nothing_and_a_change_of_load_keeps_its_promises(
+    rates: list[float], later: float, mode: Any, robust: Any
+) -> None:
+    def wishes(factor: float) -> list[FleetModel]:
+        return [
+            documents(rate * factor, name=f"documents{at}", disaggregate=mode)
+            for at, rate in enumerate(rates)
+        ]
+
+    plan = planned(*wishes(1.0), robust=robust)
+    again = planned(*wishes(1.0), robust=robust, running=plan)
+    other = planned(*wishes(later), robust=robust, running=plan)
+
+    if not plan.unmet:
+        assert changes(plan, again) == ()
+    if not plan.unmet and not other.unmet:
+        taken = {
+            (node.node, gpu)
+            for variant in other.variants
+            for replica in variant.placement
+            for node in replica
+            for gpu in node.gpus
+        }
+        assert len(taken) == other.gpus_used
+        for model in migration(plan, other).models:
+            demand = later * rates[int(model.model[-1])]
+            assert model.requests_per_s_after >= demand * (1 - 1e-5)

@@ -16,7 +16,7 @@ from placement.kv_transfer import (
     attention_backend,
     cache_bytes,
     first_obstacle,
-    handover_link,
+    handover_links,
 )
 from placement.replica_speed import replica_speed
 from placement.shape import make_shape
@@ -187,25 +187,24 @@ def test_each_rank_pulls_the_latent_and_a_window_is_all_that_is_sent() -> None:
     assert cache_bytes(window, speed, 4000) == cache_bytes(window, speed, 512)
 
 
-def test_the_slower_network_sends_with_the_share_of_the_replicas_gpus() -> None:
+def test_either_end_has_the_share_of_its_network_that_its_gpus_are_of_the_node() -> None:
     fast = replace(on("H100-SXM"), device=a_gpu_device(inter_node_bytes_per_s=50e9))
     slow = replace(on("A100-80-SXM"), device=a_gpu_device(inter_node_bytes_per_s=10e9))
 
-    link = handover_link(fast, slow, shares=(0.25, 0.5), one_node=False)
-    fewer = handover_link(fast, slow, shares=(0.05, 0.5), one_node=False)
+    reading, writing = handover_links(fast, slow, shares=(0.25, 0.5), one_node=False)
 
-    assert link.s_per_byte == pytest.approx(1 / 5e9)
-    assert fewer.s_per_byte == pytest.approx(1 / 2.5e9)
+    assert reading.s_per_byte == pytest.approx(1 / 12.5e9)
+    assert writing.s_per_byte == pytest.approx(1 / 5e9)
 
 
 def test_nvlink_of_one_node_is_faster_than_the_network_and_joins_pairs_of_gpus() -> None:
     two = on("H100-SXM", tensor_parallel_size=2)
-    network = handover_link(two, two, shares=(0.25, 0.25), one_node=False)
+    network, _ = handover_links(two, two, shares=(0.25, 0.25), one_node=False)
 
-    one_node = handover_link(two, two, shares=(0.25, 0.25), one_node=True)
+    one_node, _ = handover_links(two, two, shares=(0.25, 0.25), one_node=True)
 
     assert one_node.s_per_byte < network.s_per_byte / 10
-    single = handover_link(two, on("H100-SXM"), shares=(0.25, 0.125), one_node=True)
+    single, _ = handover_links(two, on("H100-SXM"), shares=(0.25, 0.125), one_node=True)
     assert single.s_per_byte == pytest.approx(2 * one_node.s_per_byte)
 
 
