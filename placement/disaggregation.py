@@ -37,6 +37,12 @@ class Pair:
         return Pair(as_stressed(self.prefill, wish), as_stressed(self.decode, wish))
 
     @property
+    def carries_something(self) -> bool:
+        """Both sides do."""
+        sides = (self.prefill, self.decode)
+        return all(side.capacity.requests_per_s > 0 for side in sides)
+
+    @property
     def price_per_request(self) -> float:
         """Of a request/s for an hour, when both sides are used to the full."""
         return sum(_price(side) for side in (self.prefill, self.decode))

@@ -49,7 +49,7 @@ def find_options(
     pairs, other_pairs, apart = find_pairs(wish, legal, groups)
     if fleet.robust == "require":
         legal = [as_stressed(option, wish) for option in legal]
-        pairs = tuple(pair.as_stressed(wish) for pair in pairs)
+        pairs = tuple(slow for pair in pairs if (slow := pair.as_stressed(wish)).carries_something)
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(
         wish=wish,

@@ -24,7 +24,7 @@ from placement.relaxation import (
     too_little_after_a_loss,
     too_much_on_spot,
 )
-from placement.role_relaxation import no_pair, no_room_for_roles, roles_beyond_limit
+from placement.role_relaxation import roles_unmet
 from placement.selection import Selection, select, select_all_met
 from placement.variants import make_variants, refine
 
@@ -249,7 +249,7 @@ def _unmet(question: Question, chosen: Selection, model: int, options: Options) 
         return nothing_legal(options)
     quick = [option for option in options.legal if option.capacity.concurrency > 0]
     if options.wish.disaggregate == "always" or (options.pairs and not quick):
-        return _roles_unmet(question, chosen, model, options)
+        return roles_unmet(question, chosen, model, options)
     return _whole_unmet(question, chosen, model, options, quick)
 
 
@@ -271,20 +271,3 @@ def _whole_unmet(
     if question.problem.engines(chosen.counts, model) >= options.wish.replicas.max:
         return replica_limit(best, options)
     return not_enough_gpus(best, options, question.places_beside(chosen.counts, model, best))
-
-
-def _roles_unmet(
-    question: Question, chosen: Selection, model: int, options: Options
-) -> Unmet | None:
-    """The same of a model whose requests only prefill and decode replicas can answer."""
-    if not options.pairs:
-        return no_pair(options)
-    problem, pair = question.problem, options.pairs[0]
-    if problem.met(chosen.counts, model):
-        return roles_beyond_limit(pair, options) if question.beyond_limit[model] else None
-    if problem.engines(chosen.counts, model) >= options.wish.replicas.max:
-        return roles_beyond_limit(pair, options)
-    reading, writing = (
-        question.places_beside(chosen.counts, model, side) for side in (pair.prefill, pair.decode)
-    )
-    return no_room_for_roles(pair, options, (reading, writing))

@@ -9,12 +9,33 @@ from placement.option import Option
 from placement.options import Options
 from placement.packing import Places
 from placement.plan import Unmet
+from placement.question import Question
+from placement.selection import Selection
 
 
-def no_pair(options: Options) -> Unmet:
+def roles_unmet(
+    question: Question, chosen: Selection, model: int, options: Options
+) -> Unmet | None:
+    """What stays open of a model that only prefill and decode replicas can answer for."""
+    if not options.pairs:
+        return _no_pair(options)
+    problem, pair = question.problem, options.pairs[0]
+    if problem.met(chosen.counts, model):
+        return _beyond_limit(pair, options) if question.beyond_limit[model] else None
+    if problem.engines(chosen.counts, model) >= options.wish.replicas.max:
+        return _beyond_limit(pair, options)
+    reading, writing = (
+        question.places_beside(chosen.counts, model, side) for side in (pair.prefill, pair.decode)
+    )
+    return _no_room(pair, options, (reading, writing))
+
+
+def _no_pair(options: Options) -> Unmet:
     """`disaggregate: always`, and no cache can be handed over between any two shapes."""
     refused = [entry for entry in options.rejected if entry.rule.startswith("handover")]
-    why = "no two shapes of it"
+    why = (
+        "no prefill and decode replicas keep the service level with engines as slow as planned for"
+    )
     if refused:
         why = f"{refused[0].rule}: {refused[0].shape['pool']}: {refused[0].reason}"
     return Unmet(
@@ -24,7 +45,7 @@ def no_pair(options: Options) -> Unmet:
     )
 
 
-def roles_beyond_limit(pair: Pair, options: Options) -> Unmet:
+def _beyond_limit(pair: Pair, options: Options) -> Unmet:
     """The demand takes more prefill and decode replicas than `replicas.max`."""
     engines = pair.prefill.replicas_needed + pair.decode.replicas_needed
     return Unmet(
@@ -34,7 +55,7 @@ def roles_beyond_limit(pair: Pair, options: Options) -> Unmet:
     )
 
 
-def no_room_for_roles(pair: Pair, options: Options, free: tuple[Places, Places]) -> Unmet:
+def _no_room(pair: Pair, options: Options, free: tuple[Places, Places]) -> Unmet:
     """Nodes lack room for as many prefill or decode replicas; `free` is what others leave of each."""
     missing = [
         f"{count} more GPUs in pool {side.pool.name}, {side.gpus_here} to a node"

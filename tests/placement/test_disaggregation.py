@@ -214,6 +214,32 @@ def test_bounds_add_up_and_roles_may_grow_as_they_are() -> None:
     assert prefill.bounds.max == pytest.approx(24 * ratio, abs=1.0)
 
 
+def test_whole_replicas_may_stand_beside_and_share_the_bounds() -> None:
+    plan = planned(documents(6.0, disaggregate="allowed"))
+
+    side = roles(plan)
+    assert set(side) == {"whole", "prefill", "decode"}
+    assert requests_per_s_of(plan.variants) >= 6.0
+    assert carried(side["whole"]) < 6.0
+    assert sum(variant.bounds.max for variant in plan.variants) == 24
+    assert sum(v.bounds.min for v in plan.variants if v.role != "prefill") == 1
+    total = requests_per_s_of(plan.variants)
+    assert side["whole"].predicted.utilization == pytest.approx(6.0 / total)
+    assert max(v.predicted.utilization for v in plan.variants) == pytest.approx(6.0 / total)
+
+
+def test_slower_engines_that_keep_no_promise_leave_no_pair() -> None:
+    idle = documents(0.01, tensor_parallel_size=2, pools=("a100",))
+    alone = roles(planned(idle))["decode"].predicted.tpot_p95_ms
+    tight = idle.model_copy(update={"slo": Objective(tpot_p95_ms=1.1 * alone)})
+
+    usual, careful = planned(tight, robust="off"), planned(tight, robust="require")
+
+    assert not usual.unmet
+    (unmet,) = careful.unmet
+    assert "service level" in unmet.constraint
+
+
 def test_without_need_a_model_keeps_both_sides_at_zero() -> None:
     wish = documents(0.0, replicas=ReplicaBounds(min=0, max=8))
     side = roles(planned(wish))
