@@ -7,11 +7,11 @@ to send a cache from any prefill replica to any decode replica. Experimental.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from placement.capacity import DEFAULT_DEMAND, Capacity
-from placement.fleet import FleetModel
+from placement.fleet import FleetModel, FleetSpec
 from placement.kv_transfer import RULES, cache_bytes, first_obstacle, handover_links
 from placement.legality import describe
 from placement.node_groups import NodeGroup
@@ -22,7 +22,7 @@ from placement.routing_policy import Role
 
 _TOO_SLOW = "handover-too-slow"
 _ORDER = (*RULES, _TOO_SLOW)
-MOST_PAIRS = 32  # of a model that are solved for: the cheapest of each two pools first
+_MOST_PAIRS, _FEWEST_PAIRS = 128, 24  # of all models, and of each, that are solved for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,12 @@ class Pair:
         return all(side.capacity.requests_per_s > 0 for side in sides)
 
     @property
+    def price_of_demand(self) -> float:
+        """Of replicas for all of the model's demand, per hour."""
+        sides = (self.prefill, self.decode)
+        return sum(side.replicas_needed * side.price_per_replica for side in sides)
+
+    @property
     def price_per_request(self) -> float:
         """Of a request/s for an hour, when both sides are used to the full."""
         return sum(_price(side) for side in (self.prefill, self.decode))
@@ -59,15 +65,25 @@ class Pair:
         return self.prefill.group, self.decode.group
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What was found for one model."""
+
+    tried: tuple[Pair, ...] = ()  # cheapest first
+    others: tuple[Pair, ...] = ()  # that only a plan needs which has them already
+    untried: int = 0  # of the others, those that another does not stand in for
+    rejected: tuple[Rejection, ...] = ()
+
+
 def find_pairs(
-    wish: FleetModel, legal: Sequence[Option], groups: Sequence[NodeGroup]
-) -> tuple[tuple[Pair, ...], tuple[Pair, ...], tuple[Rejection, ...]]:
-    """Pairs of the `legal` ways to run the model that are worth solving for; others; why not more.
+    wish: FleetModel, fleet: FleetSpec, legal: Sequence[Option], groups: Sequence[NodeGroup]
+) -> Pairs:
+    """Pairs of the `legal` ways to run the model, as many as can be solved for in seconds.
 
     None where the fleet does not want any, or where one replica is all that may run.
     """
     if wish.disaggregate == "never" or wish.replicas.max < 2:
-        return (), (), ()
+        return Pairs()
     found: list[Pair] = []
     refused: dict[tuple[int, int], Rejection] = {}  # the one that came furthest
     writing = [_in_role(wish, option, "decode", NO_HANDOVER) for option in legal]
@@ -84,11 +100,16 @@ def find_pairs(
             if before is None or _ORDER.index(rule) > _ORDER.index(before.rule):
                 refused[option.group, decode.group] = _rejection(wish, option, decode, rule, reason)
     possible = {pair.groups for pair in found}
-    kept = _first_of_each(_undominated(found), MOST_PAIRS)
-    chosen = set(map(id, kept))
-    others = tuple(pair for pair in found if id(pair) not in chosen)
-    why_not = tuple(entry for where, entry in refused.items() if where not in possible)
-    return tuple(kept), others, why_not
+    undominated = _undominated(found)
+    models = sum(each.disaggregate != "never" for each in fleet.models)
+    tried = _likeliest(undominated, max(_FEWEST_PAIRS, _MOST_PAIRS // models))
+    chosen = set(map(id, tried))
+    return Pairs(
+        tried=tuple(tried),
+        others=tuple(pair for pair in found if id(pair) not in chosen),
+        untried=len(undominated) - len(tried),
+        rejected=tuple(entry for where, entry in refused.items() if where not in possible),
+    )
 
 
 def _in_role(wish: FleetModel, option: Option, role: Role, handover: Handover) -> Option:
@@ -175,20 +196,39 @@ def _dominates(one: Pair, other: Pair) -> bool:
     )
 
 
-def _first_of_each(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """The cheapest of each two groups of nodes, then the second of each, up to `most`; cheapest first."""
+def _likeliest(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """At most so many, cheapest first.
+
+    In turn those that carry all of the demand at least price, and those that take fewest GPUs for a
+    request; of each two groups of nodes the best before the second of any, since GPUs are scarce.
+    Of 60 random fleets, 32 pairs missed the best plan once, by 0.1 %, 96 never.
+    """
+    by_price = _group_by_group(pairs, _rank)
+    by_gpus = _group_by_group(pairs, lambda pair: (pair.gpus_per_request, *_rank(pair)))
+    kept: dict[int, Pair] = {}
+    for couple in zip(by_price, by_gpus, strict=True):
+        for pair in couple:
+            if len(kept) < most:
+                kept[id(pair)] = pair
+    return sorted(kept.values(), key=_rank)
+
+
+def _group_by_group(
+    pairs: Sequence[Pair], rank: Callable[[Pair], tuple[object, ...]]
+) -> list[Pair]:
+    """The first of each two groups of nodes, then the second of each, and so on."""
     by_groups: dict[tuple[int, int], list[Pair]] = {}
-    for pair in sorted(pairs, key=_rank):
+    for pair in sorted(pairs, key=rank):
         by_groups.setdefault(pair.groups, []).append(pair)
-    ordered = sorted(
-        ((at, _rank(pair), pair) for mine in by_groups.values() for at, pair in enumerate(mine)),
-        key=lambda entry: entry[:2],
-    )
-    return sorted((pair for _, _, pair in ordered[:most]), key=_rank)
+    numbered = [
+        (at, rank(pair), pair) for mine in by_groups.values() for at, pair in enumerate(mine)
+    ]
+    return [pair for _, _, pair in sorted(numbered, key=lambda entry: entry[:2])]
 
 
 def _rank(pair: Pair) -> tuple[object, ...]:
     return (
+        pair.price_of_demand,
         pair.price_per_request,
         pair.gpus_per_request,
         *(_named(side) for side in (pair.prefill, pair.decode)),

@@ -20,7 +20,7 @@ from placement.question import Question, make_question
 from placement.selection import Selection, select_all_met
 from placement.ways_out import ways_out
 
-_SMALL = 100  # columns; beyond, answers are quick rather than exact
+_SMALL = 100  # choices; beyond, answers are quick rather than exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ def explain(
 
 
 def _limits(problem: Problem) -> Limits:
-    if len(problem.columns) <= _SMALL:
+    if problem.size <= _SMALL:
         return Limits(time_s=5.0)
     return Limits(time_s=5.0, gap=0.01, nodes=20)
 
 
 def _little(problem: Problem) -> float:
     """Share of the cost that is within what the problem is solved to."""
-    return 1e-3 if len(problem.columns) <= _SMALL else 0.02
+    return 1e-3 if problem.size <= _SMALL else 0.02
 
 
 def _reason(question: Question, now: Selection | None, plan: Plan, model: int) -> Reason:

@@ -39,7 +39,12 @@ class Formulation:
         seeks = problem.objective == "headroom" and load_factor is None and not soft
         costs = self._costs(start, seeks=seeks)
         self._counts = [
-            self.program.column(cost, upper=problem.most(index)) for index, cost in enumerate(costs)
+            self.program.column(
+                cost,
+                upper=problem.most(index),
+                follows=problem.columns[index].pair is not None,
+            )
+            for index, cost in enumerate(costs)
         ]
         self._pairs = [pair for model in range(len(problem.needs)) for pair in problem.pairs(model)]
         self._uses: dict[TwoSides, int] = {}  # whether a pair is used
@@ -116,7 +121,9 @@ class Formulation:
         pays = problem.objective == "throughput" and not seeks and not self._soft
         for pair in problem.pairs(model):
             self._uses[pair] = uses = program.column(upper=1)
-            self._both[pair] = both = program.column(-1.0 if pays else 0.0, whole=False)
+            self._both[pair] = both = program.column(
+                -1.0 if pays else 0.0, whole=False, follows=True
+            )
             for index in pair:
                 count = self._counts[index]
                 program.row([(count, 1.0), (uses, -1.0)], lower=0.0)

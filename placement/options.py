@@ -32,6 +32,7 @@ class Options:
     rejected: tuple[Rejection, ...]
     pairs: tuple[Pair, ...] = ()  # `disaggregate`: cheapest first
     other_pairs: tuple[Pair, ...] = ()  # that none but those who run them need; not stressed
+    untried_pairs: int = 0  # more than can be solved for
 
 
 def find_options(
@@ -46,7 +47,8 @@ def find_options(
     judge = _llamacpp_options if wish.engine == "llamacpp" else _vllm_options
     judged = judge(wish, groups, catalogue, dearest=dearest)
     legal = judged.legal
-    pairs, other_pairs, apart = find_pairs(wish, legal, groups)
+    found = find_pairs(wish, fleet, legal, groups)
+    pairs = found.tried
     if fleet.robust == "require":
         legal = [as_stressed(option, wish) for option in legal]
         pairs = tuple(slow for pair in pairs if (slow := pair.as_stressed(wish)).carries_something)
@@ -55,9 +57,10 @@ def find_options(
         wish=wish,
         legal=tuple(legal),
         illegal=tuple(judged.illegal),
-        rejected=(*judged.rejected, *apart),
+        rejected=(*judged.rejected, *found.rejected),
         pairs=pairs,
-        other_pairs=other_pairs,
+        other_pairs=found.others,
+        untried_pairs=found.untried,
     )
 
 

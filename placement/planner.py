@@ -44,7 +44,8 @@ def make_plan(
     The best plan by the fleet's objective, up to the gap that it tells: one model may run in
     several variants. With a `running` plan, what runs stays unless moving it pays within the
     fleet's horizon. The same fleet and inventory give the same plan, in whatever order models and
-    pools are written. A plan with anything unmet is infeasible; one with no gap is optimal.
+    pools are written. A plan with anything unmet is infeasible; one with no gap
+    is optimal, unless more pairs of prefill and decode shapes were possible than were tried.
 
     Raises:
         UnknownName: a model, pool or GPU type is not known, with the nearest names.
@@ -72,7 +73,9 @@ def make_plan(
         if (problem := _unmet(question, chosen, model, options)) is not None
     ]
     unmet += [entry for entry in short if entry.model not in {each.model for each in unmet}]
-    proven = chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
+    proven = not any(options.untried_pairs for options in found) and (
+        chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
+    )
     return Plan(
         fleet=fleet.fleet,
         status="infeasible" if unmet else "optimal" if proven else "feasible",

@@ -99,6 +99,11 @@ class Problem:
         object.__setattr__(self, "_mine", tuple(tuple(indices) for indices in mine))
         object.__setattr__(self, "_pairs", tuple(tuple(each) for each in pairs))
 
+    @property
+    def size(self) -> int:
+        """Columns among which there is to choose; the two of a pair are one choice."""
+        return sum(column.role != "decode" for column in self.columns)
+
     def of_model(self, model: int) -> tuple[int, ...]:
         """Indices of a model's columns."""
         return self._mine[model]
