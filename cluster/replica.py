@@ -27,6 +27,7 @@ from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
+from cluster.speed_meter import SpeedMeter
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
@@ -51,6 +52,7 @@ class Replica:
         self._link = ControllerLink()
         self._failure = ""
         self._engine: RunningEngine | None = None
+        self._meter = SpeedMeter()
         self._gang: Gang | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
@@ -171,6 +173,10 @@ class Replica:
         while self._state in ("ready", "unhealthy"):
             healthy = await self._engine.observe()
             failures = 0 if healthy else failures + 1
+            if healthy:
+                self._meter.note(self._engine.load, time.monotonic())
+            else:
+                self._meter.interrupt()
             if fault := self._gang.fault(self._engine) if self._gang else "":
                 self._failure = fault
             if self._engine.ended or fault or failures >= DEAD_CHECKS:
@@ -242,6 +248,7 @@ class Replica:
             kv_cache_usage=engine.load.kv_cache_usage,
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
+            speed=self._meter.window,
             **self._features.report(),
         )
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from placement.candidate import Candidate
-from placement.efficiency import Collective, send
+from placement.costs import Collective, ReplicaSpeed
+from placement.efficiency import send
 from placement.kv_cache import kv_block_size
-from placement.replica_speed import ReplicaSpeed
 
 Rule = Callable[[Candidate, Candidate], str | None]  # prefill, decode
 

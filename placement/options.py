@@ -258,7 +258,7 @@ def _llamacpp(
         slots=found.gpus_per_replica,
         dearest=dearest,
     )
-    return replace(option, shape=found.shape, offloaded=found.offloaded)
+    return replace(option, shape=found.shape, setup=found.setup, offloaded=found.offloaded)
 
 
 def _carrying(

@@ -10,6 +10,7 @@ from pydantic import Field
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
 from placement.model_cache import ModelCacheSpec
+from placement.planned_speed import PlannedSpeed
 from placement.routing_policy import Role, RoutingPolicy
 from placement.spec import Spec
 
@@ -162,6 +163,11 @@ class Variant(Spec):
         description="The promise that more load would break; empty: the engine's limits.",
     )
     predicted: Predicted
+    speed: PlannedSpeed | None = Field(
+        default=None,
+        description="What predictions follow from; None: of an older plan, or in a role, which "
+        "is never measured.",
+    )
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()
     fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")

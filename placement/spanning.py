@@ -23,6 +23,7 @@ from placement.candidates import (
 )
 from placement.capacity import DEFAULT_DEMAND
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
+from placement.costs import ReplicaSpeed, StageSpeed
 from placement.fleet import FleetModel
 from placement.inventory import Pool
 from placement.layer_split import Cost, split_layers
@@ -32,7 +33,7 @@ from placement.option import carried
 from placement.performance import prompt_cost, replica_speed, stage_s
 from placement.pipeline import Stage
 from placement.plan import Rejection
-from placement.replica_speed import ReplicaSpeed, StageSpeed, recut
+from placement.replica_speed import recut
 from placement.weight_bytes import checkpoint_bytes
 
 _REQUESTS = (1, 8, 64)  # that the cache should hold, of the demand's mean lengths

@@ -12,8 +12,10 @@ from placement.fleet import FleetModel, ReplicaBounds
 from placement.option import Option, quality, ranks, stressed
 from placement.placing import Pools, ReplicaGpus, placements
 from placement.plan import Plan, StageNodes, Variant
+from placement.planned_speed import PlannedSpeed
 from placement.predictions import ModelLoad, predicted
 from placement.question import Question
+from placement.replica_speed import speed_setup_of
 from placement.shape import make_shape
 from placement.shares import Share, shared_bounds
 
@@ -215,10 +217,19 @@ def _variant(
         capacity_requests_per_s=option.capacity.requests_per_s,
         limited_by=option.capacity.broken_promise,
         predicted=predicted(option, load),
+        speed=_planned_speed(option),
         capabilities=model.capabilities,
         routing=wish.routing,
         fallback=wish.fallback,
     )
+
+
+def _planned_speed(option: Option) -> PlannedSpeed | None:
+    """None in a role: the model's times are of engines that read prompts and write answers."""
+    if option.candidate.role != "whole":
+        return None
+    setup = option.setup or speed_setup_of(option.candidate)
+    return PlannedSpeed(setup=setup, costs=option.speed)
 
 
 def _safe_names(names: Iterable[str]) -> dict[str, str]:

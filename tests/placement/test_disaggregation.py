@@ -96,6 +96,7 @@ def test_a_side_is_named_flagged_and_noted_by_its_role() -> None:
         assert variant.variant == f"documents@{variant.pool}-tp{size}-{role}"
         assert any(kv_role in flag for flag in variant.shape.engine_args)
         assert any("experimental" in note for note in variant.shape.notes)
+        assert variant.speed is None  # engines that do both are measured, and only they
 
 
 def test_each_side_gets_gpus_of_its_own() -> None:
