@@ -469,3 +469,38 @@ def test_planning_again_moves_nothing_and_a_change_of_load_keeps_its_promises(
         for model in migration(plan, other).models:
             demand = later * rates[int(model.model[-1])]
             assert model.requests_per_s_after >= demand * (1 - 1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rate=st.sampled_from([0.3, 2.0, 9.0]),
+    prompt=st.sampled_from([300.0, 4000.0, 12000.0]),
+    ttft_s=st.sampled_from([None, 2.0, 8.0]),
+    gbps=st.sampled_from([10, 100, 400]),
+    objective=st.sampled_from(["cost", "throughput", "headroom"]),
+)
+def test_to_allow_roles_is_never_worse_than_either_to_forbid_or_to_force_them(
+    *, rate: float, prompt: float, ttft_s: float | None, gbps: int, objective: Any
+) -> None:
+    links = Links(intra="nvlink", inter_gbps=gbps)
+    pools = (
+        a_pool("h100", gpus_per_node=4, links=links),
+        a_pool("a100", "A100-80-SXM", nodes=2, gpus_per_node=2, links=links),
+    )
+
+    def solved(mode: Any) -> Plan:
+        wish = documents(
+            disaggregate=mode,
+            demand=Demand(requests_per_s=rate, input_tokens=TokenLengths(mean=prompt)),
+            slo=Objective(ttft_p95_s=ttft_s, tpot_p95_ms=40),
+            replicas=ReplicaBounds(max=8),
+        )
+        fleet = a_fleet(wish, objective=objective, robust="off")
+        return make_plan(fleet, an_inventory(*pools), CATALOGUE, limits=Limits(gap=0.0))
+
+    free = solved("allowed")
+
+    for other in (solved("never"), solved("always")):
+        if not other.unmet:
+            assert not free.unmet
+            assert free.objective <= other.objective + 1e-5 * abs(other.objective) + 1e-9
