@@ -131,7 +131,10 @@ def _with(wish: FleetModel, option: Option, each: Capacity, handover: Handover) 
 
 
 def _pair(wish: FleetModel, option: Option, decode: Option, groups: Sequence[NodeGroup]) -> Pair:
-    """With what the link between them leaves of their capacities."""
+    """With what the link between them leaves of their capacities.
+
+    What the demand says of the prefix cache is taken to hold on both sides: that is not sent.
+    """
     lengths = wish.demand or DEFAULT_DEMAND
     tokens, new = lengths.input_tokens, 1 - lengths.prefix_hit
     ends = handover_links(
