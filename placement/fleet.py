@@ -209,12 +209,6 @@ class FleetModel(Spec):
         "with unlike GPUs: `needed` where no node alone runs the model, `always` wherever that "
         "serves the objective.",
     )
-    disaggregate: Literal["never", "allowed", "always"] = Field(
-        default="never",
-        description="Experimental: replicas that only read prompts, and replicas that only write "
-        "answers, in shapes and on pools of their own; the KV cache goes over the network (vLLM's "
-        "NixlConnector). `allowed`: where that serves the objective better; `always`: nothing else.",
-    )
     demand: Demand | None = Field(
         default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
     )
@@ -223,6 +217,12 @@ class FleetModel(Spec):
         default=ReplicaBounds(), description="Between these the count follows the load."
     )
     pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
+    disaggregate: Literal["never", "allowed", "always"] = Field(
+        default="never",
+        description="Experimental: replicas that only read prompts, and replicas that only write "
+        "answers, in shapes and on pools of their own; the KV cache goes over the network (vLLM's "
+        "NixlConnector). `allowed`: where that serves the objective better; `always`: nothing else.",
+    )
     spread: bool = Field(
         default=True,
         description="At most a quarter of the replicas on one node (of two or three: one), where "
