@@ -22,6 +22,7 @@ from placement.routing_policy import Role
 
 _TOO_SLOW = "handover-too-slow"
 _ORDER = (*RULES, _TOO_SLOW)
+_LEAST_TOKENS = 512  # of a prompt, below which gateways leave it to the replica that answers
 _MOST_PAIRS, _FEWEST_PAIRS = 128, 24  # of all models, and of each, that are solved for
 
 
@@ -84,6 +85,8 @@ def find_pairs(
     """
     if wish.disaggregate == "never" or wish.replicas.max < 2:
         return Pairs()
+    if (new := _new_tokens(wish)) < _LEAST_TOKENS:
+        return Pairs(rejected=(_too_short(wish, new),))
     found: list[Pair] = []
     refused: dict[tuple[int, int], Rejection] = {}  # the one that came furthest
     writing = [_in_role(wish, option, "decode", NO_HANDOVER) for option in legal]
@@ -110,6 +113,30 @@ def find_pairs(
         untried=len(undominated) - len(tried),
         rejected=tuple(entry for where, entry in refused.items() if where not in possible),
     )
+
+
+def _new_tokens(wish: FleetModel) -> float:
+    """Of a usual prompt, what the prefix cache does not have."""
+    lengths = wish.demand or DEFAULT_DEMAND
+    return lengths.input_tokens.mean * (1 - lengths.prefix_hit)
+
+
+def _too_short(wish: FleetModel, new: float) -> Rejection:
+    return Rejection(
+        shape={"model": wish.name},
+        rule="handover-does-not-pay",
+        reason=f"a usual prompt has {new:.0f} tokens that are not cached: fewer than "
+        f"{_LEAST_TOKENS} are read where they are answered",
+    )
+
+
+def why_not(rejected: Sequence[Rejection]) -> str | None:
+    """Of a model's rejections, the first of its pairs."""
+    for entry in rejected:
+        if entry.rule.startswith("handover"):
+            where = f"{entry.shape['pool']}: " if "pool" in entry.shape else ""
+            return f"{entry.rule}: {where}{entry.reason}"
+    return None
 
 
 def _in_role(wish: FleetModel, option: Option, role: Role, handover: Handover) -> Option:

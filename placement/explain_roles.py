@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from placement.disaggregation import why_not
 from placement.in_words import in_words
 from placement.milp import Limits
 from placement.option import Option
-from placement.options import Options
 from placement.plan import Plan
 from placement.problem import Problem
 from placement.question import Question, running_here
@@ -25,7 +25,8 @@ def roles_in_words(
     if options.wish.disaggregate == "never":
         return None
     if not options.pairs:
-        return _impossible(options)
+        reason = why_not(options.rejected)
+        return f"not possible: {reason or 'replicas.max is 1, or no shape of it is legal'}"
     if now is None:
         return None
     used = _used(question, plan, model)
@@ -35,13 +36,6 @@ def roles_in_words(
         instead = told or "not all needs could be met"
         return f"{_sides(used)}; whole replicas instead: {instead}"
     return f"not chosen: {told or 'not all needs could be met with it'}"
-
-
-def _impossible(options: Options) -> str:
-    refused = [entry for entry in options.rejected if entry.rule.startswith("handover")]
-    if refused:
-        return f"not possible: {refused[0].shape['pool']}: {refused[0].reason}"
-    return "not possible: replicas.max is less than 2, or no shape of it is legal"
 
 
 def _used(question: Question, plan: Plan, model: int) -> list[Option]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from placement.disaggregation import Pair
+from placement.disaggregation import Pair, why_not
 from placement.option import Option
 from placement.options import Options
 from placement.packing import Places
@@ -32,16 +32,11 @@ def roles_unmet(
 
 def _no_pair(options: Options) -> Unmet:
     """`disaggregate: always`, and no cache can be handed over between any two shapes."""
-    refused = [entry for entry in options.rejected if entry.rule.startswith("handover")]
-    why = (
-        "no prefill and decode replicas keep the service level with engines as slow as planned for"
-    )
-    if refused:
-        why = f"{refused[0].rule}: {refused[0].shape['pool']}: {refused[0].reason}"
     return Unmet(
         model=options.wish.name,
-        constraint=why,
-        cheapest_relaxation="disaggregate: allowed, or pools with GPUs of one generation",
+        constraint=why_not(options.rejected)
+        or "no prefill and decode replicas keep the service level, engines being as slow as feared",
+        cheapest_relaxation="disaggregate: allowed",
     )
 
 

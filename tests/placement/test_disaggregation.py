@@ -149,6 +149,19 @@ def test_a_slow_network_keeps_roles_apart_from_a_fast_answer() -> None:
     assert plan.variants == ()
 
 
+def test_prompts_that_are_short_or_cached_are_read_where_they_are_answered() -> None:
+    long = TokenLengths(mean=8000)
+    for demand in (
+        Demand(requests_per_s=4.0, input_tokens=TokenLengths(mean=400)),
+        Demand(requests_per_s=4.0, input_tokens=long, prefix_hit=0.95),
+    ):
+        (unmet,) = planned(documents(demand=demand)).unmet
+        free = planned(documents(demand=demand, disaggregate="allowed"))
+
+        assert unmet.constraint.startswith("handover-does-not-pay: a usual prompt has 400 tokens")
+        assert set(roles(free)) == {"whole"}
+
+
 def test_a_slower_network_never_costs_less() -> None:
     def cost(gbps: float) -> float:
         links = Links(intra="nvlink", inter_gbps=gbps)
