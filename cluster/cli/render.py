@@ -78,19 +78,24 @@ def _if_slower(plan: Plan, robustness: Robustness) -> str:
 def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableType:
     """The fleet now: each variant, and under it its replicas. `now_s`: epoch seconds."""
     now_s = time.time() if now_s is None else now_s
+    roles = ("role",) if any(variant.role != "whole" for variant in status.variants) else ()
     table = Table(
-        "model", "variant", "ready", "state", "nodes and GPUs",
+        "model", "variant", *roles, "ready", "state", "nodes and GPUs",
         "weights/GPU plan/actual", "KV tokens plan/actual", "load", "speed plan/actual",
         "last event",
         box=None,
     )  # fmt: skip
+
+    def add(row: tuple[RenderableType, ...], role: str = "") -> None:
+        table.add_row(*row[:2], *(role for _ in roles), *row[2:])
+
     failures: list[RenderableType] = []
     for variant in status.variants:
-        table.add_row(*_variant_row(variant, now_s))
+        add(_variant_row(variant, now_s), variant.role)
         for replica in variant.replicas:
-            table.add_row(*_replica_row(variant, replica))
+            add(_replica_row(variant, replica))
         for name, source in variant.adapters.items():
-            table.add_row(*_adapter_row(variant, name, source))
+            add(_adapter_row(variant, name, source))
         failures += [Text(line, style="yellow") for line in _remarks(variant)]
         if variant.failure and variant.ready < variant.wanted:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])
