@@ -55,6 +55,7 @@ class Formulation:
         self.load_factor = None
         if seeks and any(need.rate > 0 for need in problem.needs):
             self.load_factor = self.program.column(-1.0, whole=False)
+        self._left: list[tuple[TwoSides, int]] = []  # after the loss of a node
         self._patterns: list[tuple[int, list[dict[int, int]]]] = []
         self._zoned = [] if soft else self._add_zones()
         for model, need in enumerate(problem.needs):
@@ -95,6 +96,7 @@ class Formulation:
         if self.load_factor is not None:
             values.append(self._problem.load_factor(counts))
         values += [float(self._problem.in_one_zone(counts, model)) for model in self._zoned]
+        values += [self._problem.left_of(counts, pair, group) for pair, group in self._left]
         return values
 
     def _costs(self, start: Sequence[int] | None, *, seeks: bool) -> list[float]:
@@ -178,6 +180,7 @@ class Formulation:
         ]
         if need.firm_rate > 0 and len(firm) + len(both_firm) < len(mine) + len(pairs):
             self._add_rate(firm, both_firm, need.firm_rate, self._share_of(missed))
+        self._add_after_loss(model, need, missed)
         self._add_replicas(model, need, short)
 
     def _add_replicas(self, model: int, need: Need, short: list[tuple[int, float]]) -> None:
@@ -191,6 +194,41 @@ class Formulation:
             self.program.row(each, upper=need.most)
         elif need.least > 0 or need.most < INFINITY:
             self.program.row(each, lower=need.least, upper=need.most)
+
+    def _add_after_loss(self, model: int, need: Need, missed: int | None) -> None:
+        """What must be left without any one node, whichever group it is of."""
+        if not need.rate_after_loss and not need.replicas_after_loss:
+            return
+        problem, short = self._problem, self._share_of(missed)
+        columns, mine = problem.columns, problem.of_model(model)
+        for group in sorted({group for index in mine for group, _ in columns[index].parts}):
+            left = {index: 1 - problem.share(index, group) for index in mine}
+            if need.rate_after_loss:
+                terms = [
+                    (self._counts[index], columns[index].rate * left[index] / need.rate_after_loss)
+                    for index in problem.whole(model)
+                ]
+                terms += [
+                    (self._add_left(pair, group), 1 / need.rate_after_loss)
+                    for pair in problem.pairs(model)
+                ]
+                self.program.row([*terms, *short], lower=1 - _SHORT)
+            if need.replicas_after_loss:
+                wanted = need.replicas_after_loss
+                terms = [
+                    (self._counts[index], left[index] / wanted)
+                    for index in problem.answering(model)
+                ]
+                self.program.row([*terms, *short], lower=1 - _SHORT)
+
+    def _add_left(self, pair: TwoSides, group: int) -> int:
+        """A column of what both sides of a pair carry without a node of the group."""
+        left = self.program.column(whole=False, follows=True)
+        for index in pair:
+            rate = self._problem.columns[index].rate * (1 - self._problem.share(index, group))
+            self.program.row([(self._counts[index], rate), (left, -1.0)], lower=0.0)
+        self._left.append((pair, group))
+        return left
 
     def _share_of(self, missed: int | None) -> list[tuple[int, float]]:
         """The share of a need that may be missed, if the model may go short at all."""

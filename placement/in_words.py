@@ -24,7 +24,7 @@ def _option_in_words(option: Option, replicas: int) -> str:
     return (
         f"{_for(option.candidate.role)}"
         f"{replicas} x {option.candidate.checkpoint.precision} on {option.hardware} "
-        f"({ranks(option)}, {_pools(part.pool.name for part in option.parts)}"
+        f"({ranks(option)}, {pools_in_words(part.pool.name for part in option.parts)}"
         f"{_layers(option.candidate.layer_partition)})"
     )
 
@@ -34,14 +34,15 @@ def variant_in_words(variant: Variant) -> str:
     return (
         f"{_for(variant.role)}"
         f"{variant.replicas} x {variant.shape.precision} on {variant.hardware} "
-        f"({_pools(variant.pools)}{_layers(variant.shape.layer_partition)}), "
+        f"({pools_in_words(variant.pools)}{_layers(variant.shape.layer_partition)}), "
         f"{100 * variant.predicted.utilization:.0f} % used"
     )
 
 
-def _pools(names: Iterable[str]) -> str:
+def pools_in_words(names: Iterable[str], word: str = "and") -> str:
+    """Each once."""
     pools = list(dict.fromkeys(names))
-    return f"pool{'s' if len(pools) > 1 else ''} {' and '.join(pools)}"
+    return f"pool{'s' if len(pools) > 1 else ''} {f' {word} '.join(pools)}"
 
 
 def _layers(partition: Sequence[int]) -> str:

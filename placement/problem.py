@@ -62,6 +62,8 @@ class Need:
     most: int  # replicas
     firm_rate: float = 0.0  # requests/s that must not be on spot nodes
     spread: bool = False  # over zones, where that costs nothing
+    rate_after_loss: float = 0.0  # requests/s without any one node, if replicas are spread evenly
+    replicas_after_loss: int = 0  # the same in replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,43 @@ class Problem:
             and self.rate(counts, model, firm_only=True) >= need.firm_rate * MET
             and self.replicas(counts, model) >= need.least
             and self.fits_roles(counts, model)
+            and self.after_loss(counts, model) >= need.rate_after_loss * MET
+            and self.after_loss(counts, model, replicas=True) >= need.replicas_after_loss * MET
         )
+
+    def after_loss(self, counts: Sequence[int], model: int, *, replicas: bool = False) -> float:
+        """Requests/s (or replicas) that are left, at most, when the fullest node is lost.
+
+        Of a group's equal nodes one has at least its share.
+        """
+        mine = [index for index in self.of_model(model) if counts[index]]
+        groups = {group for index in mine for group, _ in self.columns[index].parts}
+        if replicas:
+            answering = [index for index in self.answering(model) if counts[index]]
+            left = (
+                sum(counts[index] * (1 - self.share(index, group)) for index in answering)
+                for group in groups
+            )
+            return min(left, default=0.0)
+        whole = [index for index in mine if self.columns[index].pair is None]
+        rates = (
+            sum(counts[i] * self.columns[i].rate * (1 - self.share(i, group)) for i in whole)
+            + sum(self.left_of(counts, pair, group) for pair in self.pairs(model))
+            for group in groups
+        )
+        return min(rates, default=0.0)
+
+    def left_of(self, counts: Sequence[int], pair: TwoSides, group: int) -> float:
+        """Requests/s that both sides of a pair carry without a node of the group."""
+        return min(
+            counts[index] * self.columns[index].rate * (1 - self.share(index, group))
+            for index in pair
+        )
+
+    def share(self, index: int, group: int) -> float:
+        """Of a column's replicas, those that one of the group's nodes has if they are spread."""
+        parts = sum(other == group for other, _ in self.columns[index].parts)
+        return min(1.0, parts / max(1, self.groups[group].nodes))
 
     def meets(self, counts: Sequence[int]) -> bool:
         """Whether every model gets what it needs."""

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from placement.disaggregation import Pair, why_not
+from placement.missing_room import Free
 from placement.option import Option
 from placement.options import Options
 from placement.packing import Places
 from placement.plan import Unmet
 from placement.question import Question
-from placement.selection import Selection
 
 
 def roles_unmet(
-    question: Question, chosen: Selection, model: int, options: Options
+    question: Question, counts: Sequence[int], model: int, beside: Callable[[int, Option], Free]
 ) -> Unmet | None:
     """What stays open of a model that only prefill and decode replicas can answer for."""
+    options = question.options[model]
     if not options.pairs:
         return _no_pair(options)
     problem, pair = question.problem, options.pairs[0]
-    if problem.met(chosen.counts, model):
+    if problem.met(counts, model):
         return _beyond_limit(pair, options) if question.beyond_limit[model] else None
-    if problem.engines(chosen.counts, model) >= options.wish.replicas.max:
+    if problem.engines(counts, model) >= options.wish.replicas.max:
         return _beyond_limit(pair, options)
-    reading, writing = (
-        question.places_beside(chosen.counts, model, side) for side in (pair.prefill, pair.decode)
-    )
+    reading, writing = (beside(model, side)[side.group] for side in (pair.prefill, pair.decode))
     return _no_room(pair, options, (reading, writing))
 
 

@@ -50,6 +50,8 @@ def plan_page(plan: Plan) -> RenderableType:
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    if plan.unpriced:
+        parts.append(Text(unpriced(plan), style="yellow"))
     if plan.node_loss is not None:
         parts.append(Text(plan.node_loss.in_words))
     if plan.robustness is not None and plan.robustness.short:
@@ -58,6 +60,14 @@ def plan_page(plan: Plan) -> RenderableType:
         parts.append(Text(f"{unmet.model}: {unmet.constraint}", style="red"))
         parts.append(Text(f"  cheapest way out: {unmet.cheapest_relaxation}"))
     return Group(*parts)
+
+
+def unpriced(plan: Plan) -> str:
+    """Whose prices are a guess, and what to do about it."""
+    return (
+        f"nobody knows the price of {', '.join(plan.unpriced)}: counted as dear as the dearest GPU "
+        "there is; give price_per_gpu_hour in the inventory"
+    )
 
 
 def _gap(plan: Plan) -> str:
