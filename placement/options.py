@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
 from placement.catalogue import Catalogue
 from placement.disaggregation import Pair, find_pairs
+from placement.expert_nodes import over_fewest_nodes
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
@@ -75,16 +76,16 @@ def _vllm_options(
     wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, dearest: float
 ) -> _Judged:
     judged = _Judged()
-    for index, group in _allowed(wish, groups):
-        for candidate in candidates(wish, group.pool, catalogue):
-            rejection = first_rejection(candidate)
-            if rejection is None:
-                option = _option(wish, index, group, candidate, catalogue, dearest=dearest)
-                judged.legal.append(option)
-                continue
-            judged.illegal.append((candidate, rejection))
-            judged.rejected.append(_in_group(rejection, wish, group))
-    for found in _over_two_nodes(wish, groups, catalogue, needed=not judged.legal):
+    allowed = _allowed(wish, groups)
+    for where in allowed:
+        here = candidates(wish, where[1].pool, catalogue)
+        _judge(judged, wish, where, here, catalogue, dearest=dearest)
+    needed = not judged.legal
+    if wish.across_nodes == "always" or (wish.across_nodes == "needed" and needed):
+        for where in allowed:
+            wide = over_fewest_nodes(wish, where[1], catalogue)
+            _judge(judged, wish, where, wide, catalogue, dearest=dearest)
+    for found in _over_two_nodes(wish, groups, catalogue, needed=needed):
         if found.rejection is None:
             judged.legal.append(_spanning(wish, groups, found, catalogue, dearest=dearest))
             continue
@@ -92,6 +93,24 @@ def _vllm_options(
         judged.rejected.append(_in_pools(found.rejection, wish, found.nodes))
     judged.rejected += _missing_checkpoints(wish, catalogue)
     return judged
+
+
+def _judge(
+    judged: _Judged,
+    wish: FleetModel,
+    where: tuple[int, NodeGroup],
+    found: Iterable[Candidate],
+    catalogue: Catalogue,
+    *,
+    dearest: float,
+) -> None:
+    for candidate in found:
+        rejection = first_rejection(candidate)
+        if rejection is None:
+            judged.legal.append(_option(wish, *where, candidate, catalogue, dearest=dearest))
+            continue
+        judged.illegal.append((candidate, rejection))
+        judged.rejected.append(_in_group(rejection, wish, where[1]))
 
 
 def _llamacpp_options(
@@ -199,7 +218,7 @@ def _over_two_nodes(
     """On a node of each of two groups, and on two of one, where the fleet wants that."""
     if wish.across_nodes == "never" or (wish.across_nodes == "needed" and not needed):
         return
-    if wish.nodes_per_replica > 1 or wish.layer_partition:
+    if wish.nodes_per_replica > 1 or wish.layer_partition or (wish.data_parallel_size or 1) > 1:
         return  # the fleet has said where layers are to be
     may = [group for _, group in _allowed(wish, groups) if group.usable.nodes]
     for one, other in itertools.combinations_with_replacement(may, 2):

@@ -65,6 +65,27 @@ def test_a_small_problem_with_roles_is_solved_as_well_as_by_trying_everything(se
     assert found.bound == pytest.approx(found.objective, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_what_a_lost_node_must_leave_is_left_on_both_sides(seed: int) -> None:
+    random, problem = Random(seed), a_small_problem(seed)
+    needs = tuple(
+        replace(
+            need,
+            rate_after_loss=random.choice([0, 0.3, 0.7]) * need.rate,
+            replicas_after_loss=random.choice([0, 0, 1]),
+        )
+        for need in problem.needs
+    )
+    problem = replace(problem, needs=needs)
+
+    found, best = select(problem, LIMITS), best_of_all(problem)
+
+    assert fits(problem, found.counts)
+    assert problem.meets(found.counts) == (best is not None)
+    if best is not None:
+        assert found.objective == pytest.approx(best, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_where_not_all_can_be_served_as_few_as_possible_go_short_in_roles_too(seed: int) -> None:
     random = Random(seed)
