@@ -9,6 +9,7 @@ from placement.architecture import Architecture
 from placement.calibration import Calibration
 from placement.catalogue import Checkpoint, GpuType, ModelSpec, Precision
 from placement.inventory import Pool
+from placement.routing_policy import Role
 from placement.serving_features import ExpertBalance, LoraLimits
 from placement.vllm_release import DEFAULT_RELEASE
 
@@ -48,6 +49,7 @@ class Candidate:
     checkpoint: Checkpoint
     device: Device
     engine: Literal["vllm", "llamacpp", "sim"] = "vllm"
+    role: Role = "whole"
     num_nodes: int = 1  # that the replica may spread over
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from placement.loading import load_bytes, variant_load_s
 from placement.migration import Change, Create, Delete, Migration, ModelChange, Replace, Resize
 from placement.plan import NodeGpus, Plan, Variant
+from placement.roles import ROLES, requests_per_s_of, together
+from placement.routing_policy import Role
 
 Gpu = tuple[str, int]
 _ENOUGH = 1 - 1e-6  # of a promise
@@ -45,20 +47,30 @@ class _Fleet:
     """What runs, while steps are taken."""
 
     taken: set[Gpu] = field(default_factory=set)
-    rates: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rates: defaultdict[tuple[str, Role], float] = field(default_factory=lambda: defaultdict(float))
     steps: list[_Step] = field(default_factory=list)
+
+    def add(self, replica: _Replica) -> None:
+        """It has its GPUs and carries its rate."""
+        self.taken |= replica.gpus
+        self.rates[replica.variant.model, replica.variant.role] += replica.rate
 
     def start(self, replica: _Replica) -> None:
         """It takes its GPUs and carries its rate."""
-        self.taken |= replica.gpus
-        self.rates[replica.variant.model] += replica.rate
+        self.add(replica)
         self.steps.append(_Step(replica, starts=True))
 
     def stop(self, replica: _Replica) -> None:
         """Its GPUs are free."""
         self.taken -= replica.gpus
-        self.rates[replica.variant.model] -= replica.rate
+        self.rates[replica.variant.model, replica.variant.role] -= replica.rate
         self.steps.append(_Step(replica, starts=False))
+
+    def rate_without(self, replica: _Replica) -> float:
+        """Requests/s that its model carries when it is gone."""
+        model, role = replica.variant.model, replica.variant.role
+        rates = ((each, self.rates[model, each]) for each in ROLES)
+        return together((*rates, (role, -replica.rate)))
 
 
 def changes(running: Plan, wanted: Plan) -> tuple[Change, ...]:
@@ -97,8 +109,7 @@ def _steps(running: Plan, wanted: Plan) -> list[_Step]:
     coming = [each for each in new if (each.engine, each.gpus) not in staying]
     fleet = _Fleet()
     for replica in old:
-        fleet.taken |= replica.gpus
-        fleet.rates[replica.variant.model] += replica.rate
+        fleet.add(replica)
     promised = _promised(running, wanted)
     coming.sort(key=lambda each: (-len(each.gpus), each.variant.variant))
     while coming:
@@ -130,7 +141,7 @@ def _stop_what_can_be_spared(
     needed = []
     for replica in going:
         model = replica.variant.model
-        if _keeps(fleet.rates[model] - replica.rate, promised.get(model, 0.0)):
+        if _keeps(fleet.rate_without(replica), promised.get(model, 0.0)):
             fleet.stop(replica)
         else:
             needed.append(replica)
@@ -222,17 +233,20 @@ def _reduced_s(groups: Sequence[Sequence[_Step]], running: Plan, wanted: Plan) -
     Until enough replicas serve that start later, in whatever group, one wave after the other.
     """
     promised = _promised(running, wanted)
-    rates = {model: _rate(running, model) for model in {v.model for v in running.variants}}
+    rates: defaultdict[tuple[str, Role], float] = defaultdict(float)
+    for each in running.variants:
+        rates[each.model, each.role] += each.replicas * each.capacity_requests_per_s
     now, seconds = 0.0, [0.0] * len(groups)
     short: dict[str, tuple[float, int]] = {}  # since when, and because of which group
     for index, group in enumerate(groups):
-        model = group[0].replica.variant.model
+        model, role = group[0].replica.variant.model, group[0].replica.variant.role
         for wave in _waves(group):
             carried = sum(step.replica.rate for step in wave)
             if wave[0].starts:
                 now += variant_load_s(wave[0].replica.variant)
-            rates[model] = rates.get(model, 0.0) + (carried if wave[0].starts else -carried)
-            if not _keeps(rates[model], promised.get(model, 0.0)):
+            rates[model, role] += carried if wave[0].starts else -carried
+            left = together((each, rates[model, each]) for each in ROLES)
+            if not _keeps(left, promised.get(model, 0.0)):
                 short.setdefault(model, (now, index))
             elif model in short:
                 since, at = short.pop(model)
@@ -321,7 +335,7 @@ def _adapters(plan: Plan, model: str) -> dict[str, str]:
 
 
 def _rate(plan: Plan, model: str) -> float:
-    return sum(v.replicas * v.capacity_requests_per_s for v in plan.variants if v.model == model)
+    return requests_per_s_of(v for v in plan.variants if v.model == model)
 
 
 def _replicas(plan: Plan) -> list[_Replica]:

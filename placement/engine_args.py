@@ -5,6 +5,7 @@ from __future__ import annotations
 from placement.balancing import balance_args
 from placement.candidate import Candidate
 from placement.expert_exchange import exchange_args
+from placement.kv_transfer import kv_transfer_args
 
 
 def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -48,6 +49,7 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
     if candidate.language_model_only:
         args.append("--language-model-only")
     args += ["--dtype", candidate.dtype, "--kv-cache-dtype", candidate.kv_cache_dtype]
+    args += kv_transfer_args(candidate)
     return (*args, *candidate.checkpoint.engine_args, *candidate.model.engine_args, *extra)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
+from placement.explain_roles import roles_in_words
 from placement.explanation import Explanation, Reason, WhatIf
 from placement.fleet import FleetModel, FleetSpec, Objective
+from placement.in_words import in_words, pools_in_words, variant_in_words
 from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import NodeGroup, node_groups
-from placement.option import Option, ranks
 from placement.options import Options, find_options
 from placement.plan import Plan, Variant
 from placement.planner import select_for
@@ -20,7 +21,7 @@ from placement.question import Question, make_question
 from placement.selection import Selection
 from placement.ways_out import ways_out
 
-_SMALL = 100  # columns; beyond, answers are quick rather than exact
+_SMALL = 100  # choices; beyond, answers are quick rather than exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,14 @@ def explain(
 
 
 def _limits(problem: Problem) -> Limits:
-    if len(problem.columns) <= _SMALL:
+    if problem.size <= _SMALL:
         return Limits(time_s=5.0)
     return Limits(time_s=5.0, gap=0.01, nodes=20)
 
 
 def _little(problem: Problem) -> float:
     """Share of the cost that is within what the problem is solved to."""
-    return 1e-3 if len(problem.columns) <= _SMALL else 0.02
+    return 1e-3 if problem.size <= _SMALL else 0.02
 
 
 def _reason(setting: Setting, now: Selection | None, plan: Plan, model: int) -> Reason:
@@ -107,14 +108,15 @@ def _reason(setting: Setting, now: Selection | None, plan: Plan, model: int) -> 
     if now is not None and any(variant.replicas for variant in mine):
         other = setting.select(_without(question, now, model))
         if other is not None:
-            runner_up = _in_words(question, other, model)
+            runner_up = in_words(question, other, model)
             costs = _cost(question.problem, other) - _cost(question.problem, now)
     return Reason(
         model=name,
-        chosen=tuple(map(_variant_in_words, mine)),
+        chosen=tuple(map(variant_in_words, mine)),
         runner_up=runner_up,
         runner_up_costs=costs,
         binding=_binding(mine),
+        roles=roles_in_words(question, now, plan, model, limits=_limits(question.problem)),
     )
 
 
@@ -149,7 +151,9 @@ def _with_a_node_more(setting: Setting, now: Selection, currency: str) -> Iterat
         groups = (*setting.groups[:index], larger, *setting.groups[index + 1 :])
         found = setting.select(replace(setting, groups=groups).question)
         gpus = f"{group.pool.gpus_per_node} x {group.pool.gpu}"
-        change = f"one more node in {_pools([pool.name for pool in group.pools], 'or')} ({gpus})"
+        change = (
+            f"one more node in {pools_in_words([pool.name for pool in group.pools], 'or')} ({gpus})"
+        )
         if found is not None and _matters(problem, found, now):
             yield _what_if(problem, change, now, found, currency)
 
@@ -227,36 +231,3 @@ def _cost(problem: Problem, selection: Selection) -> float:
 def _gpus(problem: Problem, selection: Selection) -> int:
     pairs = zip(problem.columns, selection.counts, strict=True)
     return sum(count * column.all_gpus for column, count in pairs)
-
-
-def _in_words(question: Question, selection: Selection, model: int) -> str:
-    return " and ".join(
-        _option_in_words(question.choices[index], selection.counts[index])
-        for index in question.problem.of_model(model)
-        if selection.counts[index]
-    )
-
-
-def _option_in_words(option: Option, replicas: int) -> str:
-    return (
-        f"{replicas} x {option.candidate.checkpoint.precision} on {option.hardware} "
-        f"({ranks(option)}, {_pools(part.pool.name for part in option.parts)}"
-        f"{_layers(option.candidate.layer_partition)})"
-    )
-
-
-def _variant_in_words(variant: Variant) -> str:
-    return (
-        f"{variant.replicas} x {variant.shape.precision} on {variant.hardware} "
-        f"({_pools(variant.pools)}{_layers(variant.shape.layer_partition)}), "
-        f"{100 * variant.predicted.utilization:.0f} % used"
-    )
-
-
-def _pools(names: Iterable[str], word: str = "and") -> str:
-    pools = list(dict.fromkeys(names))
-    return f"pool{'s' if len(pools) > 1 else ''} {f' {word} '.join(pools)}"
-
-
-def _layers(partition: Sequence[int]) -> str:
-    return f", layers {'+'.join(map(str, partition))}" if partition else ""

@@ -17,6 +17,10 @@ class Reason(Spec):
         default=None, description="More per hour of the whole plan."
     )
     binding: str = Field(description="What keeps a replica from carrying more.")
+    roles: str | None = Field(
+        default=None,
+        description="With `disaggregate`: why there are prefill and decode replicas, or not.",
+    )
 
 
 class WhatIf(Spec):

@@ -118,6 +118,7 @@ _PLANNED_FLAGS = {
     "--gpu-memory-utilization": "gpu_memory_utilization",
     "--dtype": "dtype",
     "--kv-cache-dtype": "kv_cache_dtype",
+    "--kv-transfer-config": "disaggregate",
     "--ctx-size": "max_model_len",
     "--parallel": "max_num_seqs",
     "--batch-size": "max_num_batched_tokens",
@@ -237,6 +238,12 @@ class FleetModel(Spec):
     pools: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None, description="Only on these pools."
     )
+    disaggregate: Literal["never", "allowed", "always"] = Field(
+        default="never",
+        description="Experimental: replicas that only read prompts, and replicas that only write "
+        "answers, in shapes and on pools of their own; the KV cache goes over the network (vLLM's "
+        "NixlConnector). `allowed`: where that serves the objective better; `always`: nothing else.",
+    )
     spread: bool = Field(
         default=True,
         description="At most a quarter of the replicas on one node (of two or three: one), where "
@@ -355,6 +362,28 @@ class FleetModel(Spec):
                         f"{key}: {getattr(self, key)} means nothing to engine 'llamacpp', which "
                         "gives each GPU whole layers; leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _caches_can_be_handed_over(self) -> Self:
+        told = f"disaggregate: {self.disaggregate}"
+        if self.disaggregate == "never":
+            return self
+        if self.engine == "llamacpp":
+            raise ValueError(
+                f"{told} means nothing to engine 'llamacpp', which hands no KV cache over; use "
+                "vllm, or leave it out"
+            )
+        if self.canary is not None:
+            raise ValueError(
+                f"{told} beside a canary: the KV cache of one version means nothing to the other; "
+                "leave out either"
+            )
+        if self.disaggregate == "always" and self.replicas.max == 1:
+            raise ValueError(
+                f"{told} takes at least two replicas, one that reads prompts and one that writes "
+                "answers; set replicas.max to 2 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from placement.milp import INFINITY, Answer, Program
 from placement.packing import MOST_PATTERNS, divisible, patterns
-from placement.problem import Need, Problem
+from placement.problem import Column, Need, Problem, TwoSides
 from placement.rounding import rounded
 
 TIE = 1e-6  # of the objective: what breaks ties must not outweigh anything else
 _SHORT = 1e-7  # relative: a demand that is missed by this much is met
+_FIRST = 1e6  # which pair of a model is used: rounded before all else
 _FEWER_SHORT = 10.0  # one model less that goes short, against the shares by which others do
 
 
@@ -38,12 +39,23 @@ class Formulation:
         seeks = problem.objective == "headroom" and load_factor is None and not soft
         costs = self._costs(start, seeks=seeks)
         self._counts = [
-            self.program.column(cost, upper=problem.most(index)) for index, cost in enumerate(costs)
+            self.program.column(
+                cost,
+                upper=problem.most(index),
+                follows=problem.columns[index].pair is not None,
+            )
+            for index, cost in enumerate(costs)
         ]
+        self._pairs = [pair for model in range(len(problem.needs)) for pair in problem.pairs(model)]
+        self._uses: dict[TwoSides, int] = {}  # whether a pair is used
+        self._both: dict[TwoSides, int] = {}  # requests/s that both of its sides carry
+        for model in range(len(problem.needs)):
+            self._add_pairs(model, seeks=seeks)
         self._moves = self._add_moves(free=soft or seeks)
         self.load_factor = None
         if seeks and any(need.rate > 0 for need in problem.needs):
             self.load_factor = self.program.column(-1.0, whole=False)
+        self._left: list[tuple[TwoSides, int]] = []  # after the loss of a node
         self._patterns: list[tuple[int, list[dict[int, int]]]] = []
         self._zoned = [] if soft else self._add_zones()
         for model, need in enumerate(problem.needs):
@@ -63,6 +75,8 @@ class Formulation:
         columns = self._problem.columns
         weights = [float(column.gpus) for column in columns]
         weights += [0.0] * (self.program.width - len(weights))
+        for index in self._uses.values():
+            weights[index] = _FIRST
         near = rounded(self.program, weights)
         points = [point for point in (given, near) if point is not None]
         return min(points, key=self.program.cost, default=None)
@@ -72,6 +86,9 @@ class Formulation:
         if self._patterns:
             return None
         values = [float(count) for count in counts]
+        for pair in self._pairs:
+            carried = self._problem.pair_rate(counts, pair)
+            values += [float(carried > 0), carried]
         values += [
             float(max(0, counts[index] - self._problem.columns[index].running))
             for index in self._moves
@@ -79,6 +96,7 @@ class Formulation:
         if self.load_factor is not None:
             values.append(self._problem.load_factor(counts))
         values += [float(self._problem.in_one_zone(counts, model)) for model in self._zoned]
+        values += [self._problem.left_of(counts, pair, group) for pair, group in self._left]
         return values
 
     def _costs(self, start: Sequence[int] | None, *, seeks: bool) -> list[float]:
@@ -86,7 +104,7 @@ class Formulation:
         if self._soft:
             return [0.0] * len(problem.columns)
         main = [
-            0.0 if seeks else -column.rate if problem.objective == "throughput" else column.price
+            0.0 if seeks else _worth(column) if problem.objective == "throughput" else column.price
             for column in problem.columns
         ]
         ties = [
@@ -98,6 +116,23 @@ class Formulation:
         tied = sum(t * c for t, c in zip(ties, counts, strict=True)) or 1.0
         self._tie = TIE * size / tied
         return [m + self._tie * t for m, t in zip(main, ties, strict=True)]
+
+    def _add_pairs(self, model: int, *, seeks: bool) -> None:
+        """For each pair of columns whether it is used, and what both sides carry; one pair at most."""
+        problem, program = self._problem, self.program
+        pays = problem.objective == "throughput" and not seeks and not self._soft
+        for pair in problem.pairs(model):
+            self._uses[pair] = uses = program.column(upper=1)
+            self._both[pair] = both = program.column(
+                -1.0 if pays else 0.0, whole=False, follows=True
+            )
+            for index in pair:
+                count = self._counts[index]
+                program.row([(count, 1.0), (uses, -1.0)], lower=0.0)
+                program.row([(count, 1.0), (uses, -float(problem.most(index)))], upper=0.0)
+                program.row([(count, problem.columns[index].rate), (both, -1.0)], lower=0.0)
+        if len(problem.pairs(model)) > 1:
+            program.row([(self._uses[pair], 1.0) for pair in problem.pairs(model)], upper=1.0)
 
     def _add_moves(self, *, free: bool) -> list[int]:
         """A column for each of the problem's that costs something to start: replicas not running."""
@@ -121,53 +156,79 @@ class Formulation:
             for zone in zones:
                 others = [
                     (self._counts[index], 1.0)
-                    for index in self._problem.of_model(model)
+                    for index in self._problem.answering(model)
                     if self._problem.columns[index].zone != zone
                 ]
                 self.program.row([*others, (alone, 1.0)], lower=1.0)
         return zoned
 
     def _add_need(self, model: int, need: Need, factor: float) -> None:
-        mine = self._problem.of_model(model)
-        each = [(self._counts[index], 1.0) for index in mine]
+        problem = self._problem
+        mine, pairs = problem.whole(model), problem.pairs(model)
         missed = None
         if self._soft:
             missed = self.program.column(_FEWER_SHORT * len(self._problem.needs), upper=1)
         short = self._share_of(missed)
         if need.rate > 0:
-            self._add_rate(mine, need.rate, short, factor=factor)
+            self._add_rate(mine, pairs, need.rate, short, factor=factor)
             if self.load_factor is not None:
-                carried = self._shares(mine, need.rate)
+                carried = self._shares(mine, pairs, need.rate)
                 self.program.row([*carried, (self.load_factor, -1.0)], lower=0.0)
-        firm = [index for index in mine if not self._problem.columns[index].spot]
-        if need.firm_rate > 0 and len(firm) < len(mine):
-            self._add_rate(firm, need.firm_rate, self._share_of(missed))
-        self._add_after_loss(mine, need, missed)
-        if need.least > 0 or need.most < INFINITY:
-            least = [(index, value * need.least) for index, value in short] if need.least else []
-            if least:
-                self.program.row([*each, *least], lower=need.least)
-                self.program.row(each, upper=need.most)
-            else:
-                self.program.row(each, lower=need.least, upper=need.most)
+        firm = [index for index in mine if not problem.columns[index].spot]
+        both_firm = [
+            pair for pair in pairs if not any(problem.columns[index].spot for index in pair)
+        ]
+        if need.firm_rate > 0 and len(firm) + len(both_firm) < len(mine) + len(pairs):
+            self._add_rate(firm, both_firm, need.firm_rate, self._share_of(missed))
+        self._add_after_loss(model, need, missed)
+        self._add_replicas(model, need, short)
 
-    def _add_after_loss(self, mine: Sequence[int], need: Need, missed: int | None) -> None:
+    def _add_replicas(self, model: int, need: Need, short: list[tuple[int, float]]) -> None:
+        """At least so many that answer, at most so many with those that only read prompts."""
+        problem = self._problem
+        each = [(self._counts[index], 1.0) for index in problem.of_model(model)]
+        answering = [(self._counts[index], 1.0) for index in problem.answering(model)]
+        least = [(index, value * need.least) for index, value in short] if need.least else []
+        if least or problem.pairs(model):
+            self.program.row([*answering, *least], lower=need.least)
+            self.program.row(each, upper=need.most)
+        elif need.least > 0 or need.most < INFINITY:
+            self.program.row(each, lower=need.least, upper=need.most)
+
+    def _add_after_loss(self, model: int, need: Need, missed: int | None) -> None:
         """What must be left without any one node, whichever group it is of."""
         if not need.rate_after_loss and not need.replicas_after_loss:
             return
-        columns, short = self._problem.columns, self._share_of(missed)
+        problem, short = self._problem, self._share_of(missed)
+        columns, mine = problem.columns, problem.of_model(model)
         for group in sorted({group for index in mine for group, _ in columns[index].parts}):
-            left = {index: 1 - self._problem.share(index, group) for index in mine}
+            left = {index: 1 - problem.share(index, group) for index in mine}
             if need.rate_after_loss:
                 terms = [
-                    (self._counts[index], columns[index].rate * share / need.rate_after_loss)
-                    for index, share in left.items()
+                    (self._counts[index], columns[index].rate * left[index] / need.rate_after_loss)
+                    for index in problem.whole(model)
+                ]
+                terms += [
+                    (self._add_left(pair, group), 1 / need.rate_after_loss)
+                    for pair in problem.pairs(model)
                 ]
                 self.program.row([*terms, *short], lower=1 - _SHORT)
             if need.replicas_after_loss:
                 wanted = need.replicas_after_loss
-                terms = [(self._counts[index], share / wanted) for index, share in left.items()]
+                terms = [
+                    (self._counts[index], left[index] / wanted)
+                    for index in problem.answering(model)
+                ]
                 self.program.row([*terms, *short], lower=1 - _SHORT)
+
+    def _add_left(self, pair: TwoSides, group: int) -> int:
+        """A column of what both sides of a pair carry without a node of the group."""
+        left = self.program.column(whole=False, follows=True)
+        for index in pair:
+            rate = self._problem.columns[index].rate * (1 - self._problem.share(index, group))
+            self.program.row([(self._counts[index], rate), (left, -1.0)], lower=0.0)
+        self._left.append((pair, group))
+        return left
 
     def _share_of(self, missed: int | None) -> list[tuple[int, float]]:
         """The share of a need that may be missed, if the model may go short at all."""
@@ -180,18 +241,22 @@ class Formulation:
     def _add_rate(
         self,
         columns: Sequence[int],
+        pairs: Sequence[TwoSides],
         rate: float,
         short: list[tuple[int, float]],
         *,
         factor: float = 1.0,
     ) -> None:
-        terms = self._shares(columns, rate)
+        terms = self._shares(columns, pairs, rate)
         self.program.row([*terms, *short], lower=factor * (1 - _SHORT))
 
-    def _shares(self, columns: Sequence[int], rate: float) -> list[tuple[int, float]]:
-        """What a replica of each column carries of a demand."""
+    def _shares(
+        self, columns: Sequence[int], pairs: Sequence[TwoSides], rate: float
+    ) -> list[tuple[int, float]]:
+        """What a replica of each column carries of a demand, and each pair."""
         return [
-            (self._counts[index], self._problem.columns[index].rate / rate) for index in columns
+            *((self._counts[at], self._problem.columns[at].rate / rate) for at in columns),
+            *((self._both[pair], 1 / rate) for pair in pairs),
         ]
 
     def _add_room(self, group: int) -> None:
@@ -225,3 +290,8 @@ class Formulation:
             ]
             self.program.row([*times.items(), *places], upper=0.0)
         self._patterns.append((group, ways))
+
+
+def _worth(column: Column) -> float:
+    """Of a replica where throughput counts: what one side of a pair carries is not carried yet."""
+    return -column.rate if column.pair is None else 0.0

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from placement.packing import Places
-from placement.problem import Column, Need, Problem, score
+from placement.problem import Column, Need, Problem, TwoSides, score
 
 
 def first_answer(problem: Problem) -> tuple[int, ...]:
     """Replicas of each column. What is needed may be missed, what there is never exceeded.
 
     A model's columns are tried in their order; the first with room for all that is still needed
-    is taken, else the one that can carry most, and so on with the rest. Where replicas run, the
+    is taken, else the one that can carry most, and so on with the rest. A model that has nothing
+    else gets the first of its pairs with room for both sides. Where replicas run, the
     better of two answers: from what runs, and from nothing.
     """
     fresh = _served(problem, [0] * len(problem.columns))
@@ -63,6 +64,8 @@ def _what_stays(problem: Problem) -> list[int]:
     counts = [
         min(column.running, problem.most(index)) for index, column in enumerate(problem.columns)
     ]
+    for model in range(len(problem.needs)):
+        _keep_one_pair(problem, model, counts)
     for model, need in enumerate(problem.needs):
         mine = [index for index in problem.of_model(model) if counts[index]]
         mine.sort(key=lambda index: -problem.columns[index].price / problem.columns[index].rate)
@@ -70,10 +73,19 @@ def _what_stays(problem: Problem) -> list[int]:
             while counts[index]:
                 counts[index] -= 1
                 enough = problem.met(counts, model)
-                if not enough and problem.replicas(counts, model) < need.most:
+                if not enough and problem.engines(counts, model) < need.most:
                     counts[index] += 1
                     break
     return counts
+
+
+def _keep_one_pair(problem: Problem, model: int, counts: list[int]) -> None:
+    """What runs may be a side of several pairs; the first of which both sides run is meant."""
+    running = [pair for pair in problem.pairs(model) if problem.pair_rate(counts, pair) > 0]
+    for pair in problem.pairs(model):
+        if pair not in running[:1]:
+            for index in pair:
+                counts[index] = 0
 
 
 def _size(problem: Problem, model: int) -> int:
@@ -84,18 +96,62 @@ def _size(problem: Problem, model: int) -> int:
 
 def _serve(problem: Problem, model: int, free: Sequence[Places], counts: list[int]) -> None:
     need = problem.needs[model]
-    mine = [index for index in problem.of_model(model) if problem.columns[index].rate > 0]
+    mine = [index for index in problem.whole(model) if problem.columns[index].rate > 0]
+    if not mine and not problem.met(counts, model):
+        _serve_by_pair(problem, model, free, counts)
+        return
     firm = [index for index in mine if not problem.columns[index].spot]
     if need.firm_rate > 0:
         missing = need.firm_rate - problem.rate(counts, model, firm_only=True)
-        most = need.most - problem.replicas(counts, model)
+        most = need.most - problem.engines(counts, model)
         _take(problem, firm, Need(missing, 0, most), free, counts)
     left = Need(
         rate=need.rate - problem.rate(counts, model),
         least=need.least - problem.replicas(counts, model),
-        most=need.most - problem.replicas(counts, model),
+        most=need.most - problem.engines(counts, model),
     )
     _take(problem, mine, left, free, counts)
+
+
+def _serve_by_pair(problem: Problem, model: int, free: Sequence[Places], counts: list[int]) -> None:
+    """The first pair with room for all that is needed; a pair of which something runs is not grown."""
+    need = problem.needs[model]
+    if problem.engines(counts, model):
+        return
+    for pair in problem.pairs(model):
+        wanted = _of_sides(problem, pair, need)
+        if wanted is None or sum(wanted.values()) > need.most:
+            continue
+        trial = [places.copy() for places in free]
+        if _took(problem, wanted, trial):
+            _took(problem, wanted, free)
+            for index, replicas in wanted.items():
+                counts[index] = replicas
+            return
+
+
+def _of_sides(problem: Problem, pair: TwoSides, need: Need) -> dict[int, int] | None:
+    """Replicas of either side for a model's needs; None: they cannot meet them."""
+    sides = {index: problem.columns[index] for index in pair}
+    if any(side.rate <= 0 or (side.spot and need.firm_rate > 0) for side in sides.values()):
+        return None
+    wanted = {index: max(1, _wanted(side, need.rate, 0)) for index, side in sides.items()}
+    wanted[pair.decode] = max(wanted[pair.decode], need.least)
+    return wanted
+
+
+def _took(problem: Problem, wanted: Mapping[int, int], free: Sequence[Places]) -> bool:
+    """Whether there were places for all."""
+    parts = [
+        (gpus, group, replicas)
+        for index, replicas in wanted.items()
+        for group, gpus in problem.columns[index].parts
+    ]
+    for gpus, group, replicas in sorted(parts, reverse=True):
+        if free[group].room(gpus) < replicas:
+            return False
+        free[group].take(gpus, replicas)
+    return True
 
 
 def _take(

@@ -62,11 +62,19 @@ class Program:
     _upper: list[float] = field(default_factory=list)
     _integer: list[bool] = field(default_factory=list)
     _rows: list[tuple[Mapping[int, float], float, float]] = field(default_factory=list)
+    _following: int = 0
 
     def column(
-        self, cost: float = 0.0, *, upper: float = INFINITY, lower: float = 0.0, whole: bool = True
+        self,
+        cost: float = 0.0,
+        *,
+        upper: float = INFINITY,
+        lower: float = 0.0,
+        whole: bool = True,
+        follows: bool = False,
     ) -> int:
-        """Add a column; its index."""
+        """Add a column; its index. `follows`: it depends on another, and makes little work."""
+        self._following += follows
         self._costs.append(cost)
         self._lower.append(lower)
         self._upper.append(upper)
@@ -94,7 +102,7 @@ class Program:
         reference = sum(c * v for c, v in zip(self._costs, start or (), strict=False))
         size = abs(reference) or max((abs(cost) for cost in self._costs), default=0.0)
         scale = _SCALE / size if size > 0 else 1.0
-        solver = _solver(limits, len(self._costs))
+        solver = _solver(limits, self._size)
         solver.passModel(self._problem(scale))
         if start is not None:
             given = highspy.HighsSolution()
@@ -133,7 +141,11 @@ class Program:
     @property
     def large(self) -> bool:
         """Whether it is too large to be solved to the end."""
-        return len(self._costs) > _SMALL
+        return self._size > _SMALL
+
+    @property
+    def _size(self) -> int:
+        return len(self._costs) - self._following
 
     def cost(self, point: Sequence[float]) -> float:
         """What a point costs."""

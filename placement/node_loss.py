@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from placement.inventory import Inventory
 from placement.loading import variant_load_s
 from placement.plan import NodeLoss, Variant
+from placement.roles import together
+from placement.routing_policy import Role
 
 _ENOUGH = 1 - 1e-6  # of a demand
+_Rate = tuple[Role, float]  # of a replica, requests/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +35,29 @@ class Lost:
 def losses(variants: Sequence[Variant], demands: Mapping[str, float]) -> list[Lost]:
     """For each model the node whose loss would leave least; models of which nothing runs have none.
 
-    `demands`: requests/s by model; a model without a demand should keep one replica.
+    Where prompts and answers have replicas of their own, either side's loss counts. `demands`: requests/s by model; a model without a demand should keep one replica.
     """
-    there: defaultdict[str, float] = defaultdict(float)
+    there: defaultdict[str, list[_Rate]] = defaultdict(list)
     smallest: dict[str, float] = {}
-    taken: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    on_nodes: defaultdict[str, defaultdict[str, list[_Rate]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for variant in variants:
-        rate = variant.capacity_requests_per_s
+        rate, role = variant.capacity_requests_per_s, variant.role
         for replica in variant.placement:
-            there[variant.model] += rate
+            there[variant.model].append((role, rate))
             smallest[variant.model] = min(rate, smallest.get(variant.model, rate))
             for node in dict.fromkeys(entry.node for entry in replica):
-                taken[variant.model][node] += rate
+                on_nodes[variant.model][node].append((role, rate))
     found = []
-    for model in sorted(taken):
+    for model in sorted(on_nodes):
         wanted = demands.get(model) or smallest[model]
-        most, node = max((rate, name) for name, rate in taken[model].items())
-        left = max(0.0, there[model] - most)
+        all_of_it = together(there[model])
+        most, node = max(
+            (all_of_it - together((*there[model], *((role, -rate) for role, rate in gone))), name)
+            for name, gone in on_nodes[model].items()
+        )
+        left = max(0.0, all_of_it - most)
         found.append(Lost(node, model, left, most, wanted))
     return found
 

@@ -20,6 +20,7 @@ def shape_notes(candidate: Candidate) -> tuple[str, ...]:
         *_about_exchange(candidate),
         *_about_copies(candidate),
         *_about_balance(candidate),
+        *_about_role(candidate),
     )
 
 
@@ -55,6 +56,17 @@ def _about_balance(candidate: Candidate) -> Iterator[str]:
     if candidate.eplb is None or candidate.enable_eplb:
         return
     yield "experts are not balanced (eplb): that takes whole experts on several GPUs"
+
+
+def _about_role(candidate: Candidate) -> Iterator[str]:
+    if candidate.role == "whole" or candidate.engine == "sim":
+        return
+    yield (
+        "experimental: KV caches are handed over between engines (disaggregate), which takes the "
+        "nixl package beside vLLM and one release of vLLM on both sides"
+    )
+    if candidate.architecture.vision is not None:
+        yield "prompts with images were never seen to be handed over"
 
 
 def _about_links(candidate: Candidate) -> Iterator[str]:

@@ -13,6 +13,7 @@ from placement.inventory import Pool
 from placement.legality import first_rejection
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Shape
+from placement.role_capacity import NO_HANDOVER, Handover, decode_capacity, prefill_capacity
 from placement.setups import SpeedSetup
 from placement.weight_bytes import GGUF_BITS
 
@@ -51,6 +52,7 @@ class Option:
     shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
     setup: SpeedSetup | None = None  # as `shape`
     beside: tuple[Part, ...] = ()  # nodes of a pipeline beyond its first, in the stages' order
+    handover: Handover = NO_HANDOVER  # of KV caches, where it reads prompts or writes answers only
 
     @property
     def gpus_here(self) -> int:
@@ -85,9 +87,23 @@ class Option:
 
 
 def carried(
-    wish: FleetModel, candidate: Candidate, speed: ReplicaSpeed, slo: Objective
+    wish: FleetModel,
+    candidate: Candidate,
+    speed: ReplicaSpeed,
+    slo: Objective,
+    handover: Handover = NO_HANDOVER,
 ) -> Capacity:
-    """What a replica carries at the fleet's demand, within `slo`."""
+    """What a replica carries at the fleet's demand, within `slo`: in a role, of its own part."""
+    if candidate.role == "prefill":
+        return prefill_capacity(speed, demand=wish.demand, slo=slo, handover=handover)
+    if candidate.role == "decode":
+        return decode_capacity(
+            speed,
+            max_num_seqs=candidate.max_num_seqs,
+            demand=wish.demand,
+            slo=slo,
+            handover=handover,
+        )
     return capacity(
         speed,
         max_num_seqs=candidate.max_num_seqs,
@@ -125,7 +141,7 @@ def stressed(option: Option, wish: FleetModel) -> Capacity:
         ttft_p95_s=wish.slo.ttft_p95_s and wish.slo.ttft_p95_s * slower,
         tpot_p95_ms=wish.slo.tpot_p95_ms and wish.slo.tpot_p95_ms * slower,
     )
-    slow = carried(wish, candidate, speed, slo)
+    slow = carried(wish, candidate, speed, slo, option.handover)
     if not legal:
         return replace(slow, concurrency=0, requests_per_s=0.0)
     return replace(slow, requests_per_s=slower * slow.requests_per_s)

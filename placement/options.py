@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
 from placement.catalogue import Catalogue
+from placement.disaggregation import Pair, find_pairs
 from placement.expert_nodes import over_fewest_nodes
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Pool
@@ -30,6 +31,9 @@ class Options:
     legal: tuple[Option, ...]
     illegal: tuple[tuple[Candidate, Rejection], ...]
     rejected: tuple[Rejection, ...]
+    pairs: tuple[Pair, ...] = ()  # `disaggregate`: cheapest first
+    other_pairs: tuple[Pair, ...] = ()  # that none but those who run them need; not stressed
+    untried_pairs: int = 0  # more than can be solved for
 
 
 def find_options(
@@ -44,14 +48,20 @@ def find_options(
     judge = _llamacpp_options if wish.engine == "llamacpp" else _vllm_options
     judged = judge(wish, groups, catalogue, dearest=dearest)
     legal = judged.legal
+    found = find_pairs(wish, fleet, legal, groups)
+    pairs = found.tried
     if fleet.robust == "require":
         legal = [as_stressed(option, wish) for option in legal]
+        pairs = tuple(slow for pair in pairs if (slow := pair.as_stressed(wish)).carries_something)
     legal.sort(key=lambda option: _preference(option, wish, fleet))
     return Options(
         wish=wish,
         legal=tuple(legal),
         illegal=tuple(judged.illegal),
-        rejected=tuple(judged.rejected),
+        rejected=(*judged.rejected, *found.rejected),
+        pairs=pairs,
+        other_pairs=found.others,
+        untried_pairs=found.untried,
     )
 
 

@@ -49,6 +49,12 @@ class Places:
     def __init__(self, nodes: int, gpus_per_node: int) -> None:
         self._nodes = Counter({gpus_per_node: nodes})
 
+    def copy(self) -> Places:
+        """The same, to take places of on trial."""
+        copied = Places(0, 0)
+        copied._nodes = self._nodes.copy()
+        return copied
+
     @property
     def gpus(self) -> int:
         """All that are free."""

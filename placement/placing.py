@@ -120,7 +120,9 @@ def _wanted(
         there = [variant for variant in there if variant.shape.engine_args == flags]
     return Wanted(
         key=key,
-        model=wish.name,
+        model=wish.name
+        if option.candidate.role == "whole"
+        else f"{wish.name} {option.candidate.role}",
         gpus=option.parts[number].gpus,
         replicas=replicas,
         spread=wish.spread,

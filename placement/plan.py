@@ -173,7 +173,9 @@ class Variant(Spec):
     )
     predicted: Predicted
     speed: PlannedSpeed | None = Field(
-        default=None, description="What predictions follow from; None: of an older plan."
+        default=None,
+        description="What predictions follow from; None: of an older plan, or in a role, which "
+        "is never measured.",
     )
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()

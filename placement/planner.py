@@ -13,7 +13,7 @@ from placement.node_groups import node_groups
 from placement.node_loss import Lost, losses, node_loss
 from placement.options import find_options, price_of
 from placement.plan import Plan, Robustness, Unmet, Variant
-from placement.problem import MET, score
+from placement.problem import MET, Problem, score
 from placement.question import Question, make_question
 from placement.relaxation import too_little_after_a_loss
 from placement.selection import Selection, select, select_all_met
@@ -36,7 +36,8 @@ def make_plan(
     The best plan by the fleet's objective, up to the gap that it tells: one model may run in
     several variants. With a `running` plan, what runs stays unless moving it pays within the
     fleet's horizon. The same fleet and inventory give the same plan, in whatever order models and
-    pools are written. A plan with anything unmet is infeasible; one with no gap is optimal.
+    pools are written. A plan with anything unmet is infeasible; one with no gap
+    is optimal, unless more pairs of prefill and decode shapes were possible than were tried.
 
     Raises:
         UnknownName: a model, pool or GPU type is not known, with the nearest names.
@@ -60,7 +61,9 @@ def make_plan(
     cache = {"model_cache": fleet.model_cache}
     unmet = shortage(question, chosen.counts, fleet)
     unmet += [entry for entry in short if entry.model not in {each.model for each in unmet}]
-    proven = chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
+    proven = not any(options.untried_pairs for options in found) and (
+        chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
+    )
     return Plan(
         fleet=fleet.fleet,
         status="infeasible" if unmet else "optimal" if proven else "feasible",
@@ -237,9 +240,9 @@ def _prefer_robust(
     """
     if fleet.robust != "prefer":
         return chosen, None
-    stressed = question.stressed()
     if not question.problem.meets(chosen.counts):
         return chosen, None
+    stressed = _without_new_roles(question.stressed(), chosen)
     names = [options.wish.name for options in question.options]
     short = [name for model, name in enumerate(names) if not stressed.met(chosen.counts, model)]
     if not short:
@@ -254,3 +257,17 @@ def _prefer_robust(
             Robustness(holds=True),
         )
     return chosen, Robustness(holds=False, short=tuple(short), objective_to_hold=reached)
+
+
+def _without_new_roles(problem: Problem, chosen: Selection) -> Problem:
+    """Prefill and decode replicas must be better, not as good: only models that have them keep them."""
+    in_roles = {
+        column.model
+        for column, count in zip(problem.columns, chosen.counts, strict=True)
+        if count and column.pair is not None
+    }
+    columns = tuple(
+        column if column.pair is None or column.model in in_roles else replace(column, rate=0.0)
+        for column in problem.columns
+    )
+    return replace(problem, columns=columns)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from placement.disaggregation import Pair
 from placement.dominance import undominated
 from placement.fleet import FleetModel, FleetSpec
 from placement.loading import load_s
@@ -13,6 +15,8 @@ from placement.option import Option, stressed
 from placement.options import Options
 from placement.plan import Plan, Rejection, Variant
 from placement.problem import Column, Need, Problem
+
+_LIKELIER_WHOLE = 0.1  # of a GPU: roles must be better than whole replicas, not as good
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +53,27 @@ def make_question(
     columns: list[Column] = []
     choices: list[Option] = []
     dominated: list[Rejection] = []
-    needs, beyond = [], []
+    needs, beyond, number = [], [], 0
     for model, options in enumerate(found):
-        kept, dropped = undominated(options)
-        kept = (*kept, *_running_too(options, kept, before, groups))
-        dominated += dropped
+        kept: tuple[Option, ...] = ()
+        if options.wish.disaggregate != "always":
+            kept, dropped = undominated(options)
+            kept = (*kept, *_running_too(options, kept, before, groups))
+            dominated += dropped
         mine = [
             _column(model, option, options.wish, fleet, before=before, groups=groups)
             for option in kept
         ]
+        for pair in (*options.pairs, *_running_pairs(options, fleet, before, groups)):
+            mine += [
+                replace(
+                    _column(model, side, options.wish, fleet, before=before, groups=groups),
+                    pair=number,
+                )
+                for side in (pair.prefill, pair.decode)
+            ]
+            kept = (*kept, pair.prefill, pair.decode)
+            number += 1
         need, too_much = _need(options.wish, mine, fleet)
         columns += mine
         choices += kept
@@ -83,6 +99,7 @@ def same_engine(option: Option, variant: Variant, wish: FleetModel) -> bool:
     candidate, shape = option.candidate, variant.shape
     return (
         variant.model == wish.name
+        and variant.role == candidate.role
         and variant.checkpoint == candidate.checkpoint.source
         and shape.precision == candidate.checkpoint.precision  # one repository may have many
         and variant.gpus_per_replica == option.gpus_per_replica
@@ -126,6 +143,24 @@ def _running_too(
     ]
 
 
+def _running_pairs(
+    options: Options,
+    fleet: FleetSpec,
+    before: Sequence[Variant],
+    groups: Sequence[NodeGroup],
+) -> list[Pair]:
+    """Pairs that run, though others are cheaper: to leave them may be better than to replace them."""
+    wish = options.wish
+    found = [
+        pair
+        for pair in (options.other_pairs if before else ())
+        if all(running_here(side, wish, before, groups) for side in (pair.prefill, pair.decode))
+    ]
+    if fleet.robust == "require":
+        return [pair.as_stressed(wish) for pair in found]
+    return found
+
+
 def _column(
     model: int,
     option: Option,
@@ -140,6 +175,7 @@ def _column(
     there = running_here(option, wish, before, groups)
     unit = rate if fleet.objective == "throughput" else price
     tie = option.gpus_per_replica * (1.0 if option.price_known else 2.0)
+    tie += _LIKELIER_WHOLE if option.candidate.role != "whole" else 0.0
     tie += 0.01 * (len(groups) + option.group) / (2 * len(groups))
     return Column(
         model=model,
@@ -148,6 +184,7 @@ def _column(
         rate=rate,
         price=price,
         tie=tie,
+        role=option.candidate.role,
         spot=any(part.pool.spot for part in option.parts),
         zone=option.pool.labels.get("zone", ""),
         running=sum(len(variant.placement) for variant in there),
@@ -165,7 +202,7 @@ def _need(wish: FleetModel, mine: Sequence[Column], fleet: FleetSpec) -> tuple[N
         least = max(1, wish.replicas.min)
         return Need(rate=0.0, least=least, most=most, spread=wish.spread), False
     rate = wish.demand.requests_per_s
-    carried = most * max(column.rate for column in mine)
+    carried = _most_carried(mine, most)
     least = max(wish.replicas.min, 1 if rate > 0 else 0)
     need = Need(
         rate=min(rate, carried),
@@ -175,3 +212,23 @@ def _need(wish: FleetModel, mine: Sequence[Column], fleet: FleetSpec) -> tuple[N
         spread=wish.spread,
     )
     return need, rate > carried * (1 + 1e-9)
+
+
+def _most_carried(columns: Sequence[Column], most: int) -> float:
+    """Requests/s of at most so many replicas of one model, whatever nodes there are."""
+    whole = max((column.rate for column in columns if column.pair is None), default=0.0)
+    best = most * whole
+    sides: dict[int, dict[str, float]] = {}
+    for column in columns:
+        if column.pair is not None:
+            sides.setdefault(column.pair, {})[column.role] = column.rate
+    for pair in sides.values():
+        prefill, decode = pair["prefill"], pair["decode"]
+        if prefill <= 0 or decode <= 0:
+            continue
+        for engines in range(2, most + 1):
+            writing = min(engines - 1, max(1, math.floor(engines * prefill / (prefill + decode))))
+            for answers in (writing, min(engines - 1, writing + 1)):
+                both = min(answers * decode, (engines - answers) * prefill)
+                best = max(best, both + (most - engines) * whole)
+    return best

@@ -85,7 +85,7 @@ def expected_with(
         rate_per_s=rate,
         concurrency=concurrency,
         concurrency_p95=high,
-        ttft_p95_s=_ttft_p95_s(speed, costs, rate, step_s=tpot),
+        ttft_p95_s=prompt_p95_s(speed, costs, rate, step_s=tpot),
         tpot_p95_ms=(tpot + math.hypot(busier, unlucky)) * 1000,
     )
 
@@ -102,12 +102,21 @@ def expected_at(
     return expected_with(speed, demand, concurrency=max(high, 1e-6), costs=costs)
 
 
-def highest(speed: ReplicaSpeed, demand: Demand, slo: Objective, *, at_most: int) -> Expected:
+def highest(
+    speed: ReplicaSpeed,
+    demand: Demand,
+    slo: Objective,
+    *,
+    at_most: int,
+    costs: Costs | None = None,
+) -> Expected:
     """The highest rate at which 95% of requests get what `slo` promises, at most `at_most` at once.
 
-    At least the rate at which requests hardly ever meet.
+    At least the rate at which requests hardly ever meet. `costs` are those of the demand's prompts,
+    where they are known.
     """
-    low, high, costs = _TAIL / 2, float(at_most), Costs.of(speed, demand)
+    low, high = _TAIL / 2, float(at_most)
+    costs = costs or Costs.of(speed, demand)
     best = expected_with(speed, demand, concurrency=low, costs=costs)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
@@ -145,7 +154,7 @@ def _unlucky_s(demand: Demand, costs: Costs, rate_per_s: float, tpot_s: float) -
     return _P95 * math.sqrt(prompts) * size / output
 
 
-def _ttft_p95_s(speed: ReplicaSpeed, costs: Costs, rate_per_s: float, *, step_s: float) -> float:
+def prompt_p95_s(speed: ReplicaSpeed, costs: Costs, rate_per_s: float, *, step_s: float) -> float:
     """The 95th percentile of waiting, then the prompt; of long prompts, if these take longer.
 
     The running step is waited for, and the prompt's own step decodes too.

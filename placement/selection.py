@@ -7,13 +7,13 @@ as possible go short, by as little as possible, and what is left of the needs is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.formulation import TIE, Formulation
 from placement.greedy import first_answer, free_beside
 from placement.milp import Limits
-from placement.problem import Need, Problem, score
+from placement.problem import Need, Problem, TwoSides, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +124,24 @@ def best_without_limits(problem: Problem) -> float:
         return 0.0
     total = 0.0
     for model, need in enumerate(problem.needs):
-        mine = [column for column in problem.columns if column.model == model]
+        mine = [problem.columns[index] for index in problem.answering(model)]
         if problem.objective == "throughput":
             total -= need.most * max((column.rate for column in mine), default=0.0)
             continue
-        by_rate = min((c.price / c.rate for c in mine if c.rate > 0), default=0.0)
-        total += max(need.rate * by_rate, need.least * min((c.price for c in mine), default=0.0))
+        ways = [(c.price, c.price / c.rate) for c in mine if c.rate > 0 and c.pair is None]
+        ways += [way for pair in problem.pairs(model) for way in _of_both(problem, pair)]
+        by_rate = min((each for _, each in ways), default=0.0)
+        total += max(
+            need.rate * by_rate, need.least * min((price for price, _ in ways), default=0.0)
+        )
     return total
+
+
+def _of_both(problem: Problem, pair: TwoSides) -> Iterator[tuple[float, float]]:
+    """At least: the price of a replica that answers, and that of a request/s on both sides."""
+    prefill, decode = (problem.columns[index] for index in pair)
+    if prefill.rate > 0 and decode.rate > 0:
+        yield decode.price, prefill.price / prefill.rate + decode.price / decode.rate
 
 
 def _as_selection(problem: Problem, counts: Sequence[int]) -> Selection:

@@ -26,6 +26,7 @@ from placement.relaxation import (
     too_much_on_spot,
     too_slow,
 )
+from placement.role_relaxation import roles_unmet
 from placement.slower_level import Slower, slower_level
 
 _MOST_TRIED = 6  # options that could serve a model more slowly
@@ -99,8 +100,25 @@ class _Room:
 
 def _unmet(room: _Room, model: int, *, certain: bool) -> Unmet | None:
     question, counts = room.question, room.counts
-    options, problem = question.options[model], question.problem
+    options = question.options[model]
     quick = [room.with_spare(each) for each in options.legal if each.capacity.concurrency > 0]
+    if _only_in_roles(options):
+        return roles_unmet(question, counts, model, room.beside)
+    return _whole_unmet(room, model, quick, certain=certain)
+
+
+def _only_in_roles(options: Options) -> bool:
+    """Whether prefill and decode replicas are all that could answer."""
+    quick = any(option.capacity.concurrency > 0 for option in options.legal)
+    forced = options.wish.disaggregate == "always" and bool(options.legal)
+    return forced or (bool(options.pairs) and not quick)
+
+
+def _whole_unmet(
+    room: _Room, model: int, quick: Sequence[Option], *, certain: bool
+) -> Unmet | None:
+    question, counts = room.question, room.counts
+    options, problem = question.options[model], question.problem
     if not quick:
         return _impossible(room, model, certain=certain)
     if problem.met(counts, model):

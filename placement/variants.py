@@ -7,17 +7,17 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.capacity import DEFAULT_DEMAND, concurrency_for, load_at, ttft_p95_s
 from placement.catalogue import Catalogue
 from placement.fleet import FleetModel, ReplicaBounds
 from placement.option import Option, quality, ranks, stressed
-from placement.performance import predict
 from placement.placing import Pools, ReplicaGpus, placements
-from placement.plan import Plan, Predicted, StageNodes, Variant
+from placement.plan import Plan, StageNodes, Variant
 from placement.planned_speed import PlannedSpeed
+from placement.predictions import ModelLoad, predicted
 from placement.question import Question
 from placement.replica_speed import speed_setup_of
 from placement.shape import make_shape
+from placement.shares import Share, shared_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,13 @@ def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
     there = {each.model for each in picked}
     for model, options in enumerate(question.options):
         quick = [option for option in options.legal if option.capacity.concurrency > 0]
-        if model not in there and quick and question.problem.needs[model].least == 0:
+        if model in there or question.problem.needs[model].least > 0:
+            continue
+        if quick and options.wish.disaggregate != "always":
             picked.append(Picked(model, quick[0], 0))
+        elif options.pairs:
+            pair = options.pairs[0]
+            picked += [Picked(model, pair.prefill, 0), Picked(model, pair.decode, 0)]
     return tuple(picked)
 
 
@@ -60,7 +65,8 @@ def _best_checkpoint(
     column = problem.columns[index]
     mine = [other for other in problem.of_model(column.model) if other in used]
     same = [other for other in mine if _alike(question.choices[other], chosen)]
-    if problem.objective != "cost" or column.running > 0 or len(same) > 1:
+    roles = any(counts[index] for pair in problem.pairs(column.model) for index in pair)
+    if problem.objective != "cost" or column.running > 0 or len(same) > 1 or roles:
         return chosen
     options, need = question.options[column.model], problem.needs[column.model]
     others = [(i, counts[i], used[i]) for i in mine if i != index]
@@ -126,12 +132,8 @@ def make_variants(
         for pools, placement in by_pools.items()
     ]
     names = _names(question, parts)
-    total = [
-        sum(
-            each.replicas * each.option.capacity.requests_per_s
-            for each in picked
-            if each.model == m
-        )
+    loads = [
+        ModelLoad.of(question.options[m].wish, [each for each in picked if each.model == m])
         for m in range(len(question.options))
     ]
     bounds = _bounds(question, parts)
@@ -143,7 +145,7 @@ def make_variants(
             placement=placement,
             name=names[index],
             bounds=bounds[index],
-            total_rate=total[each.model],
+            load=loads[each.model],
             catalogue=catalogue,
         )
         for index, (each, pools, placement) in enumerate(parts)
@@ -160,7 +162,9 @@ def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
     for each, pools, _ in parts:
         where = "-and-".join(dict.fromkeys(pools))
         name = f"{safe[question.options[each.model].wish.name]}@{where}-{ranks(each.option)}"
-        names.append(name + ("-ep" if each.option.candidate.expert_parallel else ""))
+        name += "-ep" if each.option.candidate.expert_parallel else ""
+        role = each.option.candidate.role
+        names.append(name if role == "whole" else f"{name}-{role}")
     return [
         name if names.count(name) == 1 else f"{name}-{each.option.candidate.checkpoint.precision}"
         for name, (each, _, _) in zip(names, parts, strict=True)
@@ -168,24 +172,21 @@ def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
 
 
 def _bounds(question: Question, parts: Sequence[_Part]) -> list[ReplicaBounds]:
-    """A model's replica bounds, shared out over its variants so that they add up.
-
-    What may still be added goes to the variant that carries a request at least price.
-    """
     bounds = [question.options[each.model].wish.replicas for each, _, _ in parts]
     for model in range(len(question.options)):
         mine = [index for index, (each, _, _) in enumerate(parts) if each.model == model]
-        if len(mine) < 2:
+        if not mine:
             continue
-        wish = question.options[model].wish.replicas
-        mine.sort(key=lambda index: _price_per_request(parts[index][0].option))
-        spare = wish.max - sum(len(parts[index][2]) for index in mine)
-        least = wish.min
-        for index in mine:
-            replicas = len(parts[index][2])
-            here = min(replicas, least)
-            bounds[index] = ReplicaBounds(min=here, max=replicas + spare)
-            least, spare = least - here, 0
+        shares = [
+            Share(
+                role=parts[index][0].option.candidate.role,
+                replicas=len(parts[index][2]),
+                price_per_request=_price_per_request(parts[index][0].option),
+            )
+            for index in mine
+        ]
+        for index, each in zip(mine, shared_bounds(bounds[mine[0]], shares), strict=True):
+            bounds[index] = each
     return bounds
 
 
@@ -201,7 +202,7 @@ def _variant(
     placement: tuple[ReplicaGpus, ...],
     name: str,
     bounds: ReplicaBounds,
-    total_rate: float,
+    load: ModelLoad,
     catalogue: Catalogue,
 ) -> Variant:
     candidate, model = option.candidate, catalogue.model(wish.model)
@@ -222,6 +223,7 @@ def _variant(
         ),
         simulated_gpu=candidate.device.gpu.name if wish.engine == "sim" else None,
         shape=option.shape or make_shape(candidate, extra_args=wish.engine_args),
+        role=candidate.role,
         replicas=len(placement),
         bounds=bounds,
         scaling=wish.scaling,
@@ -231,28 +233,20 @@ def _variant(
         placement=placement,
         capacity_requests_per_s=option.capacity.requests_per_s,
         limited_by=option.capacity.broken_promise,
-        predicted=_predicted(wish, option, total_rate),
-        speed=PlannedSpeed(setup=option.setup or speed_setup_of(candidate), costs=option.speed),
+        predicted=predicted(option, load),
+        speed=_planned_speed(option),
         capabilities=model.capabilities,
         routing=wish.routing,
         fallback=wish.fallback,
     )
 
 
-def _predicted(wish: FleetModel, option: Option, total_rate: float) -> Predicted:
-    """What users see when the demand is shared out by capacity; without one, one user alone."""
-    demand = wish.demand or DEFAULT_DEMAND
-    carried = option.capacity.requests_per_s
-    rate = demand.requests_per_s * carried / total_rate if total_rate else demand.requests_per_s
-    concurrency = concurrency_for(
-        option.speed, rate_per_s=rate, at_most=option.capacity.concurrency, demand=demand
-    )
-    prediction = predict(option.speed, load_at(demand, concurrency))
-    return Predicted(
-        ttft_p95_s=ttft_p95_s(option.speed, prediction, demand),
-        tpot_p95_ms=prediction.tpot_ms,
-        utilization=rate / carried,
-    )
+def _planned_speed(option: Option) -> PlannedSpeed | None:
+    """None in a role: the model's times are of engines that read prompts and write answers."""
+    if option.candidate.role != "whole":
+        return None
+    setup = option.setup or speed_setup_of(option.candidate)
+    return PlannedSpeed(setup=setup, costs=option.speed)
 
 
 def _safe_names(names: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from html import escape
 
 from cluster.cli.plan_svg import GIB, STYLE, WIDTH, colours_of, drawing
 from cluster.cli.render import beside_gpus, unpriced
-from placement.explanation import Explanation
+from placement.explanation import Explanation, Reason
 from placement.inventory import Inventory
 from placement.migration import Create, Delete, Migration, Replace
 from placement.plan import Plan, Variant
@@ -139,8 +139,9 @@ def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
     weights = f"{shape.per_gpu.weights_bytes / GIB:.1f} GiB/GPU{beside_gpus(variant)}"
     bar = f'<span class="use"><i style="width: {100 * min(used, 1.0):.0f}%"></i></span>'
     rate = variant.capacity_requests_per_s * variant.replicas
+    role = "" if variant.role == "whole" else f' <span class="quiet">{variant.role}</span>'
     return (
-        f'<span class="dot" style="background: {colour}"></span>{escape(variant.model)}',
+        f'<span class="dot" style="background: {colour}"></span>{escape(variant.model)}{role}',
         escape(variant.pool),
         f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
@@ -198,13 +199,18 @@ def _reasons(explanation: Explanation, currency: str) -> Iterator[str]:
             runner_up = escape(reason.runner_up)
             runner_up += f" ({reason.runner_up_costs or 0.0:+.2f} {escape(currency)}/h)"
         chosen = "<br>".join(map(escape, reason.chosen))
-        rows.append((escape(reason.model), chosen, runner_up, escape(reason.binding)))
+        limit = "<br>".join(map(escape, filter(None, (reason.binding, _roles(reason)))))
+        rows.append((escape(reason.model), chosen, runner_up, limit))
     yield f'<div class="words">{_table(("model", "chosen", "runner-up", "limit"), rows)}</div>'
     yield from _list("What if", [f"{each.change}: {each.effect}" for each in explanation.what_if])
     ways = [
         f"{way.change}: then {way.cost_per_hour:.2f} {currency}/h" for way in explanation.ways_out
     ]
     yield from _list("Ways out, each enough alone", ways)
+
+
+def _roles(reason: Reason) -> str:
+    return "" if reason.roles is None else f"prefill and decode apart: {reason.roles}"
 
 
 def _list(title: str, entries: Sequence[str]) -> Iterator[str]:

@@ -23,6 +23,8 @@ def explanation_page(explanation: Explanation, currency: str) -> RenderableType:
         parts += [Text(f"  chosen     {chosen}") for chosen in reason.chosen]
         parts.append(Text(f"  runner-up  {_runner_up(reason, currency)}"))
         parts.append(Text(f"  limit      {reason.binding}"))
+        if reason.roles is not None:
+            parts.append(Text(f"  roles      {reason.roles}"))
     if explanation.what_if:
         parts += [Text(), Text("what if", style="bold")]
         parts += [Text(f"  {each.change}: {each.effect}") for each in explanation.what_if]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from placement.inventory import Inventory, Pool
 from placement.plan import GpuMemory, Plan, Variant
+from placement.routing_policy import Role
 
 WIDTH = 1120
 GIB = 2**30
@@ -18,6 +19,7 @@ PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a7a00", "#7b5ea7",
     "#4d9221", "#b2182b", "#5e8ab4", "#c49c3d", "#35978f", "#a8709c", "#b35806", "#80b1d3",
 )  # fmt: skip
+_LETTERS: Mapping[Role, str] = {"whole": "", "prefill": "P", "decode": "D"}
 _GOLDEN = 0.618034  # of a turn: no two hues fall together
 STYLE = """
 :root { --page: #ffffff; --ink: #1c2128; --quiet: #667080; --line: #d5dae1; --panel: #f5f7f9;
@@ -215,7 +217,7 @@ def _bar(
         if high > 0.05:
             yield _rect(x, bottom, scale.cell, high, f'fill="{colour}" fill-opacity="{opacity:g}"')
     if scale.label:
-        label = f"{replica.number}"
+        label = f"{_LETTERS[replica.variant.role]}{replica.number}"
         yield (
             f'<text x="{x + scale.cell / 2:g}" y="{y + scale.height - 8}" font-size="11" '
             f'text-anchor="middle" class="on">{label}</text>'
@@ -225,8 +227,9 @@ def _bar(
 
 def _told(replica: _Replica, gpu: int, memory: GpuMemory) -> str:
     variant = replica.variant
+    role = "" if variant.role == "whole" else f"{variant.role} "
     head = (
-        f"GPU {gpu}: {variant.model}, replica {replica.number} of {variant.replicas}\n"
+        f"GPU {gpu}: {variant.model}, {role}replica {replica.number} of {variant.replicas}\n"
         f"{variant.variant}, {variant.shape.precision}\n"
     )
     if not _computes(replica, gpu):

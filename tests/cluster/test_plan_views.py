@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli.plan_html import plan_html
+from cluster.cli.plan_pages import explanation_page, migration_page
 from cluster.cli.plan_svg import plan_svg
 from cluster.cli.render import plan_page
 from placement.catalogue import CONFIGS
@@ -130,3 +131,30 @@ def test_experts_in_host_memory_are_told_and_gpus_taken_for_it_are_drawn_empty()
     assert host in text.getvalue()
     assert host in plan_html(plan, inventory)
     assert f"{variant.gpus_per_replica} x RTX-4090" in text.getvalue()
+
+
+def test_prefill_and_decode_replicas_are_told_apart_on_every_page() -> None:
+    folder = CONFIGS / "fleets"
+    fleet = load_yaml(folder / "prefill-decode.yaml", FleetSpec)
+    inventory = load_yaml(folder / "prefill-decode.inventory.yaml", Inventory)
+    plan = make_plan(fleet, inventory, CATALOGUE)
+    reasons = explain(fleet, inventory, CATALOGUE, plan)
+    console = Console(width=250, record=True, file=io.StringIO())
+
+    console.print(plan_page(plan))
+    console.print(explanation_page(reasons, plan.currency))
+    console.print(migration_page(migration(Plan.empty(), plan)))
+    page = plan_html(plan, inventory, explanation=reasons)
+    root = ET.fromstring(plan_svg(plan, inventory))  # noqa: S314 - our own text
+    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
+    labels = {label.text for label in root.iter(f"{SVG}text")}
+
+    text = console.export_text()
+    for name in ("documents@a100-tp8-decode", "documents@h100-tp4-prefill"):
+        assert text.count(name) >= 2  # of the plan and of what changes
+    assert "  roles      a prefill replica reads 5.09 prompts/s" in text
+    assert '<span class="quiet">prefill</span>' in page
+    assert "prefill and decode apart: a prefill replica reads" in page
+    assert sum(": documents, prefill replica 2 of 2" in title for title in titles) == 4
+    assert sum(": documents, decode replica 1 of 1" in title for title in titles) == 8
+    assert {"P1", "P2", "D1"} <= labels

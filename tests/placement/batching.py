@@ -66,7 +66,7 @@ class Replica:
                 started.append(request)
         context = sum(each.held for each in decoding) / max(1, len(decoding))
         seconds = step_s(self.speed, concurrency=max(1, len(decoding)), context=context)
-        self.clock_s += seconds + work
+        self.clock_s += self._step_s(seconds, work)
         for request in [*decoding, *started]:
             request.generated += 1
             if math.isnan(request.first_token_s):
@@ -76,6 +76,9 @@ class Replica:
             request.end_s = self.clock_s + self.speed.efficiency.request_s
         self.running = [each for each in self.running if each.generated < each.output_tokens]
         return done
+
+    def _step_s(self, decode_s: float, work_s: float) -> float:
+        return decode_s + work_s
 
     def _wanted(self, request: Request) -> int:
         return request.input_tokens
@@ -109,9 +112,25 @@ class Replica:
         return prefill_work_s(self.speed, before + tokens) - prefill_work_s(self.speed, before)
 
 
-def open_loop(speed: ReplicaSpeed, requests: Sequence[Request]) -> list[Request]:
-    """Requests come when they come."""
-    replica = Replica(speed, 0.0, [], deque())
+class Reading(Replica):
+    """Prompts only: weights are read while they are worked on, and no answer's step comes before."""
+
+    def _step_s(self, decode_s: float, work_s: float) -> float:
+        return max(decode_s, work_s)
+
+
+class Writing(Replica):
+    """Prompts come with their KV cache, so that they take no work."""
+
+    def _work_s(self, before: int, tokens: int) -> float:
+        return 0.0
+
+
+def open_loop(
+    speed: ReplicaSpeed, requests: Sequence[Request], *, of: type[Replica] = Replica
+) -> list[Request]:
+    """Requests come when they come, to a replica of that kind."""
+    replica = of(speed, 0.0, [], deque())
     coming, done = deque(requests), []
     while len(done) < len(requests):
         if not replica.running and not replica.waiting:

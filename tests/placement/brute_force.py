@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from random import Random
 
@@ -61,13 +62,24 @@ def _packs(sizes: tuple[int, ...], free: tuple[int, ...]) -> bool:
 
 
 def _all_counts(problem: Problem) -> Iterator[tuple[int, ...]]:
-    for counts in itertools.product(
-        *(range(problem.most(index) + 1) for index in range(len(problem.columns)))
-    ):
-        if all(
-            problem.replicas(counts, model) <= need.most for model, need in enumerate(problem.needs)
-        ):
-            yield counts
+    """Of each model what it may have for itself, in every combination."""
+    models = range(len(problem.needs))
+    for each in itertools.product(*(_counts_of(problem, model) for model in models)):
+        together = {index: count for counts in each for index, count in counts.items()}
+        yield tuple(together[index] for index in range(len(problem.columns)))
+
+
+def _counts_of(problem: Problem, model: int) -> list[dict[int, int]]:
+    mine = problem.of_model(model)
+    found = []
+    for counts in itertools.product(*(range(problem.most(index) + 1) for index in mine)):
+        everywhere = [0] * len(problem.columns)
+        for index, count in zip(mine, counts, strict=True):
+            everywhere[index] = count
+        within = problem.engines(everywhere, model) <= problem.needs[model].most
+        if within and problem.fits_roles(everywhere, model):
+            found.append(dict(zip(mine, counts, strict=True)))
+    return found
 
 
 def _beside(
@@ -125,3 +137,32 @@ def a_problem(random: Random, *, models: int, groups: int, most: int, **changes:
         ),
         **{**fields, **changes},  # type: ignore[arg-type]
     )
+
+
+def with_pairs(random: Random, problem: Problem, *, most: int = 2) -> Problem:
+    """The problem in which some models may be served by prefill and decode replicas; some only so."""
+    columns, number = list(problem.columns), 0
+    for model in range(len(problem.needs)):
+        for _ in range(random.randint(0, most)):
+            for role in ("prefill", "decode"):
+                group = random.randrange(len(problem.groups))
+                gpus = random.choice([column.gpus for column in problem.columns])
+                columns.append(
+                    Column(
+                        model=model,
+                        group=group,
+                        gpus=gpus,
+                        rate=round(gpus * random.uniform(0.8, 3.0), 2),
+                        price=round(gpus * (1 + group) * random.uniform(0.4, 1.1), 2),
+                        tie=gpus + 0.1,
+                        spot=group == 1,
+                        running=random.choice([0, 0, 1]),
+                        move=random.choice([0.0, 0.3]),
+                        role=role,
+                        pair=number,
+                    )
+                )
+            number += 1
+        if number and random.random() < 0.3:
+            columns = [c for c in columns if c.model != model or c.pair is not None]
+    return replace(problem, columns=tuple(columns))

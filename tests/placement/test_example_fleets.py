@@ -58,6 +58,13 @@ def test_every_example_fits_and_is_solved_to_the_end(name: str) -> None:
             ],
         ),
         ("large-3-a100", ["large@a100-tp8-ep: 1 x nvfp4 on 8 x A100-80-SXM"]),
+        (
+            "prefill-decode",
+            [
+                "documents@a100-tp8-decode: 1 x bf16 on 8 x A100-80-SXM",
+                "documents@h100-tp4-prefill: 2 x bf16 on 4 x H100-SXM",
+            ],
+        ),
         ("large-3-h200", ["large@h200-tp8-ep: 1 x fp8 on 8 x H200-SXM"]),
     ],
 )
@@ -73,3 +80,15 @@ def test_the_family_shares_three_kinds_of_gpus() -> None:
     assert pools["ministral"] == {"rtx4090"}
     assert pools["mixtral"] == {"a100"}
     assert len(pools["small"]) == 2  # neither pool alone carries it as cheaply
+
+
+def test_reading_and_writing_on_unlike_gpus_saves_a_quarter() -> None:
+    fleet, inventory = example("prefill-decode")
+    whole = tuple(wish.model_copy(update={"disaggregate": "never"}) for wish in fleet.models)
+
+    apart = plan_of("prefill-decode").cost_per_hour
+    together = make_plan(
+        fleet.model_copy(update={"models": whole}), inventory, CATALOGUE
+    ).cost_per_hour
+
+    assert apart < 0.75 * together
