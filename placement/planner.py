@@ -246,4 +246,7 @@ def _unmet(question: Question, chosen: Selection, model: int, options: Options) 
         return too_much_on_spot(options, firm_rate=need.firm_rate, firm=firm)
     if question.problem.replicas(chosen.counts, model) >= options.wish.replicas.max:
         return replica_limit(best, options)
-    return not_enough_gpus(best, options, question.places_beside(chosen.counts, model, best))
+    free = {
+        part.group: question.places_beside(chosen.counts, model, part.group) for part in best.parts
+    }
+    return not_enough_gpus(best, options, free)

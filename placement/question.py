@@ -38,16 +38,16 @@ class Question:
         ]
         return replace(self.problem, columns=tuple(columns))
 
-    def places_beside(self, counts: Sequence[int], model: int, option: Option) -> Places:
-        """What other models leave of the nodes that `option` would use."""
-        usable = self.groups[option.group].usable
+    def places_beside(self, counts: Sequence[int], model: int, index: int) -> Places:
+        """What other models leave of a group's nodes."""
+        usable = self.groups[index].usable
         places = Places(usable.nodes, usable.gpus_per_node)
         others = [
             (gpus, count)
             for column, count in zip(self.problem.columns, counts, strict=True)
             if column.model != model
             for group, gpus in column.parts
-            if group == option.group
+            if group == index
         ]
         for gpus, count in sorted(others, reverse=True):
             places.take(gpus, count)

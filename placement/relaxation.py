@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import longest_context
@@ -80,17 +81,25 @@ def replica_limit(option: Option, options: Options) -> Unmet:
     )
 
 
-def not_enough_gpus(option: Option, options: Options, free: Places) -> Unmet:
-    """The GPUs are there, but other models have them; `free` are those that they leave."""
-    each = option.gpus_here
-    room = free.room(each)
-    missing = max(1, option.replicas - room) * each
+def not_enough_gpus(option: Option, options: Options, free: Mapping[int, Places]) -> Unmet:
+    """The GPUs are there, but other models have them; `free` are those that they leave, by group."""
+    room, group = min((_room(option, places, group), group) for group, places in free.items())
+    here = [part for part in option.parts if part.group == group]
+    missing = max(1, option.replicas - room) * sum(part.gpus for part in here)
+    where = f" in pool {here[0].pool.name}" if option.beside else ""
     return Unmet(
         model=options.wish.name,
         constraint=f"{option.replicas} replicas need {option.gpus} GPUs on {_on(option)}, of which "
-        f"{free.gpus} are free: room for {room} replicas",
-        cheapest_relaxation=f"{missing} more GPUs in pool {option.pool.name}, {each} to a node",
+        f"{free[group].gpus} are free{where}: room for {room} replicas",
+        cheapest_relaxation=f"{missing} more GPUs in pool {here[0].pool.name}, "
+        f"{max(part.gpus for part in here)} to a node",
     )
+
+
+def _room(option: Option, places: Places, group: int) -> int:
+    """Replicas for which a group has places."""
+    sizes = [part.gpus for part in option.parts if part.group == group]
+    return min(places.room(size) // sum(gpus // size for gpus in sizes) for size in sizes)
 
 
 def too_much_on_spot(options: Options, *, firm_rate: float, firm: float) -> Unmet:
@@ -121,7 +130,7 @@ def too_little_after_a_loss(node: str, left: float, wanted: float, options: Opti
 def _on(option: Option) -> str:
     ranks, precision = option.gpus_per_replica, option.candidate.checkpoint.precision
     if option.beside:
-        pools = " and ".join(part.pool.name for part in option.parts)
+        pools = " and ".join(dict.fromkeys(part.pool.name for part in option.parts))
         return f"pools {pools} ({option.hardware}, {precision})"
     return f"pool {option.pool.name} ({ranks} x {option.gpu.name}, {precision})"
 
