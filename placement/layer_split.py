@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,19 +11,24 @@ from numpy.typing import NDArray
 Times = NDArray[np.float64]  # of a stage, by its first layer and one beyond its last
 
 
-def split_layers(stages: Sequence[Times]) -> tuple[int, ...] | None:
+def split_layers(stages: Sequence[Times], *others: Sequence[Times]) -> tuple[int, ...] | None:
     """Layers of each stage, so that the slowest is as fast as can be.
 
     `stages[s][first, end]` is a stage's time with layers `first` to `end` - 1, infinite where they do
-    not fit and where there are none: each stage gets at least one layer. Among equals that with the
-    least total. None: the layers do not fit on the stages.
+    not fit and where there are none: each stage gets at least one layer. Among equals that whose
+    slowest stage is fastest by the first of `others`, and so on; then that with the least total.
+    None: the layers do not fit on the stages.
     """
-    slowest = _best(stages, np.maximum)
-    if slowest is None:
-        return None
-    limit = slowest_s(stages, slowest)
-    within = {id(times): np.where(times <= limit, times, np.inf) for times in stages}
-    return _best([within[id(times)] for times in stages], np.add)
+    allowed: dict[int, NDArray[np.bool_]] = {}  # of stages that share an array, once
+    for times in (stages, *others):
+        slowest = _best(_within(times, stages, allowed), np.maximum)
+        if slowest is None:
+            return None
+        limit = slowest_s(times, slowest)
+        for key, each in {id(key): each for key, each in zip(stages, times, strict=True)}.items():
+            fits = each <= limit
+            allowed[key] = allowed[key] & fits if key in allowed else fits
+    return _best(_within(stages, stages, allowed), np.add)
 
 
 def slowest_s(stages: Sequence[Times], split: Sequence[int]) -> float:
@@ -33,6 +38,19 @@ def slowest_s(stages: Sequence[Times], split: Sequence[int]) -> float:
         float(times[first, end])
         for times, (first, end) in zip(stages, itertools.pairwise(ends), strict=True)
     )
+
+
+def _within(
+    times: Sequence[Times], stages: Sequence[Times], allowed: Mapping[int, NDArray[np.bool_]]
+) -> list[Times]:
+    """The times, infinite where a stage of `stages` is not allowed to have such layers."""
+    if not allowed:
+        return list(times)
+    found: dict[int, Times] = {}
+    for each, key in zip(times, map(id, stages), strict=True):
+        if key not in found:
+            found[key] = np.where(allowed[key], each, np.inf)
+    return [found[id(stage)] for stage in stages]
 
 
 def _best(stages: Sequence[Times], join: np.ufunc) -> tuple[int, ...] | None:

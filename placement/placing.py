@@ -141,6 +141,7 @@ def _wanted(
         gpus=option.parts[number].gpus,
         replicas=replicas,
         spread=wish.spread,
+        parts=sum(part.group == option.parts[number].group for part in option.parts),
         running=tuple(nodes[number] for nodes in _staying(_nodes_of(there, option), chosen)),
     )
 

@@ -26,15 +26,15 @@ from placement.capacity import DEFAULT_DEMAND
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
 from placement.fleet import FleetModel
 from placement.inventory import Pool
-from placement.layer_split import Times, slowest_s, split_layers
+from placement.layer_split import slowest_s, split_layers
 from placement.legality import first_rejection
 from placement.node_sets import MOST_NODES, Kind, NodeSet, NodeSets, sizes_of, worth_a_look
 from placement.option import carried
 from placement.plan import Rejection
 from placement.replica_speed import ReplicaSpeed, recut, spanning_speed, speed_alone
-from placement.stage_times import StageMemories, stage_times
+from placement.stage_times import StageMemories, StageTimes, stage_times
 
-_REQUESTS = (1, 8, 64)  # that the cache should hold, of the demand's mean lengths
+_REQUESTS = (1, 8, 64, 256)  # that the cache should hold, of the demand's mean lengths
 _MOST_ORDERS = 4  # of the nodes, the fastest, that are looked at closely
 _MEMORY_RULES = frozenset({"weights-exceed-memory", "kv-cache-below-one-request"})
 
@@ -208,9 +208,9 @@ class _Search:
             candidate = self._uncut(order, ranks)
             speed = spanning_speed(candidate, self._speeds_alone(candidate))
             times = self._times(candidate, speed, 1)
-            split = split_layers(times)
+            split = split_layers(times.whole)
             if split is not None:
-                found.append((slowest_s(times, split), order, candidate, speed))
+                found.append((slowest_s(times.whole, split), order, candidate, speed))
         found.sort(key=lambda each: each[0])
         return [each[1:] for each in found[:_MOST_ORDERS]]
 
@@ -224,23 +224,45 @@ class _Search:
 
     def _cut(self, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[Candidate]:
         """The candidate with each split that some size of the cache asks for, as far as legal."""
-        seen = set()
-        for requests in _REQUESTS:
-            if requests > candidate.max_num_seqs:
-                return
-            partition = split_layers(self._times(candidate, speed, requests))
-            if partition is None:
-                return
-            if partition in seen:
-                continue
-            seen.add(partition)
+        for partition in dict.fromkeys(self._splits(candidate, speed)):
             cut = replace(candidate, layer_partition=partition)
             if not self.wish.max_model_len:
                 cut = with_context_that_fits(cut, at_least=longest_request(self.wish))
             if first_rejection(cut) is None:
                 yield cut
 
-    def _times(self, candidate: Candidate, speed: ReplicaSpeed, requests: int) -> list[Times]:
+    def _splits(self, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[tuple[int, ...]]:
+        """The fastest for caches of different sizes, up to the largest that there is room for."""
+        fits, too_many = 0, 0
+        for requests in _REQUESTS:
+            splits = self._fastest(candidate, speed, min(requests, candidate.max_num_seqs))
+            if not splits:
+                too_many = requests
+                break
+            yield from splits
+            fits = requests
+        largest: tuple[tuple[int, ...], ...] = ()
+        while fits and too_many - fits > 1 + fits // 8:
+            requests = (fits + too_many) // 2
+            splits = self._fastest(candidate, speed, requests)
+            if splits:
+                fits, largest = requests, splits
+            else:
+                too_many = requests
+        yield from largest
+
+    def _fastest(
+        self, candidate: Candidate, speed: ReplicaSpeed, requests: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Splits with the fastest slowest stage: for prompt and answer together, for answers."""
+        times = self._times(candidate, speed, requests)
+        splits = (
+            split_layers(times.whole, times.answer),
+            split_layers(times.answer, times.whole),
+        )
+        return tuple(split for split in splits if split is not None)
+
+    def _times(self, candidate: Candidate, speed: ReplicaSpeed, requests: int) -> StageTimes:
         demand = self.wish.demand or DEFAULT_DEMAND
         each = demand.input_tokens.mean + demand.output_tokens.mean
         memories = self._memories_of(

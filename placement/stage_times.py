@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,14 @@ from placement.memory import stage_memory
 from placement.performance import prompt_cost, stage_s
 from placement.pipeline import Stage
 from placement.replica_speed import ReplicaSpeed, StageSpeed
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Of each stage. Prompts have a slowest stage of their own, which need not be that of answers."""
+
+    whole: list[Times]  # prompt and answer
+    answer: list[Times]
 
 
 class StageMemories:
@@ -63,29 +71,31 @@ def stage_times(
     *,
     requests: int,
     cache_tokens: int,
-) -> list[Times]:
+) -> StageTimes:
     """Seconds that a request takes of each stage, when `requests` are under way in all of them.
 
     Infinite where layers do not fit beside a cache of `cache_tokens`. Stages that are alike have
     one array.
     """
     layers, last = speed.architecture.num_layers, len(speed.stages) - 1
-    found: dict[tuple[Device, float, float, bool], Times] = {}
+    found: dict[tuple[Device, float, float, bool], tuple[Times, Times]] = {}
     times = []
     for index, stage in enumerate(speed.stages):
         device = candidate.stage_devices(index)[0]
         key = (device, stage.send.latency_s, stage.send.s_per_byte, index == last)
         if key not in found:
-            fixed, whole = (
-                _seconds(wish, stage, share, requests, last + 1) for share in (0.0, 1.0)
-            )
+            none, every = (_seconds(wish, stage, share, requests, last + 1) for share in (0.0, 1.0))
             most = [
                 memories.most_layers(device, cache_tokens, first=first, is_last=index == last)
                 for first in range(memories.settled + 1)
             ]
-            found[key] = _by_layers(layers, fixed, (whole - fixed) / layers, most)
+            whole, answer = (
+                _by_layers(layers, fixed, (full - fixed) / layers, most)
+                for fixed, full in zip(none, every, strict=True)
+            )
+            found[key] = whole, answer
         times.append(found[key])
-    return times
+    return StageTimes([whole for whole, _ in times], [answer for _, answer in times])
 
 
 def _by_layers(layers: int, fixed_s: float, layer_s: float, most: list[int]) -> Times:
@@ -99,11 +109,12 @@ def _by_layers(layers: int, fixed_s: float, layer_s: float, most: list[int]) -> 
 
 def _seconds(
     wish: FleetModel, stage: StageSpeed, share: float, requests: int, num_stages: int
-) -> float:
-    """Of a stage with a share of all layers, for one of so many requests."""
+) -> tuple[float, float]:
+    """Of a stage with a share of all layers, one of so many requests: all of it, its answer."""
     demand, part = wish.demand or DEFAULT_DEMAND, replace(stage, share=share)
     batch = max(1.0, requests / num_stages)
     context = demand.input_tokens.mean + demand.output_tokens.mean / 2
     decode = stage_s(part, batch=batch, context=context) / batch
     prompt = prompt_cost(stage.speed, demand.input_tokens.mean, prefix_hit=demand.prefix_hit)
-    return share * prompt.work_s + demand.output_tokens.mean * decode
+    answer = demand.output_tokens.mean * decode
+    return share * prompt.work_s + answer, answer

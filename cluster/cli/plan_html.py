@@ -125,7 +125,7 @@ def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
     rate = variant.capacity_requests_per_s * variant.replicas
     return (
         f'<span class="dot" style="background: {colour}"></span>{escape(variant.model)}',
-        escape(variant.pool),
+        escape(" and ".join(dict.fromkeys(variant.pools))),
         f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
         escape(variant.hardware),

@@ -124,9 +124,9 @@ def test_two_nodes_of_one_pool_hold_what_one_does_not() -> None:
     variant = the_only(plan_of(wish, pool))
 
     assert variant.pools == ("h100", "h100")
-    assert variant.shape.num_nodes == 2
-    assert [node.node for node in variant.placement[0]] == ["h100-0", "h100-1"]
-    assert variant.gpus_per_replica == 16
+    assert variant.hardware == "8 x H100-SXM + 2 x H100-SXM"  # no more than it takes
+    assert variant.shape.num_nodes == 5  # process trees of two ranks
+    assert [node.node for node in variant.placement[0]] == [*["h100-0"] * 4, "h100-1"]
 
 
 def test_never_means_that_a_model_beyond_a_node_is_unmet() -> None:
@@ -227,7 +227,7 @@ def test_no_other_split_of_the_layers_carries_more(
             StageMemories(uncut),
             requests=1,
             cache_tokens=2049,
-        )
+        ).whole
         quickest = split_layers(times)
         assert quickest is not None
         assert slowest_s(times, quickest) == min(slowest_s(times, split) for split in splits)
