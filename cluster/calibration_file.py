@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.context import state_dir
 from cluster.files import replace_text
-from placement.calibration import Calibration, Observation
+from placement.calibration import Calibration
 from placement.catalogue import Catalogue, load_catalogue
 from placement.spec import dump_yaml, load_yaml
 
@@ -36,10 +37,11 @@ def load_calibration(path: Path) -> Calibration:
     return load_yaml(path, Calibration) if path.exists() else Calibration()
 
 
-def add_observation(path: Path, observation: Observation) -> None:
-    """Keep one more, replacing the file in one step.
+def update_calibration(path: Path, change: Callable[[Calibration], Calibration]) -> None:
+    """Keep what `change` makes of the file, which is replaced in one step.
 
     Raises:
         ConfigError: the file is there and is not a calibration file; it is left as it is.
+        OSError: it cannot be written.
     """
-    replace_text(path, dump_yaml(load_calibration(path).with_observation(observation)))
+    replace_text(path, dump_yaml(change(load_calibration(path))))

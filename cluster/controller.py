@@ -21,7 +21,7 @@ import ray
 from cluster import census, serve_apps
 from cluster.adapter_events import adapter_events
 from cluster.autoscaler import Autoscaler
-from cluster.calibration_file import CALIBRATION_FILE, add_observation, calibrated_catalogue
+from cluster.calibration_file import CALIBRATION_FILE, calibrated_catalogue
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
 from cluster.event_log import EventLog
@@ -42,13 +42,13 @@ from cluster.messages import (
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
+from cluster.observer import Observer
 from cluster.pace import Pace
 from cluster.publishing import Publisher
 from cluster.ray_fetch import RayFetch
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes
 from cluster.registry import Registry
-from cluster.shape_version import shape_version
 from cluster.status import variant_status
 from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
@@ -56,7 +56,6 @@ from cluster.weight_events import WeightEvents
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from placement.errors import ConfigError, UnknownName
 from placement.inventory import Inventory
-from placement.observation import observe
 from placement.plan import Plan, Variant
 from placement.spec import dump_yaml, parse_yaml
 
@@ -91,6 +90,7 @@ class Controller:
         facts_file = self._run_dir.parent / FACTS_FILE
         catalogue = calibrated_catalogue()
         self._surveyor = Surveyor(RayProbes(), facts_file, catalogue, self._note_node)
+        self._observer = Observer(self._run_dir.parent / CALIBRATION_FILE, self._events)
         self._failures: dict[GenerationKey, str] = {}
         self._deployer = Deployer(
             Site(log_dir=str(self._run_dir / "logs"), engine_host=engine_host)
@@ -157,6 +157,7 @@ class Controller:
         self._weights.heard(time.time(), report)
         adapters_changed = self._note_adapters(report)
         if self._registry.report(report, time.monotonic()):
+            self._observer.changed(report.model)
             self._events.replica(time.time(), report)
             self._lifecycle.heard(report)
             key = GenerationKey(report.variant, report.version)
@@ -164,10 +165,12 @@ class Controller:
                 self._failures[key] = report.log_tail or report.stage
             elif report.state == "ready":
                 self._failures.pop(key, None)
-                self._compare(report)
             self._publish()
+            if report.state == "ready":
+                await self._observer.ready(report)
         elif adapters_changed:
             self._publish()
+        await self._observer.heard(report)
         return self._lifecycle.order_for(report.replica)
 
     def _note_adapters(self, report: ReplicaReport) -> bool:
@@ -310,6 +313,7 @@ class Controller:
                     failure=self._failures.get(key_of(variant), "")
                     or self._lifecycle.prefetch.failure([variant]),
                     lifecycle=self._lifecycle,
+                    speed=self._observer.speed(variant),
                     now_s=now_s,
                 )
                 for variant in (*self._variants(), *self._replaced())
@@ -319,27 +323,6 @@ class Controller:
             events=tuple(self._events)[-SHOWN_EVENTS:],
             loops=tuple(pace.told() for pace in self._paces),
         )
-
-    def _compare(self, report: ReplicaReport) -> None:
-        """Keep what an engine measured where the plan was wrong: the next plan reads it."""
-        variant = next((v for v in self._variants() if v.variant == report.variant), None)
-        if variant is None or report.version != shape_version(variant):
-            return
-        observation = observe(
-            variant,
-            weights_bytes=report.weights_bytes,
-            kv_cache_tokens=report.kv_cache_tokens,
-            observed=time.strftime("%Y-%m-%d", time.gmtime()),
-        )
-        if observation is None:
-            return
-        log.warning("the plan was %.0f %% off: %s", 100 * observation.error, observation)
-        text = f"the memory plan was {100 * observation.error:.0f} % off"
-        self._note(variant.model, text, kind="calibration", reason=str(observation))
-        try:
-            add_observation(self._run_dir.parent / CALIBRATION_FILE, observation)
-        except (OSError, ConfigError):
-            log.exception("the observation could not be kept")
 
     async def _run_forever(self) -> None:
         scaling, _, delay = self._paces
@@ -369,6 +352,7 @@ class Controller:
 
     def _expire(self) -> None:
         for lost in self._registry.expire(time.monotonic()):
+            self._observer.changed(lost.model)
             if lost.state not in ("failed", "draining"):
                 self._events.lost(time.time(), lost, "no heartbeat, taken out")
             self._publish()
@@ -401,6 +385,7 @@ class Controller:
         self._plan = plan
         self._failures.clear()
         self._lifecycle.forgive()
+        self._observer.adopt(plan.variants)
         for variant in plan.variants:
             self._autoscaler.adopt(variant, running=variant.model in running)
         self._publish()

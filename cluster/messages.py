@@ -10,6 +10,7 @@ from pydantic import Field
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
 from placement.spec import Spec
+from placement.speed_window import SpeedWindow
 
 ReplicaState = Literal["starting", "ready", "unhealthy", "draining", "stopped", "failed"]
 EventKind = Literal[
@@ -63,6 +64,7 @@ class ReplicaReport(Spec):
     adapters: Mapping[str, str] = Field(default_factory=dict)  # loaded: name, and the engine's name
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)  # why others are not
     expert_balance: float | None = None  # mean load of ranks over the largest, 0..1
+    speed: SpeedWindow | None = None  # the last one, again and again until the next
 
 
 class ReplicaStatus(Spec):
@@ -88,6 +90,29 @@ class ReplicaStatus(Spec):
     adapters: Mapping[str, str] = Field(default_factory=dict)
     adapter_failures: Mapping[str, str] = Field(default_factory=dict)
     expert_balance: float | None = None
+
+
+class ComparedSpeed(Spec):
+    """A window of a replica, and what was planned for its load."""
+
+    concurrency: float
+    input_tokens: float
+    output_tokens: float
+    prefix_hit: float
+    predicted_ttft_s: float
+    observed_ttft_s: float
+    ttft_error: float  # relative, that the prediction may be wrong by
+    predicted_tpot_ms: float
+    observed_tpot_ms: float
+    tpot_error: float
+
+
+class SpeedStatus(Spec):
+    """How fast a variant's engines are, beside the plan."""
+
+    windows: int  # that counted
+    last: ComparedSpeed | None  # the newest of them
+    not_counted: str  # why the newest window of all was not
 
 
 class VariantStatus(Spec):
@@ -116,6 +141,7 @@ class VariantStatus(Spec):
     misplaced: tuple[str, ...] = ()  # what is not as planned about places and memory
     rollout: str = ""  # how far the replacement of an older shape is
     adapters: Mapping[str, str] = Field(default_factory=dict)  # wanted: name, and its source
+    speed: SpeedStatus | None = None  # None: nobody has asked it anything for long enough
 
 
 class Event(Spec):

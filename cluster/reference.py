@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from gateway.endpoints import EndpointsFile
 from gateway.tenants import KeyFile
+from placement.calibration import Calibration
 from placement.catalogue import GpuType, ModelSpec, Precision
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
@@ -21,6 +22,7 @@ FILES: dict[str, type[BaseModel]] = {
     "Inventory (`--inventory`)": Inventory,
     "Endpoints (`bora gateway --endpoints`)": EndpointsFile,
     "Keys (`bora gateway --keys`, written by `bora keys`)": KeyFile,
+    "Measured (`calibration.yaml` in bora's state folder, written by the cluster)": Calibration,
     "Model (`configs/models/`)": ModelSpec,
     "GPU type (`configs/gpus/`)": GpuType,
 }

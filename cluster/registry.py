@@ -21,9 +21,16 @@ class Registry:
         self._heard_s: dict[str, float] = {}
         self._first_s: dict[str, float] = {}
         self._retired: set[str] = set()
+        self._gone_s: dict[str, float] = {}  # lost, with when they were heard last all the same
 
     def report(self, report: ReplicaReport, now_s: float) -> bool:
-        """Take a heartbeat in; True when the replica or its state is new."""
+        """Take a heartbeat in; True when the replica or its state is new.
+
+        Not of one that Serve has given up, such as on a host that was cut off: Ray ends it soon.
+        """
+        if report.replica in self._gone_s:
+            self._gone_s[report.replica] = now_s
+            return False
         before = self._reports.get(report.replica)
         if before is not None and _is_late(report, before):
             self._heard_s[report.replica] = now_s
@@ -51,7 +58,9 @@ class Registry:
 
         Whoever reported before that had been started by then, so that Serve would know it.
         """
+        self._gone_s = {key: heard for key, heard in self._gone_s.items() if key not in known}
         gone = [key for key in self._reports if key not in known and self._first_s[key] < begun_s]
+        self._gone_s |= {key: self._heard_s[key] for key in gone}
         return [self._forget(key) for key in gone]
 
     def _forget(self, replica: str) -> ReplicaReport:
@@ -64,12 +73,15 @@ class Registry:
     def expire(self, now_s: float) -> list[ReplicaReport]:
         """Forget the silent ones and return them."""
         silent = [key for key, heard in self._heard_s.items() if now_s - heard > self._timeout_s]
+        for key in [k for k, heard in self._gone_s.items() if now_s - heard > self._timeout_s]:
+            del self._gone_s[key]
         return [self._forget(key) for key in silent]
 
     def pardon(self, seconds: float) -> None:
         """Nobody was silent in these seconds: we were not listening."""
-        for key in self._heard_s:
-            self._heard_s[key] += seconds
+        for heard in (self._heard_s, self._gone_s):
+            for key in heard:
+                heard[key] += seconds
 
     @property
     def reports(self) -> Collection[ReplicaReport]:

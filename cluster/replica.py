@@ -16,18 +16,18 @@ import os
 import time
 from typing import Any
 
-import ray
 from ray import serve
 
 from cluster import weights
+from cluster.controller_link import UNREACHABLE, ControllerLink
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
-from cluster.names import CONTROLLER, NAMESPACE
 from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
+from cluster.speed_meter import SpeedMeter
 from placement.plan import Variant
 
 REPORT_PERIOD_S = 1.0
@@ -49,8 +49,10 @@ class Replica:
         self._variant: Variant | None = None
         self._version = ""
         self._features = ServingFeatures()
+        self._link = ControllerLink()
         self._failure = ""
         self._engine: RunningEngine | None = None
+        self._meter = SpeedMeter()
         self._gang: Gang | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
@@ -75,7 +77,9 @@ class Replica:
         )
         if variant.shape.num_nodes > 1:
             self._gang = Gang(self._site, variant, self._id, self._seat)
-        self._tasks.append(asyncio.create_task(self._report_forever()))
+        reporting = asyncio.create_task(self._report_forever())
+        reporting.add_done_callback(self._watch_ended)
+        self._tasks.append(reporting)
         try:
             await self._start(variant, self._engine)
         # Whatever it is, this replica ends, and the controller must be able to tell why.
@@ -169,6 +173,10 @@ class Replica:
         while self._state in ("ready", "unhealthy"):
             healthy = await self._engine.observe()
             failures = 0 if healthy else failures + 1
+            if healthy:
+                self._meter.note(self._engine.load, time.monotonic())
+            else:
+                self._meter.interrupt()
             if fault := self._gang.fault(self._engine) if self._gang else "":
                 self._failure = fault
             if self._engine.ended or fault or failures >= DEAD_CHECKS:
@@ -198,8 +206,7 @@ class Replica:
     def _die(self) -> None:
         """Tell the controller, then end this process: Serve replaces a dead replica at once."""
         self._state = "failed"
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.get(_controller().report.remote(self._snapshot().model_dump_json()), timeout=5)
+        self._link.report_last(self._snapshot().model_dump_json())
         if self._gang:
             self._gang.end_now()
         if self._engine:
@@ -208,11 +215,8 @@ class Replica:
 
     async def _report(self) -> None:
         """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
-        with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-            # In a thread: while Ray's head is down this waits, and the engine is watched meanwhile.
-            controller = await asyncio.to_thread(_controller)
-            reference = controller.report.remote(self._snapshot().model_dump_json())
-            retire_within_s = await asyncio.wait_for(reference, 5)
+        with contextlib.suppress(*UNREACHABLE):
+            retire_within_s = await self._link.report(self._snapshot().model_dump_json())
             if retire_within_s is not None and self._retiring is None:
                 self._retiring = asyncio.create_task(self._retire(retire_within_s))
 
@@ -244,13 +248,10 @@ class Replica:
             kv_cache_usage=engine.load.kv_cache_usage,
             kv_cache_tokens=engine.facts.kv_cache_tokens,
             weights_bytes=engine.facts.weights_bytes,
+            speed=self._meter.window,
             **self._features.report(),
         )
 
 
 def _told(error: Exception) -> str:
     return str(error) if isinstance(error, ClusterError) else repr(error)
-
-
-def _controller() -> Any:
-    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cluster.lifecycle import Lifecycle
-from cluster.messages import Event, ReplicaReport, ReplicaStatus, VariantStatus
+from cluster.messages import Event, ReplicaReport, ReplicaStatus, SpeedStatus, VariantStatus
 from gateway.endpoints import ModelLoad
 from placement.plan import Variant
 
@@ -20,6 +20,7 @@ def variant_status(
     events: Iterable[Event],
     failure: str,
     lifecycle: Lifecycle,
+    speed: SpeedStatus | None,
     now_s: float,
 ) -> VariantStatus:
     """One variant, wanted and actual."""
@@ -48,6 +49,7 @@ def variant_status(
         misplaced=lifecycle.places.misplaced(variant.variant),
         rollout=lifecycle.rollout(variant.model),
         adapters=variant.adapters,
+        speed=speed,
     )
 
 

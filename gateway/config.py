@@ -33,7 +33,11 @@ class Limits(Spec):
     max_queued_bytes: PositiveInt = Field(
         default=256 * 1024 * 1024, description="Bodies of requests that wait, per model."
     )
-    max_attempts: PositiveInt = Field(default=3, description="Endpoints that one request may try.")
+    max_attempts: PositiveInt = Field(
+        default=3,
+        description="Engines that one request may be given to; those that are not reached "
+        "do not count.",
+    )
     retry_share: NonNegativeFloat = Field(
         default=0.2,
         le=1.0,

@@ -12,7 +12,13 @@ import time
 from gateway.access import may_use
 from gateway.call import Call
 from gateway.continuation import CannotContinue
-from gateway.errors import EngineBroke, GatewayError, Overloaded, Unavailable
+from gateway.errors import (
+    EngineBroke,
+    EngineUnreachable,
+    GatewayError,
+    Overloaded,
+    Unavailable,
+)
 from gateway.migration import Migration
 from gateway.plant import Plant
 from gateway.record import Record
@@ -30,7 +36,7 @@ class Recovery:
 
     __slots__ = (
         *("_call", "_lost", "_moved", "_num_misses", "_num_stalls", "_plant", "_record"),
-        *("_stranded_at", "asked_at", "migration", "tried"),
+        *("_failing_since", "_num_unreached", "_stranded_at", "asked_at", "migration", "tried"),
     )
 
     def __init__(self, plant: Plant, call: Call, record: Record) -> None:
@@ -41,6 +47,8 @@ class Recovery:
         self._lost = ""  # the endpoint that failed last
         self._moved = False  # once after an engine's 5xx
         self._stranded_at = 0.0  # when a stream lost its engine; 0: it has one
+        self._failing_since = time.monotonic()
+        self._num_unreached = 0  # engines that never got it
         self._num_stalls = 0  # engines that were left because they fell silent
         self._num_misses = 0  # engines that did not go on with it since
 
@@ -59,8 +67,9 @@ class Recovery:
             GatewayError: `error` again, if there is none and will be none, or after enough attempts.
         """
         admission, model = self._plant.admission, self._record.model
-        pinned = self._call.endpoint_key is not None
-        if pinned or self._record.attempts >= admission.limits.max_attempts:
+        if isinstance(error, EngineUnreachable):
+            self._num_unreached += 1
+        if self._call.endpoint_key is not None or self._has_tried_enough:
             raise error
         managed = admission.resolve(model).managed
         if not managed and not admission.router.can_serve(model, self.tried):
@@ -70,7 +79,7 @@ class Recovery:
     def place_after(self, status: int, lease: Lease) -> Lease | None:
         """A place elsewhere, once, if one is free, after the engine at `lease` answered `status`."""
         admission, model = self._plant.admission, self._record.model
-        if self._moved or self._record.attempts >= admission.limits.max_attempts:
+        if self._moved or self._has_tried_enough:
             return None
         tried = self.tried | {lease.endpoint.key}
         if not admission.router.can_serve(model, tried) or not admission.may_retry(model):
@@ -80,6 +89,14 @@ class Recovery:
             self._plant.meter.retried(model, str(status))
             self._moved, self.tried = True, tried
         return other
+
+    @property
+    def _has_tried_enough(self) -> bool:
+        """Only an engine that got the call may have died of it: of the others there may be many."""
+        limits = self._plant.admission.limits
+        if self._record.attempts - self._num_unreached >= limits.max_attempts:
+            return True
+        return time.monotonic() > self._failing_since + limits.replacement_timeout_s
 
     def go_on(self, relay: Relay, error: GatewayError) -> float | None:
         """After how many seconds to ask another engine to go on; None: the client has it all.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from placement.architecture import Architecture
 from placement.calibration import Calibration
-from placement.catalogue import Checkpoint, GpuType, ModelSpec
+from placement.catalogue import Checkpoint, GpuType, ModelSpec, Precision
 from placement.inventory import Pool
 from placement.serving_features import ExpertBalance, LoraLimits
 from placement.vllm_release import DEFAULT_RELEASE
@@ -70,12 +70,18 @@ class Candidate:
     gpu_memory_utilization: float = 0.92
     dtype: Dtype = "auto"
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    extra_args: tuple[str, ...] = ()  # of the fleet, for the engine
     calibration: Calibration = field(default=Calibration(), repr=False)
 
     @property
     def architecture(self) -> Architecture:
         """Of the model."""
         return self.model.architecture
+
+    @property
+    def precision(self) -> Precision:
+        """Of the checkpoint."""
+        return self.checkpoint.precision
 
     @property
     def num_ranks(self) -> int:

@@ -126,6 +126,7 @@ def filled_in(
         kv_cache_dtype=wish.kv_cache_dtype,
         lora=wish.adapter_room,
         eplb=wish.eplb,
+        extra_args=wish.engine_args,
     )
     return _with_whole_prompts(with_balance(candidate))
 

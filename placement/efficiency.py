@@ -14,45 +14,9 @@ from statistics import fmean
 
 from placement.candidate import Candidate
 from placement.catalogue import GpuType
-from placement.fitted import FITTED, KNOWN, UNKNOWN, Constants, Errors
+from placement.costs import NO_MESSAGE, Collective, Efficiency
+from placement.fitted import FITTED, KNOWN, UNKNOWN, Constants
 from placement.notes import CUSTOM_ALL_REDUCE_RANKS, weight_only
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """Shares of a device's data sheet, and fixed costs."""
-
-    bandwidth: float
-    flops: float
-    step_s: float
-    kernel_s: float
-    expert_bandwidth: float = 1.0
-    kv_bandwidth: float = 1.0
-    expert_flops: float = 1.0  # of the 16-bit peak
-    attention_flops: float = 1.0  # of the 16-bit peak
-    sequence_s: float = 0.0  # per request in a decode step
-    request_s: float = 0.0  # from HTTP to the scheduler and back: tokens in and out
-    routing_evenness: float = 1.0
-    together: float = 0.0
-    errors: Errors = UNKNOWN
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """Cost of one collective operation on a message."""
-
-    latency_s: float = 0.0
-    s_per_byte: float = 0.0
-    two_shot_bytes: float = math.inf  # from this size on, ranks exchange twice
-    two_shot_s: float = 0.0
-
-    def seconds(self, message_bytes: float) -> float:
-        """For a message of that size."""
-        seconds = self.latency_s + self.s_per_byte * message_bytes
-        return seconds if message_bytes < self.two_shot_bytes else seconds + self.two_shot_s
-
-
-NO_MESSAGE = Collective()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +151,7 @@ def all_reduce(candidate: Candidate, constants: Constants = FITTED) -> Collectiv
     return Collective(
         constants.all_reduce_s + constants.all_reduce_doubling_s * (doublings - 1),
         s_per_byte,
-        two_shot_bytes=_TWO_SHOT_BYTES.get(ranks, math.inf),
+        two_shot_bytes=_TWO_SHOT_BYTES.get(ranks),
         two_shot_s=constants.two_shot_s,
     )
 

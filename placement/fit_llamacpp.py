@@ -21,7 +21,12 @@ from placement.llamacpp import (
     place,
 )
 from placement.llamacpp_args import DEFAULT_BATCH, llama_server_args
-from placement.llamacpp_speed import PAGING_BYTES_PER_S, predict_llamacpp
+from placement.llamacpp_speed import (
+    PAGING_BYTES_PER_S,
+    UNCORRECTED,
+    llamacpp_setup,
+    predict_llamacpp,
+)
 from placement.plan import GpuMemory, Rejection
 
 _DEFAULT_SLOTS = 4  # llama-server's own default, in one unified cache
@@ -190,6 +195,8 @@ def _shape(case: Case, task: LlamaTask, placement: Placement) -> FitShape:
     worst = min(placement.gpus, key=lambda each: each.headroom_bytes, default=host)
     share = request.gpu_memory_utilization or _usable_share(worst)
     verdict = _verdict(task, placement)
+    setup = llamacpp_setup(weights.checkpoint, case.gpu, task, placement)
+    correction = case.calibration.speed_correction(setup, UNCORRECTED.errors)
     # Replicas that share a host would share its memory.
     a_node = 1 if verdict == "offload" else max(1, request.num_gpus // used)
     return FitShape(
@@ -208,7 +215,7 @@ def _shape(case: Case, task: LlamaTask, placement: Placement) -> FitShape:
         num_layers=task.architecture.num_layers,
         gpu_layers=placement.gpu_layers,
         host_memory_bytes=placement.host_bytes,
-        prediction=predict_llamacpp(task, placement, case.gpu, request),
+        prediction=predict_llamacpp(task, placement, case.gpu, request, correction=correction),
         engine_args=llama_server_args(weights.checkpoint, task, placement, request),
         notes=(weights.note,) if weights.note else (),
         verdict=verdict,

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 
 from placement.candidate import GIB, Candidate, device_of
 from placement.catalogue import Catalogue, GpuType, ModelSpec
+from placement.costs import ReplicaSpeed
 from placement.fit_checkpoints import Case, Subject, Weights, weights_to_try
 from placement.fit_llamacpp import PlacedShape, placed_shapes
 from placement.fit_request import FitRequest
 from placement.fleet import FleetModel
 from placement.inventory import Pool
-from placement.llamacpp_speed import llamacpp_replica_speed
+from placement.llamacpp_speed import (
+    UNCORRECTED,
+    llamacpp_replica_speed,
+    llamacpp_setup,
+    predict_llamacpp,
+)
 from placement.plan import Rejection, Shape
-from placement.replica_speed import ReplicaSpeed
+from placement.setups import SpeedSetup
 
 CPU_MAX_CONTEXT = 8192  # unless the fleet asks for more
 
@@ -26,6 +32,7 @@ class LlamacppOption:
     shape: Shape
     candidate: Candidate
     speed: ReplicaSpeed
+    setup: SpeedSetup
     gpus_per_replica: int
     offloaded: bool  # weights that a GPU would read stay in host memory
 
@@ -50,7 +57,7 @@ def llamacpp_options(
     subject = Subject(model, catalogue.gguf_weights.get(model.name))
     options, rejected = [], []
     for weights in _stored(subject, wish, request):
-        case = Case(subject, weights, request, gpu)
+        case = Case(subject, weights, request, gpu, catalogue.calibration)
         for result in placed_shapes(case):
             made = result if isinstance(result, Rejection) else _option(wish, pool, case, result)
             if isinstance(made, Rejection):
@@ -117,17 +124,32 @@ def _option(
             reason=f"{shape.host_memory_bytes / GIB:.1f} GiB of host memory are needed, a node of "
             f"pool {pool.name} has {(share or 0) * pool.gpus_per_node / GIB:.1f} GiB",
         )
-    plain = Shape.model_validate(shape.model_dump(include=set(Shape.model_fields)))
-    speed = llamacpp_replica_speed(
-        placed.task,
-        placed.placement,
+    task, placement = placed.task, placed.placement
+    setup = llamacpp_setup(
+        case.weights.checkpoint,
         case.gpu,
-        max_num_batched_tokens=shape.max_num_batched_tokens,
+        task,
+        placement,
+        threads=each if case.gpu.compute_capability is None else None,
+        engine_args=wish.engine_args,
     )
+    seen = case.calibration.speed_correction(setup, UNCORRECTED.errors)
+    told = {
+        "prediction": predict_llamacpp(task, placement, case.gpu, case.request, correction=seen),
+        "engine_args": (*shape.engine_args, *wish.engine_args),
+    }
+    plain = Shape.model_validate(shape.model_dump(include=set(Shape.model_fields)))
     return LlamacppOption(
-        shape=plain.model_copy(update={"engine_args": (*plain.engine_args, *wish.engine_args)}),
+        shape=plain.model_copy(update=told),
         candidate=_candidate(case, pool, placed.shape, wish),
-        speed=speed,
+        speed=llamacpp_replica_speed(
+            task,
+            placement,
+            case.gpu,
+            max_num_batched_tokens=shape.max_num_batched_tokens,
+            correction=seen,
+        ),
+        setup=setup,
         gpus_per_replica=each,
         offloaded=shape.verdict == "offload",
     )

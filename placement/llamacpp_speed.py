@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from placement.catalogue import GpuType
-from placement.efficiency import NO_MESSAGE, Efficiency, bandwidth_beside_hopper
+import shlex
+
+from placement.calibration import SpeedCorrection
+from placement.catalogue import Checkpoint, GpuType
+from placement.costs import NO_MESSAGE, DraftCost, Efficiency, ReplicaSpeed
+from placement.efficiency import bandwidth_beside_hopper
 from placement.fit_request import FitRequest
 from placement.fitted import LLAMACPP, LLAMACPP_ERROR, UNKNOWN, Errors, LlamaConstants
 from placement.llamacpp import LlamaTask, Placement, kv_bytes_per_layer_token
 from placement.parameters import count_parameters
 from placement.plan import Prediction
-from placement.replica_speed import DraftCost, ReplicaSpeed
+from placement.setups import SpeedSetup
 
 # DeepSeek-V3 Q4_K_M with 54 of 61 layers in host memory: 4.65 tokens/s (llama.cpp issue 10981),
 # which are 90 GB/s; its prompts at 18.4 tokens/s are 1.4 TFLOPS.
 HOST_BYTES_PER_S = 90e9
 HOST_FLOPS = 1.4e12
+UNCORRECTED = SpeedCorrection(Errors(tpot=LLAMACPP_ERROR, ttft=UNKNOWN.ttft))
 PAGING_BYTES_PER_S = 3e9  # a fast NVMe disk
 _PROMPT_SHARE = 0.35  # of the FLOPS, on quantised weights
 
@@ -26,6 +31,7 @@ def predict_llamacpp(
     request: FitRequest,
     *,
     constants: LlamaConstants = LLAMACPP,
+    correction: SpeedCorrection = UNCORRECTED,
 ) -> Prediction:
     """Means for the request's load. GPUs work one after the other: layers are not shared.
 
@@ -47,14 +53,15 @@ def predict_llamacpp(
     step = gpu_s + host_s + layers * constants.layer_s
     new = request.input_tokens * (1 - request.prefix_hit)
     ttft = new * _prompt_s_per_token(task, placement, gpu) + step
-    tpot = step + (slots - 1) / request.output_tokens * ttft
+    tpot = (step + (slots - 1) / request.output_tokens * ttft) * correction.tpot
+    ttft *= correction.ttft
     duration = ttft + (request.output_tokens - 1) * tpot
     return Prediction(
         ttft_s=ttft,
         tpot_ms=tpot * 1000,
         output_tokens_per_s=slots * request.output_tokens / duration,
-        ttft_error=UNKNOWN.ttft,
-        tpot_error=LLAMACPP_ERROR,
+        ttft_error=correction.errors.ttft,
+        tpot_error=correction.errors.tpot,
     )
 
 
@@ -65,6 +72,7 @@ def llamacpp_replica_speed(
     *,
     max_num_batched_tokens: int,
     constants: LlamaConstants = LLAMACPP,
+    correction: SpeedCorrection = UNCORRECTED,
 ) -> ReplicaSpeed:
     """The same costs in the form that capacity, autoscaler and router work with.
 
@@ -89,7 +97,7 @@ def llamacpp_replica_speed(
             flops=1.0,
             step_s=0.0,
             kernel_s=constants.layer_s,
-            errors=Errors(tpot=LLAMACPP_ERROR, ttft=UNKNOWN.ttft),
+            errors=correction.errors,
         ),
         bandwidth_bytes_per_s=HOST_BYTES_PER_S,
         flops=HOST_FLOPS,
@@ -108,6 +116,36 @@ def llamacpp_replica_speed(
         max_num_seqs=task.num_slots,
         kv_cache_tokens=task.cells,
         draft=DraftCost((always - head) / layers + head, kernels=1, messages=0),
+        ttft_factor=correction.ttft,
+        tpot_factor=correction.tpot,
+    )
+
+
+def llamacpp_setup(
+    checkpoint: Checkpoint,
+    gpu: GpuType,
+    task: LlamaTask,
+    placement: Placement,
+    *,
+    threads: int | None = None,
+    engine_args: tuple[str, ...] = (),
+) -> SpeedSetup:
+    """What has to be alike for another llama.cpp's speed to be that of this one."""
+    return SpeedSetup(
+        checkpoint=checkpoint.source,
+        precision=checkpoint.precision,
+        gpu=gpu.name,
+        engine="llamacpp",
+        dtype="auto",
+        kv_cache_dtype=task.kv_cache_dtype,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=max(1, len(placement.gpus)),
+        data_parallel_size=1,
+        expert_parallel=False,
+        gpu_layers=placement.gpu_layers,
+        cpu_moe_layers=placement.cpu_moe_layers,
+        threads=threads,
+        engine_args=shlex.join(engine_args),
     )
 
 

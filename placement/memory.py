@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from placement.adapters import adapter_bytes
 from placement.architecture import Architecture
 from placement.balancing import balance_bytes
-from placement.calibration import Correction, setup_of
+from placement.calibration import Correction
 from placement.candidate import GIB, Candidate
 from placement.kv_cache import (
     KvCache,
@@ -20,6 +20,7 @@ from placement.kv_cache import (
 )
 from placement.pipeline import Stage, pipeline_stages
 from placement.plan import GpuMemory
+from placement.setups import setup_of
 from placement.vllm_release import release
 from placement.weight_bytes import loaded_architecture, weights_bytes
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from placement.calibration import TOLERANCE, Observation, setup_of
+from placement.calibration import TOLERANCE, Observation
 from placement.plan import Variant
+from placement.setups import setup_of
 
 
 def observe(

@@ -13,6 +13,7 @@ from placement.inventory import Pool
 from placement.legality import first_rejection
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Shape, hardware_in_words
+from placement.setups import SpeedSetup
 from placement.weight_bytes import GGUF_BITS
 
 SPEED_ERROR = 0.15  # what predictions may be wrong by, for `robust` in a fleet
@@ -48,6 +49,7 @@ class Option:
     price_known: bool  # otherwise taken to be that of the dearest pool
     offloaded: bool = False  # weights that a GPU would read stay in host memory
     shape: Shape | None = None  # llama.cpp's comes with the option; vLLM's follows from `candidate`
+    setup: SpeedSetup | None = None  # as `shape`
     beside: tuple[Part, ...] = ()  # nodes of a pipeline beyond its first, in the stages' order
 
     @property

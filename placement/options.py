@@ -15,10 +15,11 @@ from placement.legality import RULES, describe, first_rejection
 from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup
+from placement.node_orders import Nodes
 from placement.option import Option, Part, as_stressed, carried, quality, replicas_needed
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection
-from placement.spanning import Nodes, Spanning, Spans, spanning_candidates
+from placement.spanning import Spanning, Spans, spanning_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ def _llamacpp(
         slots=found.gpus_per_replica,
         dearest=dearest,
     )
-    return replace(option, shape=found.shape, offloaded=found.offloaded)
+    return replace(option, shape=found.shape, setup=found.setup, offloaded=found.offloaded)
 
 
 def _carrying(

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
+from placement.costs import ReplicaSpeed, StageSpeed
 from placement.fitted import UNKNOWN
 from placement.plan import Prediction
-from placement.replica_speed import ReplicaSpeed, StageSpeed, replica_speed
+from placement.replica_speed import replica_speed
 
 __all__ = [
     "SPECULATIVE_TOKENS", "Load", "PromptCost", "ReplicaSpeed", "latency_s", "predict", "prefill_s", "prefill_work_s",

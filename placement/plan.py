@@ -11,6 +11,7 @@ from pydantic import Field
 from placement.catalogue import Precision
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
 from placement.model_cache import ModelCacheSpec
+from placement.planned_speed import PlannedSpeed
 from placement.routing_policy import Role, RoutingPolicy
 from placement.spec import Spec
 
@@ -172,6 +173,9 @@ class Variant(Spec):
         description="The promise that more load would break; empty: the engine's limits.",
     )
     predicted: Predicted
+    speed: PlannedSpeed | None = Field(
+        default=None, description="What predictions follow from; None: of an older plan."
+    )
     capabilities: tuple[str, ...] = ()
     routing: RoutingPolicy = RoutingPolicy()
     fallback: tuple[str, ...] = Field(default=(), description="Models that may answer instead.")

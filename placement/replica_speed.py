@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import NormalDist
 
 from placement.architecture import Architecture
-from placement.calibration import setup_of
+from placement.calibration import Calibration, SpeedCorrection
 from placement.candidate import Candidate, Device
-from placement.efficiency import (
+from placement.costs import (
     NO_MESSAGE,
     Collective,
-    Efficiency,
-    all_reduce,
-    efficiency_of,
-    exchange,
-    send,
+    DraftCost,
+    ReplicaSpeed,
+    StageSpeed,
 )
+from placement.efficiency import all_reduce, efficiency_of, exchange, send
 from placement.fitted import FITTED, UNKNOWN, Constants, Errors
 from placement.kernels import kernels_per_pass
 from placement.memory import kv_layout, memory_use, stages_of
 from placement.notes import weight_only
 from placement.parameters import Parameters, count_parameters, rank_parameters
 from placement.pipeline import whole_model
+from placement.setups import SpeedSetup
 from placement.weight_bytes import read_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class DraftCost:
-    """What a draft model costs a rank for each token that it proposes."""
-
-    read_bytes: float
-    kernels: int
-    messages: int  # all-reduces
-
-
-@dataclass(frozen=True, slots=True)
-class StageSpeed:
-    """A pipeline stage: its share of the model's layers, and how fast its GPUs would do all."""
-
-    speed: ReplicaSpeed
-    share: float
-    is_last: bool
-    send: Collective  # of its output
-    count: int = 1  # of such stages
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSpeed:
-    """A candidate's costs, from which every prediction follows. A rank's are of all its layers."""
-
-    architecture: Architecture
-    efficiency: Efficiency
-    bandwidth_bytes_per_s: float
-    flops: float  # of one rank, peak at the precision that it computes in
-    flops_16_bit: float  # of one rank, peak
-    always_read_bytes: float  # of one rank, per step
-    expert_bytes: float  # of one rank, all routed experts
-    flops_per_token: float  # of one rank
-    prefill_flops_per_token: float  # of one rank: without the head, which only the last token needs
-    expert_flops_per_token: float  # of one rank, a part of both
-    attention_flops: float  # of one rank, per token and token of context
-    kv_bytes_per_token: int
-    kernels: int  # of one pass
-    all_reduces: int  # of one pass, of a token's hidden state
-    all_reduce: Collective
-    max_num_batched_tokens: int
-    max_num_seqs: int  # of the replica
-    kv_cache_tokens: int  # of the replica
-    draft: DraftCost
-    small_messages: int = 0  # all-reduces of a few bytes
-    expert_spread: float = (
-        0.0  # of the fullest rank's experts over the mean, in standard deviations
-    )
-    experts_per_rank: float = 1.0
-    data_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    stage_imbalance: float = 1.0  # layers of the longest stage over those of an average one
-    last_stage_share: float = 1.0  # of all layers, beside the head
-    head_bytes: float = 0.0  # of one rank, a part of always_read_bytes
-    send: Collective = NO_MESSAGE
-    exchange: Collective = NO_MESSAGE
-    stages: tuple[StageSpeed, ...] = ()  # of a pipeline over nodes; else its stages are alike
-    ttft_factor: float = 1.0  # by which such engines were slower than predicted
-    tpot_factor: float = 1.0
 
 
 def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
@@ -104,10 +45,11 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
     kernels = kernels_per_pass(
         architecture, quantised_activations=_quantises_activations(candidate)
     )
-    efficiency, ttft_factor, tpot_factor = _calibrated(candidate, constants)
+    efficiency = efficiency_of(candidate, constants)
+    seen = _correction(candidate, efficiency.errors)
     return ReplicaSpeed(
         architecture=architecture,
-        efficiency=efficiency,
+        efficiency=replace(efficiency, errors=seen.errors),
         bandwidth_bytes_per_s=gpu.memory_bandwidth_bytes_per_s,
         flops=_peak_flops(candidate),
         flops_16_bit=gpu.bf16_flops,
@@ -135,8 +77,8 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
         head_bytes=_head(counted) / ranks * candidate.element_bytes,
         send=send(candidate),
         exchange=exchange(candidate),
-        ttft_factor=ttft_factor,
-        tpot_factor=tpot_factor,
+        ttft_factor=seen.ttft,
+        tpot_factor=seen.tpot,
     )
 
 
@@ -160,9 +102,12 @@ def spanning_speed(candidate: Candidate, alone: Mapping[Device, ReplicaSpeed]) -
             )
         )
     last = parts[-1].speed
+    seen = _correction(candidate, UNKNOWN)
     return replace(
         last,
-        efficiency=replace(last.efficiency, errors=UNKNOWN),
+        efficiency=replace(last.efficiency, errors=seen.errors),
+        ttft_factor=seen.ttft,
+        tpot_factor=seen.tpot,
         pipeline_parallel_size=candidate.pipeline_parallel_size,
         stages=tuple(parts),
     )
@@ -197,6 +142,7 @@ def speed_alone(
         layer_partition=(),
         rank_devices=(),
         stage_nodes=(),
+        calibration=Calibration(),  # what one node was seen to do is not what several do
     )
     return replica_speed(whole, constants=constants)
 
@@ -220,20 +166,37 @@ def with_constants(speed: ReplicaSpeed, candidate: Candidate, constants: Constan
     )
 
 
-def _calibrated(candidate: Candidate, constants: Constants) -> tuple[Efficiency, float, float]:
-    """Efficiency with the errors that are left, and factors of TTFT and TPOT."""
-    efficiency = efficiency_of(candidate, constants)
-    if not candidate.calibration.speeds:
-        return efficiency, 1.0, 1.0
-    setup = setup_of(
-        candidate, checkpoint=candidate.checkpoint.source, gpu=candidate.device.gpu.name
+def speed_setup_of(candidate: Candidate) -> SpeedSetup:
+    """What has to be alike for another engine's speed to be that of `candidate`."""
+    names = [candidate.device.gpu.name]
+    if candidate.stage_nodes:
+        stages = range(candidate.pipeline_parallel_size)
+        names = [candidate.stage_devices(stage)[0].gpu.name for stage in stages]
+    return SpeedSetup(
+        checkpoint=candidate.checkpoint.source,
+        precision=candidate.precision,
+        gpu="+".join(names),
+        engine=candidate.engine,
+        dtype=candidate.dtype,
+        kv_cache_dtype=candidate.kv_cache_dtype,
+        tensor_parallel_size=candidate.tensor_parallel_size,
+        pipeline_parallel_size=candidate.pipeline_parallel_size,
+        data_parallel_size=candidate.data_parallel_size,
+        expert_parallel=candidate.expert_parallel,
+        decode_context_parallel_size=candidate.decode_context_parallel_size,
+        enable_eplb=candidate.enable_eplb,
+        num_nodes=candidate.num_nodes,
+        link=candidate.device.link if candidate.num_ranks > 1 else "",
+        adapters=candidate.lora is not None,
+        engine_args=shlex.join(candidate.extra_args),
     )
-    seen = candidate.calibration.speed(setup)
-    if seen is None:
-        return efficiency, 1.0, 1.0
-    ttft, ttft_error = seen.ttft.corrected(efficiency.errors.ttft)
-    tpot, tpot_error = seen.tpot.corrected(efficiency.errors.tpot)
-    return replace(efficiency, errors=Errors(tpot_error, ttft_error)), ttft, tpot
+
+
+def _correction(candidate: Candidate, errors: Errors) -> SpeedCorrection:
+    """What such engines were seen to do, where predictions alone are off by `errors`."""
+    if not candidate.calibration.speeds:
+        return SpeedCorrection(errors)
+    return candidate.calibration.speed_correction(speed_setup_of(candidate), errors)
 
 
 def _rank(candidate: Candidate) -> Parameters:

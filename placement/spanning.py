@@ -24,28 +24,21 @@ from placement.candidates import (
 )
 from placement.capacity import DEFAULT_DEMAND
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
+from placement.costs import ReplicaSpeed
 from placement.fleet import FleetModel
 from placement.inventory import Pool
 from placement.layer_split import slowest_s, split_layers
 from placement.legality import first_rejection
+from placement.node_orders import Nodes, orders
 from placement.node_sets import MOST_NODES, Kind, NodeSet, NodeSets, sizes_of, worth_a_look
 from placement.option import carried
 from placement.plan import Rejection
-from placement.replica_speed import ReplicaSpeed, recut, spanning_speed, speed_alone
+from placement.replica_speed import recut, spanning_speed, speed_alone
 from placement.stage_times import StageMemories, StageTimes, stage_times
 
 _REQUESTS = (1, 8, 64, 256)  # that the cache should hold, of the demand's mean lengths
 _MOST_ORDERS = 4  # of the nodes, the fastest, that are looked at closely
 _MEMORY_RULES = frozenset({"weights-exceed-memory", "kv-cache-below-one-request"})
-
-
-@dataclass(frozen=True, slots=True)
-class Nodes:
-    """GPUs of one node of a pool."""
-
-    pool: Pool
-    device: Device
-    gpus: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +197,7 @@ class _Search:
     ) -> list[tuple[tuple[Nodes, ...], Candidate, ReplicaSpeed]]:
         """The orders of the nodes whose slowest stage is fastest, with the fewest requests."""
         found = []
-        for order in _orders(nodes):
+        for order in orders(nodes):
             candidate = self._uncut(order, ranks)
             speed = spanning_speed(candidate, self._speeds_alone(candidate))
             times = self._times(candidate, speed, 1)
@@ -289,32 +282,6 @@ class _Search:
                 )
             )
         return self._memories[key]
-
-
-def _orders(nodes: Sequence[Nodes]) -> Iterator[tuple[Nodes, ...]]:
-    """Orders of the stages' nodes: any kind may have the first of them, and any the last.
-
-    Nodes that are alike stay together otherwise, and kinds between the ends stand by their network's
-    speed, so that few sends wait for a slow network.
-    """
-    alike: dict[Device, list[Nodes]] = {}
-    for each in nodes:
-        alike.setdefault(each.device, []).append(each)
-    blocks = list(alike.values())
-    for first, last in itertools.product(range(len(blocks)), repeat=2):
-        head, tail = blocks[first], blocks[last]
-        if first == last:
-            if len(blocks) > 1 and len(head) == 1:
-                continue
-            head, tail = head[:-1], head[-1:]
-        between = [block for at, block in enumerate(blocks) if at not in (first, last)]
-        falling = bool(head) and _network(head[0]) > _network(tail[0])
-        between.sort(key=lambda block: _network(block[0]), reverse=falling)
-        yield tuple(itertools.chain(head, *between, tail))
-
-
-def _network(nodes: Nodes) -> float:
-    return nodes.device.inter_node_bytes_per_s or 0.0
 
 
 def _untried(checkpoint: Checkpoint, sets: NodeSets) -> Rejection:

@@ -8,12 +8,12 @@ import numpy as np
 
 from placement.candidate import Candidate, Device
 from placement.capacity import DEFAULT_DEMAND
+from placement.costs import ReplicaSpeed, StageSpeed
 from placement.fleet import FleetModel
 from placement.layer_split import Times
 from placement.memory import stage_memory
 from placement.performance import prompt_cost, stage_s
 from placement.pipeline import Stage
-from placement.replica_speed import ReplicaSpeed, StageSpeed
 
 
 @dataclass(frozen=True, slots=True)

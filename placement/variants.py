@@ -15,7 +15,9 @@ from placement.option import Option, quality, ranks, stressed
 from placement.performance import predict
 from placement.placing import Pools, ReplicaGpus, placements
 from placement.plan import Plan, Predicted, StageNodes, Variant
+from placement.planned_speed import PlannedSpeed
 from placement.question import Question
+from placement.replica_speed import speed_setup_of
 from placement.shape import make_shape
 
 
@@ -230,6 +232,7 @@ def _variant(
         capacity_requests_per_s=option.capacity.requests_per_s,
         limited_by=option.capacity.broken_promise,
         predicted=_predicted(wish, option, total_rate),
+        speed=PlannedSpeed(setup=option.setup or speed_setup_of(candidate), costs=option.speed),
         capabilities=model.capabilities,
         routing=wish.routing,
         fallback=wish.fallback,

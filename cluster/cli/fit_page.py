@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cli.fit_fleet import fleet_yaml
+from cluster.cli.render import error_bar
 from placement.catalogue import ModelSpec, VendorFigures
 from placement.fit_answer import FitAnswer, FitRanking, FitShape
 from placement.fit_claims import Claim
@@ -171,19 +172,14 @@ def _shapes(shapes: Sequence[FitShape]) -> RenderableType:
             f"{shape.max_model_len:,}",
             f"{shape.kv_cache_tokens:,}",
             f"{shape.max_concurrency:.1f}",
-            f"{shape.prediction.ttft_s:.2f} s{_error(shape.prediction.ttft_error)}",
-            f"{shape.prediction.tpot_ms:.1f} ms{_error(shape.prediction.tpot_error)}",
+            f"{shape.prediction.ttft_s:.2f} s{error_bar(shape.prediction.ttft_error)}",
+            f"{shape.prediction.tpot_ms:.1f} ms{error_bar(shape.prediction.tpot_error)}",
             f"{shape.prediction.output_tokens_per_s:.0f}",
             shape.limit,
         )
     if len(shapes) > _MOST_SHAPES:
         table.add_row(f"... {len(shapes) - _MOST_SHAPES} more (--json)")
     return table
-
-
-def _error(relative: float | None) -> str:
-    """Mean error of the prediction, as it was measured elsewhere."""
-    return "" if relative is None else f" ±{relative:.0%}"
 
 
 def _rejections(rejected: Sequence[Rejection]) -> list[RenderableType]:

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.messages import FleetStatus, ReplicaStatus, VariantStatus
+from cluster.messages import FleetStatus, ReplicaStatus, SpeedStatus, VariantStatus
 from placement.errors import DoesNotFit
 from placement.plan import Plan, Robustness, Variant
 
@@ -80,7 +80,8 @@ def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableTy
     now_s = time.time() if now_s is None else now_s
     table = Table(
         "model", "variant", "ready", "state", "nodes and GPUs",
-        "weights/GPU plan/actual", "KV tokens plan/actual", "load", "last event",
+        "weights/GPU plan/actual", "KV tokens plan/actual", "load", "speed plan/actual",
+        "last event",
         box=None,
     )  # fmt: skip
     failures: list[RenderableType] = []
@@ -112,6 +113,11 @@ def beside_gpus(variant: Variant) -> str:
     return f" + {variant.shape.host_memory_bytes / GIB:.1f} GiB host"
 
 
+def error_bar(relative: float | None) -> str:
+    """What a prediction may be wrong by."""
+    return "" if relative is None else f" ±{relative:.0%}"
+
+
 def age(seconds: float) -> str:
     """`12 s`, `5 min`, `3 h`, `2 d`."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
@@ -137,7 +143,20 @@ def _variant_row(variant: VariantStatus, now_s: float) -> tuple[RenderableType, 
         "",
         "",
         f"{variant.in_flight:.1f} in flight, {variant.queued} waiting",
+        Text("" if variant.speed is None else _speed(variant.speed)),
         Text(last),
+    )
+
+
+def _speed(speed: SpeedStatus) -> str:
+    """For the load of the newest window that counted."""
+    last = speed.last
+    if last is None:
+        return f"not compared: {speed.not_counted}"
+    return (
+        f"TPOT {last.predicted_tpot_ms:.3g}{error_bar(last.tpot_error)} / "
+        f"{last.observed_tpot_ms:.3g} ms, TTFT {last.predicted_ttft_s:.2g}"
+        f"{error_bar(last.ttft_error)} / {last.observed_ttft_s:.2g} s"
     )
 
 
@@ -182,6 +201,7 @@ def _replica_row(variant: VariantStatus, replica: ReplicaStatus) -> tuple[Render
         f"{variant.planned_weights_bytes / GIB:.3f} / {weights}",
         f"{variant.planned_kv_cache_tokens:,} / {tokens}",
         f"{replica.running} running, {replica.waiting} waiting{_balance(replica)}",
+        "",
         "",
     )
 

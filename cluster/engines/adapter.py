@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from placement.plan import Variant
+from placement.speed_window import EngineCounters
 
 MEETING = "meeting the other ranks"  # the stage of a rank that waits for those of other nodes
 
@@ -43,6 +44,9 @@ class EngineLoad:
     waiting: int
     kv_cache_usage: float  # 0..1
     kv_cache_tokens: int | None = None  # held now, of an engine that tells no share
+    counters: EngineCounters | None = field(default=None, compare=False)  # None: it does not tell
+    # The newest task of each slot, of an engine that counts no answers but their tokens.
+    tasks: frozenset[tuple[int, int]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

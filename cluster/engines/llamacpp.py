@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch, Rank
 from cluster.errors import EngineFailed
 from placement.plan import Variant
+from placement.speed_window import EngineCounters
 
 MIB = 2**20
 
@@ -25,7 +26,7 @@ _STAGES = (
 )
 _CELLS = re.compile(r"llama_kv_cache: size = .*?\(\s*(\d+) cells")
 _WEIGHTS = re.compile(r"load_tensors: +(\S+) model buffer size = +([\d.]+) MiB")
-_METRIC = re.compile(r"^llamacpp:requests_(processing|deferred) (\S+)$", re.MULTILINE)
+_METRIC = re.compile(r"^llamacpp:(\w+) (\S+)$", re.MULTILINE)
 _PLANNED_SOURCE = ("--model", "--hf-repo")
 
 
@@ -89,24 +90,40 @@ class LlamacppEngine:
         )
 
     def load(self, *pages: str) -> EngineLoad:
-        """Requests of `/metrics`; tokens that the busy slots of `/slots` hold."""
-        metrics, slots = pages
-        values = {name: int(float(value)) for name, value in _METRIC.findall(metrics)}
+        """Requests and totals of `/metrics`; tasks, and tokens that busy slots hold, of `/slots`."""
+        metrics, slots = pages[0], json.loads(pages[1])
+        values = {name: float(value) for name, value in _METRIC.findall(metrics)}
         return EngineLoad(
-            running=values.get("processing", 0),
-            waiting=values.get("deferred", 0),
+            running=int(values.get("requests_processing", 0)),
+            waiting=int(values.get("requests_deferred", 0)),
             kv_cache_usage=0.0,
             kv_cache_tokens=sum(
-                slot.get("n_prompt_tokens", 0)
-                for slot in json.loads(slots)
-                if slot["is_processing"]
+                slot.get("n_prompt_tokens", 0) for slot in slots if slot["is_processing"]
             ),
+            counters=_counters(values),
+            tasks=frozenset((slot["id"], slot["id_task"]) for slot in slots if "id_task" in slot),
         )
 
     def expert_balance(self, log: str) -> float | None:
         """It spreads no experts over ranks."""
         del log
         return None
+
+
+def _counters(values: Mapping[str, float]) -> EngineCounters | None:
+    """A prompt is counted when it was read, the tokens of an answer when it has ended."""
+    if "prompt_seconds_total" not in values or "tokens_predicted_seconds_total" not in values:
+        return None
+    cached = values.get("prompt_tokens_cached_total", 0.0)
+    return EngineCounters(
+        prompts=0.0,
+        ttft_s=values["prompt_seconds_total"],
+        prompt_tokens=values.get("prompt_tokens_total", 0.0) + cached,
+        cached_tokens=cached,
+        intervals=values.get("tokens_predicted_total", 0.0),
+        intervals_s=values["tokens_predicted_seconds_total"],
+        drafted=values.get("spec_decode_num_draft_tokens_total", 0.0),
+    )
 
 
 def _is_host(buffer: str) -> bool:

@@ -37,6 +37,16 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S,
         ).labels(**self._labels)
 
+        self._intervals = (0, 0.0)  # between tokens: how many, and their seconds
+        # Together as vLLM's histogram without its buckets; a step of a full batch has hundreds.
+        self._gauge("inter_token_latency_seconds_count", lambda: self._intervals[0])
+        self._gauge("inter_token_latency_seconds_sum", lambda: self._intervals[1])
+
+    def intervals(self, number: int, seconds: float) -> None:
+        """As many requests got a token, `seconds` after their last one."""
+        count, total = self._intervals
+        self._intervals = (count + number, total + number * seconds)
+
     def text(self) -> bytes:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)

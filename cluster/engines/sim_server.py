@@ -80,10 +80,12 @@ class SimulatedEngine:
                 due_s = loop.time()
                 continue
             step_s = step.duration_s / self._settings.speed * self._drill.slowdown
-            due_s = max(due_s, loop.time() - _MAX_LAG_S) + step_s
-            await asyncio.sleep(due_s - loop.time())
+            begun_s = loop.time()
+            due_s = max(due_s, begun_s - _MAX_LAG_S) + step_s
+            await asyncio.sleep(due_s - begun_s)
             deltas = self._batch.finish(step)
             self._metrics.generation_tokens.inc(len(deltas))
+            self._metrics.intervals(len(step.decodes), loop.time() - begun_s)
             for generation, delta in deltas:
                 self._answers[generation].put_nowait(delta)
 
@@ -113,6 +115,30 @@ class SimulatedEngine:
         """The page that `/metrics` shows."""
         return self._metrics.text().decode()
 
+    def begin(self, generation: Generation) -> None:
+        """Queue a request, to be followed by `first`, `following` until it has ended, and `end`."""
+        self._answers[generation] = asyncio.Queue()
+        self._batch.add(generation)
+        self._work.set()
+
+    async def first(self, generation: Generation) -> Delta:
+        """Its first token."""
+        loop = asyncio.get_running_loop()
+        arrived_s = loop.time()
+        delta = await self.following(generation)
+        self._metrics.time_to_first_token.observe(loop.time() - arrived_s)
+        self._metrics.prompt_tokens.inc(generation.prompt_tokens)
+        return delta
+
+    async def following(self, generation: Generation) -> Delta:
+        """Its next token."""
+        return await self._answers[generation].get()
+
+    def end(self, generation: Generation) -> None:
+        """Forget it, whether it has ended or not."""
+        del self._answers[generation]
+        self._batch.remove(generation)
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = parse(await request.read(), ChatRequest)
         return await self._generate(request, body)
@@ -138,9 +164,7 @@ class SimulatedEngine:
             prompt_token_ids=prompt_of(body) if wants_ids else None,
         )
         self._drill.arrived(request_id)
-        self._answers[generation] = asyncio.Queue()
-        self._batch.add(generation)
-        self._work.set()
+        self.begin(generation)
         try:
             if not body.stream:
                 return await self._whole(request, generation, answer)
@@ -150,17 +174,16 @@ class SimulatedEngine:
             self._drill.departed(request_id)
             raise
         finally:
-            del self._answers[generation]
-            self._batch.remove(generation)
+            self.end(generation)
 
     async def _whole(
         self, request: web.Request, generation: Generation, answer: Answer
     ) -> web.Response:
-        deltas = [await self._first(generation)]
+        deltas = [await self.first(generation)]
         await self._drill.after(0, request)
         while deltas[-1].finish_reason is None:
             await self._drill.after(len(deltas), request)
-            deltas.append(await self._answers[generation].get())
+            deltas.append(await self.following(generation))
         return web.json_response(answer.whole(deltas, usage_of(generation, len(deltas))))
 
     async def _stream(
@@ -170,7 +193,7 @@ class SimulatedEngine:
         await response.prepare(request)
         await self._drill.after(0, request)
         every = options.include_usage and options.continuous_usage_stats
-        delta = await self._first(generation)
+        delta = await self.first(generation)
         await response.write(answer.opening(usage_of(generation, 0) if every else None))
         for number in itertools.count(1):
             event = answer.chunk(
@@ -183,19 +206,11 @@ class SimulatedEngine:
             await self._drill.after(number, request)
             if delta.finish_reason:
                 break
-            delta = await self._answers[generation].get()
+            delta = await self.following(generation)
         usage = usage_of(generation, number) if options.include_usage else None
         await response.write(answer.closing(usage))
         await response.write_eof()
         return response
-
-    async def _first(self, generation: Generation) -> Delta:
-        loop = asyncio.get_running_loop()
-        arrived_s = loop.time()
-        delta = await self._answers[generation].get()
-        self._metrics.time_to_first_token.observe(loop.time() - arrived_s)
-        self._metrics.prompt_tokens.inc(generation.prompt_tokens)
-        return delta
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = parse(await request.read(), TokenizeRequest)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from placement.candidate import Candidate, simulated_device
 from placement.catalogue import Checkpoint
-from placement.efficiency import Collective
+from placement.costs import Collective
 from placement.fitted import FITTED, Constants
 from placement.performance import Load, ReplicaSpeed, predict
 from placement.plan import Prediction

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from placement.efficiency import Collective
+from placement.costs import Collective
 from placement.performance import ReplicaSpeed, predict, prefill_s, prefill_work_s, room, step_s
 from placement.plan import Prediction
 from tests.accuracy.latency import Run, without_losses

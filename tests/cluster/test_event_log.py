@@ -129,6 +129,7 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
         events=log,
         failure="",
         lifecycle=a_lifecycle(log),
+        speed=None,
         now_s=130.0,
     )
     variant = variant.model_copy(

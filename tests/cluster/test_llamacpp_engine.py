@@ -129,6 +129,28 @@ async def test_chat_and_load(tmp_path: Path):
     assert 0.1 < most_used <= 1
 
 
+async def test_speed_is_read_from_its_pages(tmp_path: Path):
+    """Two answers one after the other to the same prompt, most of which is still in the cache."""
+    async with running(planned("nano-7b", "q8_0"), tmp_path) as engine:
+        assert await engine.observe()
+        before, tasks = engine.load.counters, engine.load.tasks
+        for _ in range(2):
+            await ask(engine, "/completion", {"prompt": PROMPT * 9, "n_predict": 16})
+        assert await engine.observe()
+        after = engine.load.counters
+
+    assert before is not None
+    assert after is not None
+    done = after.since(before)
+    assert done is not None
+    assert done.intervals == 32  # tokens, which the meter takes the first ones from
+    assert done.prompt_tokens > 2 * 9 * len(PROMPT.split())
+    assert 0.4 * done.prompt_tokens < done.cached_tokens < 0.5 * done.prompt_tokens
+    assert done.ttft_s > 0
+    assert done.intervals_s > 0
+    assert len((engine.load.tasks or frozenset()) - (tasks or frozenset())) >= 1
+
+
 async def test_a_request_has_the_context_that_was_planned_and_not_more(tmp_path: Path):
     async with running(planned(), tmp_path) as engine:
         answer = await ask(engine, "/v1/completions", {"prompt": "x", "temperature": 0})

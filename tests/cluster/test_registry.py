@@ -176,6 +176,33 @@ def test_who_reported_before_serve_was_asked_and_is_unknown_to_it_is_lost():
     assert {report.replica for report in registry.reports} == {"lives", "new"}
 
 
+def test_a_lost_replica_that_goes_on_reporting_stays_out_until_serve_knows_it_again():
+    registry = Registry(timeout_s=10.0)
+    registry.report(a_report(replica="cut off"), now_s=0)
+    registry.lost(set(), begun_s=4)
+
+    assert not registry.report(a_report(replica="cut off"), now_s=5)
+    assert registry.get("cut off") is None
+    registry.lost(set(), begun_s=6)
+    assert not registry.report(a_report(replica="cut off"), now_s=7)
+
+    registry.lost({"cut off"}, begun_s=8)
+    assert registry.report(a_report(replica="cut off"), now_s=9)
+
+
+def test_a_lost_replica_is_remembered_only_while_it_reports():
+    registry = Registry(timeout_s=10.0)
+    registry.report(a_report(replica="r"), now_s=0)
+    registry.lost(set(), begun_s=1)
+    registry.report(a_report(replica="r"), now_s=5)
+
+    registry.expire(now_s=14)
+    assert not registry.report(a_report(replica="r"), now_s=14)
+    registry.expire(now_s=25)
+
+    assert registry.report(a_report(replica="r"), now_s=25)
+
+
 def test_a_shape_that_is_being_replaced_serves_with_its_own_limits():
     registry = Registry()
     old = a_variant()

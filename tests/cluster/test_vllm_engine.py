@@ -30,6 +30,7 @@ pytestmark = pytest.mark.engine
 
 ENGINE = VllmEngine()
 API_KEY = "secret"
+ENDLESS = {"temperature": 0, "ignore_eos": True}
 PROMPTS = (
     "The bora blows",
     "def fibonacci(n):",
@@ -224,6 +225,26 @@ def test_load_is_read_from_the_metrics(engine: Running) -> None:
     assert "vllm:num_requests_waiting" in metrics
     assert "vllm:kv_cache_usage_perc" in metrics
     assert ENGINE.load(metrics).running == 0
+
+
+def test_speed_is_read_from_the_metrics(engine: Running) -> None:
+    """Two answers of 16 tokens to the same long prompt, which the prefix cache has afterwards."""
+    before = ENGINE.load(engine.ask("/metrics")).counters
+    assert before is not None
+    for _ in range(2):
+        engine.ask("/v1/completions", {"prompt": "Rain. " * 400, "max_tokens": 16, **ENDLESS})
+
+    after = ENGINE.load(engine.ask("/metrics")).counters
+    assert after is not None
+    done = after.since(before)
+
+    assert done is not None
+    assert (done.prompts, done.intervals) == (2, 30)
+    assert done.prompt_tokens > 2 * 400
+    assert 0.3 * done.prompt_tokens < done.cached_tokens <= 0.5 * done.prompt_tokens
+    assert done.ttft_s > 0
+    assert done.intervals_s > 0
+    assert done.preemptions == done.drafted == 0
 
 
 def test_stages_are_told_while_it_starts(engine: Running) -> None:

@@ -51,6 +51,20 @@ async def test_an_endpoint_that_refuses_connections_is_gone_around_and_then_avoi
             assert in_flight(gateway) == 0
 
 
+async def test_a_request_that_no_engine_got_yet_is_taken_past_any_number_of_dead_ones() -> None:
+    async with an_engine() as engine:
+        dead = [an_endpoint(NOBODY, id=f"dead-{n}", max_in_flight=64) for n in range(5)]
+        table = a_table(*dead, an_endpoint(engine, max_in_flight=1))
+        async with (
+            a_gateway(table, limits={"max_attempts": 1}) as gateway,
+            a_client(gateway) as client,
+            client.post(CHAT, json=a_chat()) as response,
+        ):
+            assert response.status == 200
+            assert await metric(client, "bora_gateway_retries_total", model="chat") > 1
+            assert in_flight(gateway) == 0
+
+
 async def test_a_suspect_endpoint_is_still_used_when_there_is_no_other() -> None:
     async with (
         an_engine(die_before_answer=True) as engine,

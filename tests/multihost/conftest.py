@@ -28,6 +28,18 @@ _PACKAGES = {
     "ps": "procps",
     "redis-server": "redis-server",
 }
+_CPU_HOSTS = {
+    "node_config": {},
+    "resources": {"CPU": 2, "bora_slot": 1},
+    "labels": {
+        "bora.pool": "cpu",
+        "bora.gpu": "cpu",
+        "bora.memory-gib": "6",
+        "bora.kv-cache-gib": "1",
+    },
+    "min_workers": 1,
+    "max_workers": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +60,11 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Pools of 4090, A100 and H100; of the two H100 hosts one is down."""
+    """Pools of 4090, A100 and H100, of whose two hosts one is down, and one without GPUs."""
     if os.geteuid() != 0:
         pytest.fail("hosts with their own networks need root: sudo make test-multihost")
     install_missing()
-    with running_lab("head", "r1", "a1", "h1", "h2", shown=[ROOT]) as lab:
+    with running_lab("head", "r1", "a1", "h1", "h2", "c1", shown=[ROOT]) as lab:
         for host in lab.hosts.values():
             install_bora(host)
         home = lab.hosts[OPERATOR].folder / "root"
@@ -98,6 +110,9 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
     )
     cluster: dict[str, Any] = yaml.safe_load(onprem_yaml(wanted, catalogue))
     cluster["available_node_types"]["h100"]["min_workers"] = 1
+    cluster["available_node_types"]["cpu"] = _CPU_HOSTS
+    cluster["provider"]["pools"]["cpu"] = [lab.address("c1")]
+    cluster["max_workers"] += 1
     cluster["provider"]["drain_s"] = 20
     return cluster
 

@@ -32,6 +32,7 @@ models:
      max_model_len: 8192}
   - {name: large, model: mistral-large-2411, engine: sim, pools: [h100], tensor_parallel_size: 8,
      max_model_len: 8192}
+  - {name: nano, model: nano-large-3, max_model_len: 2048, max_num_seqs: 8, pools: [cpu]}
 gateway: {http_port: 8000, grpc_port: 8001, host: 0.0.0.0, replicas: 2}
 """
 INVENTORY = """
@@ -39,8 +40,10 @@ pools:
   - {name: rtx4090, gpu: RTX-4090, gpus_per_node: 4}
   - {name: a100, gpu: A100-80-SXM, gpus_per_node: 8}
   - {name: h100, gpu: H100-SXM, gpus_per_node: 8, nodes: 2}
+  - {name: cpu, gpu: cpu, gpus_per_node: 1, memory_gib_per_gpu: 6,
+     kv_cache_gib_per_gpu: 1}
 """
-HOST_OF = {"small": "r1", "chat": "a1", "large": "h2"}
+HOST_OF = {"small": "r1", "chat": "a1", "large": "h2", "nano": "c1"}
 
 
 def nodes(cluster: Cluster) -> list[dict[str, Any]]:
@@ -61,10 +64,11 @@ def test_ray_up_starts_every_pool_and_passes_over_a_host_that_is_down(cluster: C
     cluster.ray("up")
 
     told("ray up", started_s)
-    eventually(lambda: len(nodes(cluster)) == 4, 90, 1.0)
-    told("four nodes", started_s)
+    eventually(lambda: len(nodes(cluster)) == 5, 90, 1.0)
+    told("five nodes", started_s)
     assert [(node["host"], node["pool"], node["gpus"]) for node in nodes(cluster)] == [
         ("a1", "a100", 8),
+        ("c1", "cpu", 0),
         ("h2", "h100", 8),
         ("head", "", 0),
         ("r1", "rtx4090", 4),
@@ -93,7 +97,7 @@ def test_a_mixed_fleet_runs_on_its_pools(cluster: Cluster):
     (home / "fleet.yaml").write_text(textwrap.dedent(FLEET))
     started_s = time.monotonic()
 
-    cluster.bora(f"deploy ~/fleet.yaml --address {cluster.lab.address('head')}:6379")
+    cluster.bora(f"deploy ~/fleet.yaml --address {cluster.lab.address('head')}:6379", timeout_s=300)
 
     told("bora deploy", started_s)
     status = json.loads(cluster.bora("status --json"))
@@ -107,7 +111,7 @@ def test_a_mixed_fleet_runs_on_its_pools(cluster: Cluster):
 
 @pytest.mark.parametrize("model", HOST_OF)
 def test_gateways_on_two_hosts_answer(cluster: Cluster, model: str):
-    body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 4})
+    body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 4, "temperature": 0})
     answers = set()
     for host in ("head", "r1"):  # the head, and then by address
         url = f"http://{cluster.lab.address(host)}:8000/v1/completions"
@@ -187,5 +191,5 @@ def test_ray_down_lets_streams_finish_and_leaves_no_process(cluster: Cluster):
     told("ray down", started_s)
     assert "No nodes remaining" in said
     assert cluster.lab.run(OPERATOR, "tail -n 2 chat.stream").strip() == "data: [DONE]"
-    for host in ("head", "r1", "a1", "h1", "h2"):
+    for host in ("head", "r1", "a1", "h1", "h2", "c1"):
         assert cluster.lab.processes(host) == []
