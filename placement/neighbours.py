@@ -13,9 +13,9 @@ from random import Random
 
 from placement.milp import Answer, Limits, Program
 
-_TOGETHER = 4  # models: their program is small, and yet they can change places
-_SHARE = 2  # nodes of the solver's tree that a round stands for
-_GAP, _NODES = 1e-4, 50  # of a round's own program
+_FEWEST, _MOST = 3, 8  # models: their program is small, and yet they can change places
+_PATIENCE = 5  # rounds without a better answer, then one model more
+_ROUND_GAP, _ROUND_NODES = 5e-4, 50  # of a round's own program
 
 
 def improved(
@@ -26,26 +26,46 @@ def improved(
     Rounds end when the answer is as near to its bound as `limits` want, or their time or number is
     up. The bound stays what it was.
     """
-    gap = limits.gap_for(program.width)
-    left_s = limits.time_s - answer.seconds
-    random = Random(0)  # noqa: S311 - the same plan every time
-    for _ in range(limits.nodes_for(program.width) // _SHARE):
-        if answer.cost - answer.bound <= gap * abs(answer.cost) or left_s <= 0:
+    gap, random = limits.gap_for(program.width), Random(0)  # noqa: S311 - always the same plan
+    effort = _FEWEST**2 * limits.nodes_for(program.width)  # a round's grows as its program does
+    together, failed = _FEWEST, 0
+    while effort > 0 and answer.cost - answer.bound > gap * abs(answer.cost):
+        left_s = limits.time_s - answer.seconds
+        if left_s <= 0:
             break
-        chosen = random.sample(range(len(columns_of)), min(_TOGETHER, len(columns_of)))
-        free = {column for model in chosen for column in columns_of[model]}
-        held = {
-            column: answer.values[column]
-            for columns in columns_of
-            for column in columns
-            if column not in free
-        }
-        round_limits = Limits(time_s=left_s, gap=_GAP, nodes=_NODES)
-        found = program.with_fixed(held).solve(round_limits, answer.values)
-        if found is None:
-            continue
-        left_s -= found.seconds
-        answer = replace(answer, seconds=answer.seconds + found.seconds)
+        chosen = random.sample(range(len(columns_of)), min(together, len(columns_of)))
+        found = _chosen_anew(program, answer, columns_of, chosen, left_s)
+        effort -= together**2
         if found.cost < answer.cost:
-            answer = replace(answer, values=found.values, cost=found.cost)
+            failed = 0
+        else:
+            failed += 1
+        if failed == _PATIENCE:
+            together, failed = min(_MOST, together + 1), 0
+        answer = found
     return answer
+
+
+def _chosen_anew(
+    program: Program,
+    answer: Answer,
+    columns_of: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    time_s: float,
+) -> Answer:
+    """The answer with the replicas of these models at their best, the others' held."""
+    free = {column for model in chosen for column in columns_of[model]}
+    held = {
+        column: answer.values[column]
+        for columns in columns_of
+        for column in columns
+        if column not in free
+    }
+    limits = Limits(time_s=time_s, gap=_ROUND_GAP, nodes=_ROUND_NODES)
+    found = program.with_fixed(held).solve(limits, answer.values)
+    if found is None:
+        return answer
+    seconds = answer.seconds + found.seconds
+    if found.cost >= answer.cost:
+        return replace(answer, seconds=seconds)
+    return replace(answer, values=found.values, cost=found.cost, seconds=seconds)

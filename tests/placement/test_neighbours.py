@@ -21,14 +21,14 @@ def rounded_down(form: Formulation) -> Answer:
 
 
 @pytest.mark.parametrize("objective", ["cost", "throughput"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_answer_gets_no_dearer_keeps_every_need_and_the_bound(seed: int, objective: str) -> None:
     problem = a_large_problem(seed, objective=objective)
     form = Formulation(problem)
     before = rounded_down(form)
     columns = [form.columns_of(model) for model in range(len(problem.needs))]
 
-    after = improved(form.program, before, columns, Limits(gap=0.0, nodes=40, time_s=60))
+    after = improved(form.program, before, columns, Limits(gap=0.0, nodes=10, time_s=60))
     counts = form.counts(after)
 
     assert after.cost <= before.cost
@@ -46,7 +46,7 @@ def test_it_is_the_same_every_time_and_better_than_the_start() -> None:
     columns = [form.columns_of(model) for model in range(len(problem.needs))]
 
     one, two = (
-        improved(form.program, before, columns, Limits(gap=0.0, nodes=40, time_s=60))
+        improved(form.program, before, columns, Limits(gap=0.0, nodes=10, time_s=60))
         for _ in range(2)
     )
 
@@ -81,10 +81,8 @@ def test_a_program_with_columns_held_keeps_them_and_the_others_are_free() -> Non
     assert free.values == (5.0, 0.0)
 
 
-@pytest.mark.parametrize("objective", ["cost", "throughput"])
-@pytest.mark.parametrize("seed", range(2))
-def test_where_not_all_demands_can_be_met_the_gap_is_small_too(seed: int, objective: str) -> None:
-    problem = a_large_problem(seed, objective=objective)
+def test_where_not_all_demands_can_be_met_the_gap_is_small_too() -> None:
+    problem = a_large_problem(0, objective="throughput")
     needs = tuple(replace(need, rate=2.0 * need.rate) for need in problem.needs)
     problem = replace(problem, needs=needs)
 
