@@ -24,22 +24,48 @@ from placement.fleet import GatewaySpec
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
 
+# Ray keeps the name of every method of an actor's class, inherited and private ones too, and refuses
+# to start it again where newer code lacks one. So these have only the methods that are called.
 
-class ControllerActor(Controller):
+
+class ControllerActor:
     """Starts by itself: when its process dies Ray makes it anew, but calls nothing on it."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
-        super().__init__(*arguments)
-        self._start = asyncio.create_task(self.start())
+        self._controller = Controller(*arguments)
+        self._start = asyncio.create_task(self._controller.start())
         self._start.add_done_callback(end_process_on_failure)
 
+    async def start(self) -> str:
+        """`Controller.start`."""
+        return await self._controller.start()
 
-class GatewayActor(GatewayHost):
+    async def report(self, text: str) -> float | None:
+        """`Controller.report`."""
+        return await self._controller.report(text)
+
+    async def gateway_ended(self, log_tail: str) -> None:
+        """`Controller.gateway_ended`."""
+        await self._controller.gateway_ended(log_tail)
+
+    async def stop(self) -> None:
+        """`Controller.stop`."""
+        await self._controller.stop()
+
+
+class GatewayActor:
     """As the controller's."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
-        super().__init__(*arguments)
-        await self.start()
+        self._host = GatewayHost(*arguments)
+        await self._host.start()
+
+    async def start(self) -> None:
+        """Returns once it has been made."""
+
+    async def stop(self) -> None:
+        """`GatewayHost.stop`."""
+        await self._host.stop()
 
 
 HEAD = "node:__internal_head__"  # resource of the head alone, which may share its address
