@@ -13,7 +13,8 @@ from random import Random
 
 from placement.milp import Answer, Limits, Program
 
-_FEWEST, _MOST = 3, 8  # models: their program is small, and yet they can change places
+_FEWEST, _MOST = 3, 6  # models: their program is small, and yet they can change places
+_EFFORT = 6  # of all rounds, for a node of the solver's tree
 _PATIENCE = 5  # rounds without a better answer, then one model more
 _ROUND_GAP, _ROUND_NODES = 5e-4, 50  # of a round's own program
 
@@ -27,13 +28,14 @@ def improved(
     up. The bound stays what it was.
     """
     gap, random = limits.gap_for(program.width), Random(0)  # noqa: S311 - always the same plan
-    effort = _FEWEST**2 * limits.nodes_for(program.width)  # a round's grows as its program does
-    together, failed = _FEWEST, 0
+    effort = _EFFORT * limits.nodes_for(program.width)  # a round's grows as its program does
+    most = min(_MOST, max(1, len(columns_of) // 2))  # else it is the whole program again
+    together, failed = min(_FEWEST, most), 0
     while effort > 0 and answer.cost - answer.bound > gap * abs(answer.cost):
         left_s = limits.time_s - answer.seconds
         if left_s <= 0:
             break
-        chosen = random.sample(range(len(columns_of)), min(together, len(columns_of)))
+        chosen = random.sample(range(len(columns_of)), together)
         found = _chosen_anew(program, answer, columns_of, chosen, left_s)
         effort -= together**2
         if found.cost < answer.cost:
@@ -41,7 +43,7 @@ def improved(
         else:
             failed += 1
         if failed == _PATIENCE:
-            together, failed = min(_MOST, together + 1), 0
+            together, failed = min(most, together + 1), 0
         answer = found
     return answer
 

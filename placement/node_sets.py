@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 MOST_NODES = 16  # of a set
-MOST_SETS = 32
+MOST_SETS = 16
 _ROOMY = 1.5  # times what the model needs
 _MOST_TRIED = 4_000  # sets whose room is counted
 

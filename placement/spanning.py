@@ -37,7 +37,7 @@ from placement.replica_speed import recut, spanning_speed, speed_alone
 from placement.stage_times import StageMemories, StageTimes, stage_times
 
 _REQUESTS = (1, 8, 64, 256)  # that the cache should hold, of the demand's mean lengths
-_MOST_ORDERS = 4  # of the nodes, the fastest, that are looked at closely
+_MOST_ORDERS, _OF_MANY = 4, 2  # of the nodes that are looked at closely; of more, the fastest
 _MEMORY_RULES = frozenset({"weights-exceed-memory", "kv-cache-below-one-request"})
 
 
@@ -205,7 +205,8 @@ class _Search:
             if split is not None:
                 found.append((slowest_s(times.whole, split), order, candidate, speed))
         found.sort(key=lambda each: each[0])
-        return [each[1:] for each in found[:_MOST_ORDERS]]
+        closely = len(found) if len(found) <= _MOST_ORDERS else _OF_MANY
+        return [each[1:] for each in found[:closely]]
 
     def _speeds_alone(self, candidate: Candidate) -> dict[Device, ReplicaSpeed]:
         ranks = candidate.tensor_parallel_size
@@ -235,7 +236,7 @@ class _Search:
             yield from splits
             fits = requests
         largest: tuple[tuple[int, ...], ...] = ()
-        while fits and too_many - fits > 1 + fits // 8:
+        while fits and too_many - fits > 1 + fits // 3:
             requests = (fits + too_many) // 2
             splits = self._fastest(candidate, speed, requests)
             if splits:
