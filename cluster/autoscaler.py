@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gateway.endpoints import ModelLoad
 from placement import scaling
+from placement.errors import ConfigError
 from placement.plan import Variant
 
 GATEWAY_TIMEOUT_S = 5.0
@@ -66,12 +67,15 @@ class Autoscaler:
     ) -> scaling.Decision | None:
         """The new target if it differs from the current one.
 
-        `siblings` are all variants of the model: each takes its share of the load.
+        `siblings` are all variants of the model: each that answers takes its share of the load,
+        and those that only read prompts follow.
         """
         if not self.gateways(now_s):
             return None  # nobody tells about the load: leave everything as it is
+        if variant.role == "prefill":
+            return self.follow(variant, siblings)
         load = self.load(variant.model, *variant.adapters)
-        share = self._share(variant, siblings or (variant,))
+        share = self._share(variant, answering(siblings) or (variant,))
         decision, self._states[variant.variant] = scaling.decide(
             self._states.get(variant.variant, scaling.ScalingState()),
             scaling.Load(in_flight=load.in_flight * share, queued=load.queued * share),
@@ -83,6 +87,20 @@ class Autoscaler:
             now_s=now_s,
         )
         return None if decision.target == self.target(variant) else decision
+
+    def follow(self, variant: Variant, siblings: Sequence[Variant]) -> scaling.Decision | None:
+        """As `decide`, of a variant that only reads prompts, from its siblings that decode."""
+        others = [each for each in siblings if each.role == "decode"]
+        replicas = sum(self.target(each) for each in others)
+        target = scaling.beside(
+            replicas,
+            planned_decoding=sum(each.replicas for each in others),
+            planned=variant.replicas,
+            bounds=variant.bounds,
+        )
+        if target == self.target(variant):
+            return None
+        return scaling.Decision(target, f"beside {replicas} decode replicas")
 
     def _share(self, variant: Variant, siblings: Sequence[Variant]) -> float:
         """Of the model's load: by routing weights (of a canary), else by slots.
@@ -96,3 +114,29 @@ class Autoscaler:
             each.variant: max(1, self.target(each)) * each.shape.max_num_seqs for each in siblings
         }
         return slots[variant.variant] / sum(slots.values())
+
+
+def answering(variants: Sequence[Variant]) -> list[Variant]:
+    """Those that answer requests; the others only read prompts."""
+    return [variant for variant in variants if variant.role != "prefill"]
+
+
+def shared_out(variants: Sequence[Variant], replicas: int) -> list[tuple[Variant, int]]:
+    """How many of so many replicas each variant of a model gets; its first variant first.
+
+    Raises:
+        ConfigError: so many, or so few, are outside of the bounds of all together.
+    """
+    least = sum(variant.bounds.min for variant in variants)
+    most = sum(variant.bounds.max for variant in variants)
+    if not least <= replicas <= most:
+        raise ConfigError(
+            f"{variants[0].model}: {replicas} replicas are outside of {least}..{most}, which "
+            f"the fleet allows; change `replicas` there and deploy it"
+        )
+    left, found = replicas - least, []
+    for variant in variants:
+        more = min(left, variant.bounds.max - variant.bounds.min)
+        found.append((variant, variant.bounds.min + more))
+        left -= more
+    return found

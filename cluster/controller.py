@@ -20,7 +20,7 @@ import ray
 
 from cluster import census, serve_apps
 from cluster.adapter_events import adapter_events
-from cluster.autoscaler import Autoscaler
+from cluster.autoscaler import Autoscaler, answering, shared_out
 from cluster.calibration_file import CALIBRATION_FILE, calibrated_catalogue
 from cluster.control_api import serve_control_api
 from cluster.deployer import Deployer
@@ -54,7 +54,7 @@ from cluster.surveyor import Surveyor
 from cluster.sync_desk import SyncDesk
 from cluster.weight_events import WeightEvents
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
-from placement.errors import ConfigError, UnknownName
+from placement.errors import UnknownName
 from placement.inventory import Inventory
 from placement.plan import Plan, Variant
 from placement.spec import dump_yaml, parse_yaml
@@ -229,22 +229,19 @@ class Controller:
     async def scale(self, model: str, replicas: int) -> None:
         """Set a model's replica count, until the load says otherwise; its first variant first.
 
+        Of a model whose prompts are read elsewhere: how many answer, and the others follow.
+
         Raises:
             UnknownName: the fleet has no such model.
+            ConfigError: so many, or so few, are outside of its bounds.
         """
-        variants = self._variants_of(model)
-        least = sum(variant.bounds.min for variant in variants)
-        most = sum(variant.bounds.max for variant in variants)
-        if not least <= replicas <= most:
-            raise ConfigError(
-                f"{model}: {replicas} replicas are outside of {least}..{most}, which "
-                f"the fleet allows; change `replicas` there and deploy it"
-            )
-        left = replicas - least
-        for variant in variants:
-            more = min(left, variant.bounds.max - variant.bounds.min)
-            await self._scale(variant, variant.bounds.min + more, "asked for")
-            left -= more
+        siblings = self._variants_of(model)
+        for variant, count in shared_out(answering(siblings), replicas):
+            await self._scale(variant, count, "asked for")
+        for variant in siblings:
+            follows = variant.role == "prefill"
+            if follows and (decision := self._autoscaler.follow(variant, siblings)):
+                await self._scale(variant, decision.target, decision.reason)
 
     async def drain(self, request: DrainRequest) -> Drained:
         """Empty a replica or a node."""

@@ -14,9 +14,9 @@ import aiohttp
 import psutil
 
 from cluster.devices import HeldDevices
-from cluster.engines.adapter import Engine, EngineFacts, EngineLoad, Rank
+from cluster.engines.adapter import Engine, EngineFacts, EngineLoad, Rank, num_ports
 from cluster.errors import EngineFailed
-from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from cluster.processes import free_ports_in_a_row, start_guarded, stop_guarded, tail
 from placement.plan import Variant
 
 LOG_TAIL_LINES = 30
@@ -84,7 +84,7 @@ class EngineProcess:
         Raises:
             EngineFailed: the engine cannot be spread over nodes.
         """
-        [port] = free_ports(1, self._host)
+        port = free_ports_in_a_row(num_ports(self._variant), self._host)
         self.url = f"http://{self._host}:{port}"
         launch = self._engine.launch(
             self._variant,

@@ -47,6 +47,11 @@ class Deployed:
         """The fleet's name for it; empty where Serve has not taken it over yet."""
         return str(self.config.get("model", ""))
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether its replicas read prompts for others and answer nothing."""
+        return self.config.get("role") == "prefill"
+
     def count(self, *states: str) -> int:
         """Replicas in one of Serve's states."""
         return sum(replica.state in states for replica in self.replicas)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,9 @@ from cluster.registry import Registry
 from cluster.rollout import Incoming, Outgoing, outgoing_targets
 from placement.errors import ConfigError, UnknownName
 from placement.plan import Variant
+from placement.routing_policy import Role
 
+_ANSWERING: tuple[Role, ...] = ("whole", "decode")
 NO_ROOM_S = 4.0  # a new replica that waits so long for GPUs finds none until an old one goes
 
 log = logging.getLogger("bora.lifecycle")
@@ -307,14 +309,23 @@ class Lifecycle:
                     self._note(model, "rollout", "done")
                 continue
             new = {key: d for key, d in served.items() if key in wanted}
-            promised = sum(self._autoscaler.target(v) for v in variants if v.model == model)
             there = self._fetched(model, [served[key] for key in old], now)
-            incoming = self._incoming(model, new, now, fetched=there)
-            targets = outgoing_targets(old, incoming, promised)
+            targets: dict[GenerationKey, int] = {}
+            for only_reads in (False, True):  # neither can stand in for the other
+                coming = {key: d for key, d in new.items() if d.only_reads == only_reads}
+                leaving = {k: each for k, each in old.items() if served[k].only_reads == only_reads}
+                incoming = self._incoming(model, coming, now, fetched=there)
+                promised = self._promised(model, ("prefill",) if only_reads else _ANSWERING)
+                targets |= outgoing_targets(leaving, incoming, promised)
             if targets != {key: each.target for key, each in old.items()}:
                 self._freed_s[model] = now.begun_s
             await self._step(targets, old)
-            self._tell(model, old, incoming, promised)
+            incoming = self._incoming(model, new, now, fetched=there)
+            self._tell(model, old, incoming, self._promised(model, ("prefill", *_ANSWERING)))
+
+    def _promised(self, model: str, roles: Collection[Role]) -> int:
+        found = [each for each in self._variants_of(model) if each.role in roles]
+        return sum(map(self._autoscaler.target, found))
 
     def _fetched(self, model: str, old: Iterable[Deployed], now: Census) -> bool:
         """Whether weights of what comes are wherever the model serves; they are brought there."""

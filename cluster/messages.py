@@ -9,6 +9,7 @@ from pydantic import Field
 
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
+from placement.routing_policy import Role
 from placement.spec import Spec
 from placement.speed_window import SpeedWindow
 
@@ -123,6 +124,7 @@ class VariantStatus(Spec):
     variant: str
     engine: str
     pool: str
+    role: Role = "whole"
     ready: int  # of the planned shape; others are being replaced
     wanted: int
     min_replicas: int

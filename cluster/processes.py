@@ -14,10 +14,11 @@ import psutil
 
 from cluster.engines import guard
 from cluster.errors import PortInUse
-from gateway.ports import free_ports
+from gateway.ports import free_ports, free_ports_in_a_row
 
 __all__ = [
     "free_ports",
+    "free_ports_in_a_row",
     "is_alive",
     "require_free_port",
     "start_guarded",

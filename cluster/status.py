@@ -31,6 +31,7 @@ def variant_status(
         variant=variant.variant,
         engine=variant.shape.engine,
         pool=variant.pool,
+        role=variant.role,
         ready=ready,
         wanted=wanted,
         min_replicas=variant.bounds.min,

@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queue-timeout-s", type=float, help="wait while all replicas are busy")
     parser.add_argument("--hold-timeout-s", type=float, help="wait for a model that scales up")
     parser.add_argument("--max-queued", type=int, help="requests that wait, per model")
+    parser.add_argument(
+        "--prefill-min-tokens",
+        type=int,
+        help="that are read at prefill endpoints, if there are any",
+    )
     parser.add_argument("--health-interval-s", type=float, help="0: no health checks")
     parser.add_argument("--max-body-bytes", type=int)
     parser.add_argument("--no-access-log", action="store_true")

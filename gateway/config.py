@@ -53,6 +53,11 @@ class Limits(Spec):
         default=10.0,
         description="An engine that is silent for this long in a stream is left for another.",
     )
+    prefill_min_tokens: NonNegativeInt = Field(
+        default=512,
+        description="Of a model with prefill endpoints: a prompt is read there from so many tokens on"
+        " that the endpoint which answers has not cached.",
+    )
     heartbeat_s: PositiveFloat = Field(
         default=10.0,
         description="A stream that waits for an engine gets a comment this often, so that it stays open.",

@@ -6,7 +6,6 @@ from gateway.call import Call, parse_object
 from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
 from gateway.engine import request_head
 from gateway.errors import BadRequest, EngineBroke
-from gateway.migration import Migration
 from gateway.routing import Lease
 from gateway.transcript import Transcript
 
@@ -16,18 +15,18 @@ _UNREAD, _LEAST_UNREAD, _MOST_UNREAD = 100_000, 16, 1024
 _LONGEST_WITH_IDS_BYTES = 512 * 1024  # else the ids of the prompt would delay the first token
 
 
-def engine_request(call: Call, lease: Lease, migration: Migration | None) -> tuple[bytes, bytes]:
+def engine_request(call: Call, lease: Lease) -> tuple[bytes, bytes]:
     """Head and body of what the engine at `lease` is asked.
 
     Raises:
         BadRequest: the client's body cannot be read, which its new name of the model would need.
         EngineBroke: that engine cannot go on with the stream.
     """
-    endpoint = lease.endpoint
-    if migration is not None:
+    endpoint, rewrite = lease.endpoint, lease.rewrite
+    if rewrite is not None:
         name = endpoint.served_model_name or endpoint.model
         try:
-            path, body = migration.request(name, by_ids=_tells_token_ids(lease))
+            path, body = rewrite.request(name, by_ids=_tells_token_ids(lease))
         except CannotContinue as reason:
             raise EngineBroke(f"its engine broke off, and it cannot go on: {reason}") from None
     else:

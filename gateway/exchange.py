@@ -23,15 +23,15 @@ from gateway.errors import (
     EngineBroke,
     EngineUnreachable,
     GatewayError,
-    LateRefusal,
     NotSupported,
 )
 from gateway.missing_path import refuse_if_missing
 from gateway.plant import Client, Plant, shutting_down
+from gateway.prefill_leg import PrefillLeg, prefill_leg
 from gateway.record import Record
-from gateway.recovery import RETRIED_STATUSES, Recovery, is_hopeless
+from gateway.recovery import RETRIED_STATUSES, Recovery, is_hopeless, refusal
 from gateway.relay import Relay
-from gateway.reply import Renamer, header_lines, lines_of_ours, renamer
+from gateway.reply import Renamer, header_lines, lines_of_ours, one_of_ours, renamer
 from gateway.routing import Lease
 from gateway.tenants import ANONYMOUS
 from gateway.usage import find_usage
@@ -236,14 +236,12 @@ class Exchange:
 
     def _was_refused(self, answer: Answer, body: bytes) -> None:
         """An answer has begun, and an engine says something that cannot be a part of it."""
-        status, told = answer.status, body[:300].decode(errors="replace")
-        error: GatewayError = EngineBroke(f"the engine answered {status}: {told}")
+        status, wrote = answer.status, self._relay is not None and self._relay.wrote
+        error = refusal(status, body, wrote=wrote)
         if status in RETRIED_STATUSES:
             self._go_elsewhere(error, status)
-            return
-        if 400 <= status < 500 and (self._relay is None or not self._relay.wrote):
-            error = LateRefusal(status, body)  # nothing but heartbeats: it is about the request
-        self._fail(error)
+        else:
+            self._fail(error)
 
     def _go_elsewhere(self, error: GatewayError, fault: GatewayError | int) -> None:
         if self._lease is not None:
@@ -274,18 +272,28 @@ class Exchange:
         self._lease = lease
         self._plant.meter.at_engine(self.record.model, lease.endpoint.variant, 1)
 
-    def _ask(self) -> None:
+    def _ask(self, *, after_leg: bool = False) -> None:
         lease, record = self._lease, self.record
         if lease is None:
             return
         endpoint = lease.endpoint
         record.variant, record.endpoint = endpoint.variant, endpoint.key
+        if endpoint.role != "whole" and not after_leg:
+            leg = prefill_leg(self._plant, self._call, lease, record, self._span)
+            if leg is not None:
+                self._run(partial(self._take_leg, leg))
+                return
         record.attempts += 1
         connection = self._plant.engines.take(endpoint)
         if connection is None:
             self._run(self._connect)
         else:
             self._send(connection)
+
+    async def _take_leg(self, leg: PrefillLeg) -> None:
+        await leg.run()
+        self._task = None
+        self._ask(after_leg=True)
 
     async def _connect(self) -> None:
         if self._lease is None:
@@ -304,11 +312,10 @@ class Exchange:
         if lease is None or self._over:
             connection.abort()
             return
-        migration = None
         if self._recovery is not None:
-            migration, self._recovery.asked_at = self._recovery.migration, time.monotonic()
+            lease.rewrite, self._recovery.asked_at = self._recovery.migration, time.monotonic()
         try:
-            head, body = engine_request(call, lease, migration)
+            head, body = engine_request(call, lease)
         except GatewayError as error:
             connection.abort()
             self._fail(error)
@@ -431,7 +438,8 @@ class Exchange:
         self._hang_up()
         self._leave_place()
         if to_model:
-            self.record.model = self.record.fallback = to_model
+            self.record.model = to_model
+            self.record.more_headers = one_of_ours("fallback", to_model)
         self._occupy(lease)
         self._ask()
 

@@ -83,6 +83,13 @@ class Meter:
             ("model",),
             registry=registry,
         )
+        self._prefills = Histogram(
+            "bora_gateway_prefill_duration_seconds",
+            "Prompts sent to prefill endpoints, by what came of it, until the answer could begin.",
+            ("model", "variant", "outcome"),
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
         self._of_tenants = TenantMetrics(registry)
         self._add_gauges(registry)
 
@@ -180,6 +187,10 @@ class Meter:
     def migrated(self, model: str) -> None:
         """A stream goes on at another endpoint."""
         self._migrations.labels(model).inc()
+
+    def prefilled(self, endpoint: Endpoint, outcome: str, seconds: float) -> None:
+        """A prompt was sent to be read at `endpoint`, for an answer of another one."""
+        self._prefills.labels(endpoint.model, endpoint.variant, outcome).observe(seconds)
 
     def at_engine(self, model: str, variant: str, change: int) -> None:
         """A request went to an engine (1) or left it (-1)."""

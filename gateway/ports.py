@@ -24,17 +24,33 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         for port in SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
-            sock = stack.enter_context(socket.socket())
-            try:
-                sock.bind((host, port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                continue
-            found.append(port)
-            if len(found) == count:
-                return found
+            if _is_free(host, port, stack):
+                found.append(port)
+                if len(found) == count:
+                    return found
     raise OSError(errno.EADDRINUSE, f"no {count} ports are free in {_FREE_PORTS}")
+
+
+def free_ports_in_a_row(count: int, host: str = "127.0.0.1") -> int:
+    """The first of `count` adjacent ports, as `free_ports` finds them. Raises as that."""
+    firsts = _FREE_PORTS[: len(_FREE_PORTS) - count + 1]
+    for first in SystemRandom().sample(firsts, len(firsts)):
+        with contextlib.ExitStack() as stack:
+            if all(_is_free(host, port, stack) for port in range(first, first + count)):
+                return first
+    raise OSError(errno.EADDRINUSE, f"no {count} ports in a row are free in {_FREE_PORTS}")
+
+
+def _is_free(host: str, port: int, stack: contextlib.ExitStack) -> bool:
+    """Whether nobody has it; then it is held until `stack` ends."""
+    sock = stack.enter_context(socket.socket())
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def require_free_port(host: str, port: int) -> None:

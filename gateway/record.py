@@ -39,7 +39,7 @@ class Record:
     error: str = ""
     attempts: int = 0
     migrations: int = 0
-    fallback: str = ""  # the model that stood in for the one asked for
+    more_headers: bytes = b""  # lines for the client: who else had a part in the answer
     queued_s: float = 0.0
     ttft_s: float | None = None
     duration_s: float = 0.0

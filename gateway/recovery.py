@@ -16,6 +16,7 @@ from gateway.errors import (
     EngineBroke,
     EngineUnreachable,
     GatewayError,
+    LateRefusal,
     Overloaded,
     Unavailable,
 )
@@ -176,6 +177,13 @@ class Recovery:
     def stalled(self) -> None:
         """An engine is left because it fell silent."""
         self._num_stalls += 1
+
+
+def refusal(status: int, body: bytes, *, wrote: bool) -> GatewayError:
+    """The error of an answer that came as `status` after another had begun, which `wrote` a part."""
+    if 400 <= status < 500 and status not in RETRIED_STATUSES and not wrote:
+        return LateRefusal(status, body)  # nothing but heartbeats: it is about the request
+    return EngineBroke(f"the engine answered {status}: {body[:300].decode(errors='replace')}")
 
 
 def is_hopeless(plant: Plant, model: str) -> bool:

@@ -14,6 +14,7 @@ _NOT_FORWARDED = frozenset(
         *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
         *(b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server"),
         *(b"set-cookie", b"x-request-id", b"x-bora-variant", b"x-bora-endpoint"),
+        b"x-bora-prefill-endpoint",
     )
 )
 _UNSAFE_IN_HEADER = re.compile(r"[^\x21-\x7e]")
@@ -32,9 +33,14 @@ def header_lines(answer: Answer, record: Record) -> bytes:
 def lines_of_ours(record: Record) -> bytes:
     """Who answers, and the request's id."""
     names = _names(record.variant, record.endpoint)
-    if record.fallback:
-        names += b"x-bora-fallback: %b\r\n" % _UNSAFE_IN_HEADER.sub("?", record.fallback).encode()
+    if record.more_headers:
+        names += record.more_headers
     return names + b"x-request-id: %b\r\n" % record.request_id.encode()
+
+
+def one_of_ours(name: str, value: str) -> bytes:
+    """`x-bora-NAME: value` with its line end, for a record's `more_headers`."""
+    return f"x-bora-{name}: {_UNSAFE_IN_HEADER.sub('?', value)}\r\n".encode()
 
 
 def headers_of(lines: bytes) -> dict[str, str]:

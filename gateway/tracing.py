@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gateway.call import Call, header_lines
@@ -42,6 +43,20 @@ class Tracing:
         propagator.inject(headers, context=set_span_in_context(span))
         call.headers, call.lines = headers, header_lines(headers)
         return span
+
+    def step(self, span: Span, name: str, call: Call) -> tuple[Span, Call]:
+        """A part of what `span` is of, and `call` for the engine that does it, whose span is below."""
+        from opentelemetry.trace import SpanKind, set_span_in_context  # noqa: PLC0415 - paid when used
+        from opentelemetry.trace.propagation import tracecontext  # noqa: PLC0415
+
+        if self._tracer is None:
+            return span, call
+        within = set_span_in_context(span)
+        step = self._tracer.start_span(name, context=within, kind=SpanKind.CLIENT)
+        headers = dict(call.headers)
+        propagator = tracecontext.TraceContextTextMapPropagator()
+        propagator.inject(headers, context=set_span_in_context(step))
+        return step, replace(call, headers=headers, lines=header_lines(headers))
 
     def finish(self, span: Span, record: Record) -> None:
         """The request is over."""

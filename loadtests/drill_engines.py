@@ -18,6 +18,9 @@ from loadtests.drill_processes import Process, free_ports
 from loadtests.processes import CannotRun
 
 MODEL = "chat"
+_HANDS_OVER = (
+    '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_load_failure_policy":"recompute"}'
+)
 _VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -34,6 +37,7 @@ class EngineKind:
 
     checkpoint: Path | None = None
     tpot_ms: float = 10.0
+    hands_over: bool = False  # KV caches, from those that read prompts to those that answer
 
     @property
     def simulated(self) -> bool:
@@ -47,6 +51,8 @@ class EngineKind:
             command = [sys.executable, "-m", "cluster.engines.sim_server", "--model", MODEL]
             command += ["--port", str(port), "--drill", "--max-model-len", "4096"]
             command += ["--tpot-ms", str(self.tpot_ms), "--tpot-ms-at-max", str(self.tpot_ms)]
+            if self.hands_over:
+                command += ["--kv-transfer-config", _HANDS_OVER]
             return Process(command, port, log)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
         command += ["--model", str(self.checkpoint), "--served-model-name", MODEL]
@@ -86,10 +92,14 @@ class Engines:
                 seen |= {one["request_id"]: one["at_s"] for one in told["departures"]}
         return seen
 
-    async def kill_in_turn(self, every_s: float, down_s: float) -> None:
-        """For ever: one engine dies, is started again on its port, and the next one's turn comes."""
+    async def kill_in_turn(self, every_s: float, down_s: float, among: int | None = None) -> None:
+        """For ever: one engine dies, is started again on its port, and the next one's turn comes.
+
+        `among` the first so many.
+        """
+        mortal = self.processes[:among]
         while True:
-            process = self.processes[self.num_killed % len(self.processes)]
+            process = mortal[self.num_killed % len(mortal)]
             await asyncio.sleep(every_s)
             process.kill()
             self.num_killed += 1

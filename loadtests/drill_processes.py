@@ -126,11 +126,16 @@ def gateway(
     model: str = "chat",
     grpc: bool = False,
     environment: Mapping[str, str] | None = None,
+    roles: Mapping[int, str] | None = None,
 ) -> Process:
-    """Bora's gateway before `engines` (port -> requests it takes at once), not started yet."""
+    """Bora's gateway before `engines` (port -> requests it takes at once), not started yet.
+
+    `roles`: port -> `prefill` or `decode`, of engines that do one part of a request's work.
+    """
     http_port, grpc_port = free_ports(2)
     lines = [
-        f'  - {{model: {model}, url: "http://127.0.0.1:{port}", max_in_flight: {limit}}}\n'
+        f'  - {{model: {model}, url: "http://127.0.0.1:{port}", max_in_flight: {limit},'
+        f" role: {(roles or {}).get(port, 'whole')}}}\n"
         for port, limit in engines.items()
     ]
     endpoints = folder / f"endpoints-{http_port}.yaml"

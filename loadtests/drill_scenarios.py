@@ -21,6 +21,8 @@ from loadtests.drill_questions import questions
 from loadtests.stream_check import Question, Seen, percentile
 
 _MAX_CANCELLATION_S = 0.1
+_NUM_PREFILLS = 2
+_PREFILL_MIN_TOKENS = 16  # the drill's prompts are short
 _IDLE_TIMEOUT_S = 30.0
 _REFERENCE_TPOT_MS = 0.5
 _PATIENCE_WITH_REAL_ENGINES_S = 300.0
@@ -67,6 +69,7 @@ class Scenario:
     name: str
     befalls: Befall
     engines: int | None = None
+    prefills: int = 0  # the first so many engines only read prompts, for the others
     kills: bool = False
     grpc: bool = False
     leaves: bool = False  # it is the clients that break off
@@ -130,10 +133,17 @@ async def run(scenario: Scenario, setup: Setup) -> Row:
     asked = questions(scale.distinct, model=MODEL, max_tokens=scale.max_tokens)
     if not setup.kind.simulated:  # two cores compute them all
         scale = replace(scale, patience_s=_PATIENCE_WITH_REAL_ENGINES_S)
-    async with running(setup.kind, count, folder) as engines:
+    kind = replace(setup.kind, hands_over=scenario.prefills > 0)
+    async with running(kind, count, folder) as engines:
         references = await _references(asked, setup, engines)
-        limits = {process.port: 256 for process in engines.processes}
-        process = gateway(folder, limits, *setup.gateway_options, model=MODEL, grpc=scenario.grpc)
+        ports = [process.port for process in engines.processes]
+        limits = dict.fromkeys(ports, 256)
+        options, roles = list(setup.gateway_options), {}
+        if scenario.prefills:
+            roles = dict.fromkeys(ports, "decode")
+            roles |= dict.fromkeys(ports[: scenario.prefills], "prefill")
+            options += ["--prefill-min-tokens", str(_PREFILL_MIN_TOKENS)]
+        process = gateway(folder, limits, *options, model=MODEL, grpc=scenario.grpc, roles=roles)
         await process.start()
         try:
             if scenario.leaves:
@@ -261,6 +271,8 @@ async def _note_metrics(row: Row, process: Process, before: dict[str, float]) ->
     row.migrations = grown("bora_gateway_migrations_total")
     if not math.isnan(retries := grown("bora_gateway_retries_total")):
         row.notes.append(f"{retries:.0f} retries")
+    if not math.isnan(prefills := grown("bora_gateway_prefill_duration_seconds_count")):
+        row.notes.append(f"{prefills:.0f} prompts sent elsewhere")
 
 
 def _fault(**fault: Any) -> Befall:
@@ -286,11 +298,16 @@ def _in_turn(name: str) -> Befall:
     return befalls
 
 
+def _kill_prefills(engines: Engines, scale: Scale) -> AbstractAsyncContextManager[None]:
+    return meanwhile(engines.kill_in_turn(scale.kill_every_s, scale.down_s, among=_NUM_PREFILLS))
+
+
 _KILL = _in_turn("kill_in_turn")
 SCENARIOS = (
     Scenario("undisturbed", _nothing, needs_simulated=False, quick=False),
     Scenario("kill", _KILL, kills=True, needs_simulated=False),
     Scenario("kill-1-restarted", _KILL, engines=1, kills=True, needs_simulated=False),
+    Scenario("kill-prefill", _kill_prefills, prefills=_NUM_PREFILLS, kills=True),
     Scenario("kill-grpc", _KILL, kills=True, grpc=True, needs_simulated=False),
     Scenario("kill-after-n-tokens", _fault(kind="kill", after_tokens=20), quick=False),
     Scenario("slow", _fault(kind="slow", slowdown=5)),

@@ -1,9 +1,9 @@
 """Which GPUs each replica gets: counted replicas onto named nodes.
 
-What runs stays where it is as long as everything else fits. Larger replicas first; of a model's
-replicas no node gets more than a quarter (of two or three: one) where there is room elsewhere, so
-that the loss of a node is bearable; then the fullest node that has room, so that whole nodes stay
-free; GPUs that lie together, from an index that their number divides.
+What runs stays where it is as long as everything else fits. Larger replicas first, then those of
+models that have few; of a model's replicas no node gets more than a quarter (of two or three: one)
+where there is room elsewhere, so that the loss of a node is bearable; then the fullest node that has
+room, so that whole nodes stay free; GPUs that lie together, from an index that their number divides.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def _place(state: _Nodes, wanted: Sequence[Wanted]) -> None:
         waiting = [by_key[key] for key, count in left.items() if count > 0]
         if not waiting:
             return
-        largest = max(waiting, key=lambda each: (each.gpus, -each.key))
+        # Of equal size those first whose model has few replicas: they need unlike nodes most.
+        largest = max(waiting, key=lambda each: (each.gpus, -state.share[each.model], -each.key))
         node = _best_node(state, largest)
         if node is None:
             for replica in _in_the_way(state, largest.gpus):

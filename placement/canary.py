@@ -12,7 +12,7 @@ from placement.errors import ConfigError
 from placement.fleet import FleetModel, FleetSpec, ReplicaBounds
 from placement.plan import Plan, Variant
 
-_SUFFIX = ".canary"
+CANARY = ".canary"  # what is added to the name of its model
 # In a variant's name, with the checksum of models whose names are alike.
 _OF_CANARY = re.compile(r"\.canary(-[0-9a-f]{8})?@")
 
@@ -45,7 +45,7 @@ def _canary(model: FleetModel) -> FleetModel:
     canary = model.canary
     changes = canary.model_dump(exclude={"weight", "replicas"}, exclude_none=True)
     own = {
-        "name": model.name + _SUFFIX,
+        "name": model.name + CANARY,
         "aliases": (),
         "fallback": (),
         "demand": None,
@@ -72,8 +72,8 @@ def apart(plan: Plan) -> Plan:
     return plan.model_copy(
         update={
             "variants": tuple(
-                variant.model_copy(update={"model": variant.model + _SUFFIX})
-                if _OF_CANARY.search(variant.variant) and not variant.model.endswith(_SUFFIX)
+                variant.model_copy(update={"model": variant.model + CANARY})
+                if _OF_CANARY.search(variant.variant) and not variant.model.endswith(CANARY)
                 else variant
                 for variant in plan.variants
             )
@@ -83,7 +83,7 @@ def apart(plan: Plan) -> Plan:
 
 def _served(variant: Variant, canaries: dict[str, float]) -> str:
     """What clients call the model of which it is a variant."""
-    name = variant.model.removesuffix(_SUFFIX)
+    name = variant.model.removesuffix(CANARY)
     return name if name in canaries else variant.model
 
 

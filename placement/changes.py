@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from placement.loading import load_bytes, variant_load_s
@@ -18,6 +18,7 @@ from placement.plan import NodeGpus, Plan, Variant
 
 Gpu = tuple[str, int]
 _ENOUGH = 1 - 1e-6  # of a promise
+_NOTHING = 1e-9  # requests/s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +34,10 @@ class _Replica:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One replica starts, or stops; `short` when its model then carries less than promised."""
+    """One replica starts, or stops."""
 
     replica: _Replica
     starts: bool
-    short: bool = False
 
 
 @dataclass(slots=True)
@@ -54,11 +54,11 @@ class _Fleet:
         self.rates[replica.variant.model] += replica.rate
         self.steps.append(_Step(replica, starts=True))
 
-    def stop(self, replica: _Replica, *, short: bool = False) -> None:
+    def stop(self, replica: _Replica) -> None:
         """Its GPUs are free."""
         self.taken -= replica.gpus
         self.rates[replica.variant.model] -= replica.rate
-        self.steps.append(_Step(replica, starts=False, short=short))
+        self.steps.append(_Step(replica, starts=False))
 
 
 def changes(running: Plan, wanted: Plan) -> tuple[Change, ...]:
@@ -130,11 +130,16 @@ def _stop_what_can_be_spared(
     needed = []
     for replica in going:
         model = replica.variant.model
-        if fleet.rates[model] - replica.rate >= promised.get(model, 0.0) * _ENOUGH:
+        if _keeps(fleet.rates[model] - replica.rate, promised.get(model, 0.0)):
             fleet.stop(replica)
         else:
             needed.append(replica)
     return needed
+
+
+def _keeps(rate: float, promised: float) -> bool:
+    """Whether a promise is kept; rates that were added and taken away leave a little below 0."""
+    return rate >= promised * _ENOUGH - _NOTHING
 
 
 def _give_way(
@@ -158,7 +163,7 @@ def _give_way(
     first = min(coming, key=lambda each: (loss(each), each.variant.variant, sorted(each.gpus)))
     stopped = in_the_way(first)
     for replica in stopped:
-        fleet.stop(replica, short=True)
+        fleet.stop(replica)
     fleet.taken -= first.gpus  # should they be taken by nobody that the running plan knows
     fleet.start(first)
     left = [each for each in going if each not in stopped]
@@ -190,29 +195,73 @@ def _grouped(steps: Sequence[_Step], running: Plan, wanted: Plan) -> Iterable[Ch
     before = {variant.variant: variant for variant in running.variants}
     after = {variant.variant: variant for variant in wanted.variants}
     count = {name: variant.replicas for name, variant in before.items()}
-    for name, group in itertools.groupby(steps, key=lambda step: step.replica.variant.variant):
-        mine = list(group)
+    groups = [
+        list(group)
+        for _, group in itertools.groupby(steps, key=lambda step: step.replica.variant.variant)
+    ]
+    reduced = _reduced_s(groups, running, wanted)
+    for mine, reduced_s in zip(groups, reduced, strict=True):
+        name = mine[0].replica.variant.variant
         starts, stops = sum(step.starts for step in mine), sum(not step.starts for step in mine)
         was = count.get(name, 0)
         count[name] = was + starts - stops
-        yield _change(mine, before.get(name), after.get(name), was=was, now=count[name])
+        yield _change(
+            mine, before.get(name), after.get(name), was=was, now=count[name], reduced_s=reduced_s
+        )
+
+
+def _waves(group: Sequence[_Step]) -> Iterator[list[_Step]]:
+    """Steps that are taken at once: replicas that start together, or stop together."""
+    for _, wave in itertools.groupby(group, key=lambda step: step.starts):
+        yield list(wave)
+
+
+def _reduced_s(groups: Sequence[Sequence[_Step]], running: Plan, wanted: Plan) -> list[float]:
+    """For how long the stops of each group leave their model below its promise.
+
+    Until enough replicas serve that start later, in whatever group, one wave after the other.
+    """
+    promised = _promised(running, wanted)
+    rates = {model: _rate(running, model) for model in {v.model for v in running.variants}}
+    now, seconds = 0.0, [0.0] * len(groups)
+    short: dict[str, tuple[float, int]] = {}  # since when, and because of which group
+    for index, group in enumerate(groups):
+        model = group[0].replica.variant.model
+        for wave in _waves(group):
+            carried = sum(step.replica.rate for step in wave)
+            if wave[0].starts:
+                now += variant_load_s(wave[0].replica.variant)
+            rates[model] = rates.get(model, 0.0) + (carried if wave[0].starts else -carried)
+            if not _keeps(rates[model], promised.get(model, 0.0)):
+                short.setdefault(model, (now, index))
+            elif model in short:
+                since, at = short.pop(model)
+                seconds[at] += now - since
+    for since, at in short.values():
+        seconds[at] += now - since
+    return seconds
 
 
 def _change(
-    steps: Sequence[_Step], before: Variant | None, after: Variant | None, *, was: int, now: int
+    steps: Sequence[_Step],
+    before: Variant | None,
+    after: Variant | None,
+    *,
+    was: int,
+    now: int,
+    reduced_s: float,
 ) -> Change:
     starts = [step for step in steps if step.starts]
     stops = [step for step in steps if not step.starts]
     variant = steps[0].replica.variant
-    load_s = variant_load_s(after) if after is not None and starts else 0.0
-    short = sum(step.short for step in stops)
+    waves = sum(wave[0].starts for wave in _waves(steps))
     told = {
         "model": variant.model,
         "variant": variant.variant,
         "pool": variant.pool,
         "bytes_to_load": len(starts) * load_bytes(after) if after is not None else 0,
-        "load_s": load_s,
-        "reduced_capacity_s": short * load_s,
+        "load_s": waves * variant_load_s(after) if after is not None else 0.0,
+        "reduced_capacity_s": reduced_s,
         "cost_per_hour": _price(after or variant, starts) - _price(before or variant, stops),
     }
     if after is None:

@@ -14,9 +14,10 @@ from placement.node_groups import NodeGroup, node_groups
 from placement.option import Option, ranks
 from placement.options import Options, find_options
 from placement.plan import Plan, Variant
-from placement.problem import Nodes, Problem
+from placement.planner import select_for
+from placement.problem import Problem
 from placement.question import Question, make_question
-from placement.selection import Selection, select_all_met
+from placement.selection import Selection
 from placement.ways_out import ways_out
 
 _SMALL = 100  # columns; beyond, answers are quick rather than exact
@@ -30,11 +31,22 @@ class Setting:
     catalogue: Catalogue
     groups: tuple[NodeGroup, ...]
     found: tuple[Options, ...]
+    running: Plan | None
 
     @property
     def question(self) -> Question:
         """What is solved."""
-        return make_question(self.fleet, self.groups, self.found, None)
+        return make_question(self.fleet, self.groups, self.found, self.running)
+
+    def select(self, question: Question) -> Selection | None:
+        """The answer to a question like it; None: not all can be had."""
+        return select_for(
+            question,
+            self.fleet,
+            self.catalogue,
+            running=self.running,
+            limits=_limits(question.problem),
+        )
 
     def with_model(self, wish: FleetModel) -> Setting:
         """Another wish in place of the one of its name."""
@@ -44,9 +56,14 @@ class Setting:
 
 
 def explain(
-    fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue, plan: Plan
+    fleet: FleetSpec,
+    inventory: Inventory,
+    catalogue: Catalogue,
+    plan: Plan,
+    *,
+    running: Plan | None = None,
 ) -> Explanation:
-    """Reasons for `plan`, which is `make_plan` of the same fleet and inventory.
+    """Reasons for `plan`, which is `make_plan` of the same fleet, inventory and running plan.
 
     Every answer is a plan for one thing changed: a variant forbidden, a node more, a service level
     halved or doubled.
@@ -57,16 +74,15 @@ def explain(
     groups = node_groups(fleet, inventory, catalogue)
     wishes = sorted(fleet.models, key=lambda wish: wish.name)
     found = tuple(find_options(wish, fleet, groups, catalogue) for wish in wishes)
-    setting = Setting(fleet, catalogue, groups, found)
-    question = setting.question
-    now = select_all_met(question.problem, _limits(question.problem))
-    if plan.unmet or now is None:
-        reasons = tuple(_reason(question, None, plan, model) for model in range(len(wishes)))
+    setting = Setting(fleet, catalogue, groups, found, running)
+    now = None if plan.unmet else setting.select(setting.question)
+    reasons = tuple(_reason(setting, now, plan, model) for model in range(len(wishes)))
+    if now is None:
         return Explanation(reasons=reasons, ways_out=ways_out(fleet, inventory, catalogue, plan))
     return Explanation(
-        reasons=tuple(_reason(question, now, plan, model) for model in range(len(wishes))),
+        reasons=reasons,
         what_if=(
-            *_with_a_node_more(question, now, plan.currency),
+            *_with_a_node_more(setting, now, plan.currency),
             *_with_other_levels(setting, now, plan.currency),
         ),
     )
@@ -83,12 +99,13 @@ def _little(problem: Problem) -> float:
     return 1e-3 if len(problem.columns) <= _SMALL else 0.02
 
 
-def _reason(question: Question, now: Selection | None, plan: Plan, model: int) -> Reason:
+def _reason(setting: Setting, now: Selection | None, plan: Plan, model: int) -> Reason:
+    question = setting.question
     name = question.options[model].wish.name
     mine = [variant for variant in plan.variants if variant.model == name]
     runner_up, costs = None, None
     if now is not None and any(variant.replicas for variant in mine):
-        other = select_all_met(_without(question, now, model), _limits(question.problem))
+        other = setting.select(_without(question, now, model))
         if other is not None:
             runner_up = _in_words(question, other, model)
             costs = _cost(question.problem, other) - _cost(question.problem, now)
@@ -101,13 +118,13 @@ def _reason(question: Question, now: Selection | None, plan: Plan, model: int) -
     )
 
 
-def _without(question: Question, now: Selection, model: int) -> Problem:
-    """The problem in which the model may not use what it was given."""
+def _without(question: Question, now: Selection, model: int) -> Question:
+    """The question in which the model may not use what it was given."""
     columns = tuple(
         replace(column, rate=0.0) if column.model == model and count else column
         for column, count in zip(question.problem.columns, now.counts, strict=True)
     )
-    return replace(question.problem, columns=columns)
+    return replace(question, problem=replace(question.problem, columns=columns))
 
 
 def _binding(variants: Sequence[Variant]) -> str:
@@ -123,17 +140,18 @@ def _binding(variants: Sequence[Variant]) -> str:
     return "it does not run"
 
 
-def _with_a_node_more(question: Question, now: Selection, currency: str) -> Iterator[WhatIf]:
-    for index, group in enumerate(question.groups):
-        nodes = question.problem.groups[index]
-        groups = list(question.problem.groups)
-        groups[index] = Nodes(nodes.nodes + 1, nodes.gpus_per_node)
-        larger = replace(question.problem, groups=tuple(groups))
-        found = select_all_met(larger, _limits(larger))
+def _with_a_node_more(setting: Setting, now: Selection, currency: str) -> Iterator[WhatIf]:
+    problem = setting.question.problem
+    for index, group in enumerate(setting.groups):
+        larger = group.with_a_node_more()
+        if larger.usable == group.usable:
+            continue  # it would only be a spare one
+        groups = (*setting.groups[:index], larger, *setting.groups[index + 1 :])
+        found = setting.select(replace(setting, groups=groups).question)
         gpus = f"{group.pool.gpus_per_node} x {group.pool.gpu}"
-        change = f"one more node in pool {group.name} ({gpus})"
-        if found is not None and _matters(question.problem, found, now):
-            yield _what_if(question.problem, change, now, found, currency)
+        change = f"one more node in {_pools([pool.name for pool in group.pools], 'or')} ({gpus})"
+        if found is not None and _matters(problem, found, now):
+            yield _what_if(problem, change, now, found, currency)
 
 
 def _with_other_levels(setting: Setting, now: Selection, currency: str) -> Iterator[WhatIf]:
@@ -144,8 +162,7 @@ def _with_other_levels(setting: Setting, now: Selection, currency: str) -> Itera
         for change, slo in _other_levels(wish):
             question = setting.with_model(wish.model_copy(update={"slo": slo})).question
             possible = question.problem.of_model(model) and not question.beyond_limit[model]
-            limits = _limits(question.problem)
-            found = select_all_met(question.problem, limits) if possible else None
+            found = setting.select(question) if possible else None
             if found is None:
                 yield WhatIf(change=change, effect="is more than these pools can do")
             elif _matters(question.problem, found, now, before=problem):
@@ -236,9 +253,9 @@ def _variant_in_words(variant: Variant) -> str:
     )
 
 
-def _pools(names: Iterable[str]) -> str:
+def _pools(names: Iterable[str], word: str = "and") -> str:
     pools = list(dict.fromkeys(names))
-    return f"pool{'s' if len(pools) > 1 else ''} {' and '.join(pools)}"
+    return f"pool{'s' if len(pools) > 1 else ''} {f' {word} '.join(pools)}"
 
 
 def _layers(partition: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -21,7 +21,7 @@ from placement.errors import nearest
 from placement.model_cache import ModelCacheSpec
 from placement.routing_policy import RoutingPolicy
 from placement.serving_features import ExpertBalance, LoraLimits
-from placement.spec import Spec
+from placement.spec import Spec, mistake
 
 
 class TokenLengths(Spec):
@@ -29,6 +29,13 @@ class TokenLengths(Spec):
 
     mean: PositiveFloat = Field(description="Tokens.")
     p95: PositiveFloat | None = Field(default=None, description="Tokens; None: the mean.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.p95 is not None and self.p95 < self.mean:
+            why = f"{self.p95:g} tokens are fewer than the mean of {self.mean:g}"
+            raise mistake(f"{why}; give more, or leave p95 out", "p95")
+        return self
 
 
 class Demand(Spec):
@@ -66,7 +73,9 @@ class ReplicaBounds(Spec):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is more than max ({self.max})")
+            if "max" in self.model_fields_set:
+                raise ValueError(f"min ({self.min}) is more than max ({self.max})")
+            raise mistake(f"{self.min} is more than max, which is 1 unless given; give it", "min")
         return self
 
 
@@ -163,7 +172,7 @@ class FleetModel(Spec):
         description="Branch, tag or commit of the repository; None: `main`. Branches and tags are "
         "those of the moment of the deployment.",
     )
-    precision: Literal["any"] | tuple[Precision, ...] = Field(
+    precision: Literal["any"] | Annotated[tuple[Precision, ...], Field(min_length=1)] = Field(
         default="any", description="Checkpoints that may be used; `any`: the planner chooses."
     )
     engine: Literal["vllm", "llamacpp", "sim"] = Field(
@@ -215,7 +224,9 @@ class FleetModel(Spec):
     replicas: ReplicaBounds = Field(
         default=ReplicaBounds(), description="Between these the count follows the load."
     )
-    pools: tuple[str, ...] | None = Field(default=None, description="Only on these pools.")
+    pools: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Only on these pools."
+    )
     spread: bool = Field(
         default=True,
         description="At most a quarter of the replicas on one node (of two or three: one), where "
@@ -296,6 +307,20 @@ class FleetModel(Spec):
             raise ValueError(
                 f"{len(self.adapters)} adapters, but lora.max_cpu_loras is {room.max_cpu_loras}; "
                 "raise it (engines restart), or leave adapters out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _context_holds_the_demand(self) -> Self:
+        if self.demand is None or self.max_model_len is None:
+            return self
+        tokens = self.demand.input_tokens.mean + self.demand.output_tokens.mean
+        if tokens > self.max_model_len:
+            raise mistake(
+                f"{self.max_model_len} tokens are fewer than a usual request of the demand has, "
+                f"prompt and answer: {tokens:g}; give more, or shorter input_tokens and "
+                f"output_tokens",
+                "max_model_len",
             )
         return self
 
@@ -398,22 +423,30 @@ class FleetSpec(Spec):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        seen: set[str] = set()
-        for model in self.models:
-            for name in (model.name, *model.aliases, *model.adapters):
+        seen: dict[str, str] = {}
+        for index, model in enumerate(self.models):
+            names: list[tuple[str, tuple[str | int, ...]]] = [(model.name, ("name",))]
+            names += [(name, ("aliases", at)) for at, name in enumerate(model.aliases)]
+            names += [(name, ("adapters", name)) for name in model.adapters]
+            for name, at in names:
                 if name in seen:
-                    raise ValueError(f"two models of the fleet answer to the name {name!r}")
-                seen.add(name)
+                    raise mistake(
+                        f"two models of the fleet answer to the name {name!r}, this one and "
+                        f"{seen[name]}; give one of them another",
+                        *("models", index, *at),
+                    )
+                seen[name] = f"models[{index}]"
         return self
 
     @model_validator(mode="after")
     def _fallbacks_exist(self) -> Self:
         names = [name for model in self.models for name in (model.name, *model.aliases)]
-        for model in self.models:
-            for name in model.fallback:
+        for index, model in enumerate(self.models):
+            for at, name in enumerate(model.fallback):
                 if name not in names or name in (model.name, *model.aliases):
                     hint = nearest(name, [each for each in names if each != model.name])
-                    raise ValueError(
-                        f"{model.name}: fallback {name!r} is no other model of the fleet{hint}"
+                    raise mistake(
+                        f"{model.name}: fallback {name!r} is no other model of the fleet{hint}",
+                        *("models", index, "fallback", at),
                     )
         return self

@@ -146,6 +146,7 @@ class Formulation:
         firm = [index for index in mine if not self._problem.columns[index].spot]
         if need.firm_rate > 0 and len(firm) < len(mine):
             self._add_rate(firm, need.firm_rate, self._share_of(missed))
+        self._add_after_loss(mine, need, missed)
         if need.least > 0 or need.most < INFINITY:
             least = [(index, value * need.least) for index, value in short] if need.least else []
             if least:
@@ -153,6 +154,24 @@ class Formulation:
                 self.program.row(each, upper=need.most)
             else:
                 self.program.row(each, lower=need.least, upper=need.most)
+
+    def _add_after_loss(self, mine: Sequence[int], need: Need, missed: int | None) -> None:
+        """What must be left without any one node, whichever group it is of."""
+        if not need.rate_after_loss and not need.replicas_after_loss:
+            return
+        columns, short = self._problem.columns, self._share_of(missed)
+        for group in sorted({group for index in mine for group, _ in columns[index].parts}):
+            left = {index: 1 - self._problem.share(index, group) for index in mine}
+            if need.rate_after_loss:
+                terms = [
+                    (self._counts[index], columns[index].rate * share / need.rate_after_loss)
+                    for index, share in left.items()
+                ]
+                self.program.row([*terms, *short], lower=1 - _SHORT)
+            if need.replicas_after_loss:
+                wanted = need.replicas_after_loss
+                terms = [(self._counts[index], share / wanted) for index, share in left.items()]
+                self.program.row([*terms, *short], lower=1 - _SHORT)
 
     def _share_of(self, missed: int | None) -> list[tuple[int, float]]:
         """The share of a need that may be missed, if the model may go short at all."""

@@ -31,10 +31,9 @@ def first_answer(problem: Problem) -> tuple[int, ...]:
     return tuple(best)
 
 
-def _served(problem: Problem, counts: Sequence[int]) -> list[int] | None:
-    """`counts` and what is still needed; None: they do not fit on the nodes."""
+def free_beside(problem: Problem, counts: Sequence[int]) -> list[Places] | None:
+    """What `counts` leave of each group's nodes; None: they do not fit, put largest first."""
     free = [Places(nodes.nodes, nodes.gpus_per_node) for nodes in problem.groups]
-    counts = list(counts)
     parts = [
         (gpus, group, count)
         for column, count in zip(problem.columns, counts, strict=True)
@@ -44,6 +43,15 @@ def _served(problem: Problem, counts: Sequence[int]) -> list[int] | None:
         if free[group].room(gpus) < count:
             return None
         free[group].take(gpus, count)
+    return free
+
+
+def _served(problem: Problem, counts: Sequence[int]) -> list[int] | None:
+    """`counts` and what is still needed; None: they do not fit on the nodes."""
+    free = free_beside(problem, counts)
+    if free is None:
+        return None
+    counts = list(counts)
     models = sorted(range(len(problem.needs)), key=lambda model: (-_size(problem, model), model))
     for model in models:
         _serve(problem, model, free, counts)

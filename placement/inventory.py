@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from placement.errors import UnknownName
-from placement.spec import Spec
+from placement.spec import Spec, mistake
+
+# Each node has a name, so a slip of the finger must not make 10^12 of them.
+_MOST_NODES = 100_000
+_MOST_GPUS = 1_024  # of a node
+
+
+def _by_numbers(name: str) -> tuple[list[str | int], str]:
+    """Sorts `a-2` before `a-10`; text and numbers take turns, so that like is compared with like."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 class Links(Spec):
@@ -28,8 +37,8 @@ class Pool(Spec):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
     gpu: str = Field(description="GPU type, e.g. H100-SXM, or `cpu`.")
-    nodes: PositiveInt = 1
-    gpus_per_node: PositiveInt
+    nodes: PositiveInt = Field(default=1, le=_MOST_NODES)
+    gpus_per_node: PositiveInt = Field(le=_MOST_GPUS, description="On a `cpu` pool: slots.")
     memory_gib_per_gpu: PositiveFloat | None = Field(
         default=None, description="Torch-visible; None: the GPU type's. Needed for `cpu`."
     )
@@ -50,7 +59,8 @@ class Pool(Spec):
     @model_validator(mode="after")
     def _one_name_a_node(self) -> Self:
         if self.node_names is not None and len(self.node_names) != self.nodes:
-            raise ValueError(f"{len(self.node_names)} node_names for {self.nodes} nodes")
+            names = f"{len(self.node_names)} names for {self.nodes} nodes"
+            raise mistake(f"{names}; give a name for each, or leave node_names out", "node_names")
         if self.gpu.lower() == "cpu" and (
             self.memory_gib_per_gpu is None or self.kv_cache_gib_per_gpu is None
         ):
@@ -58,8 +68,17 @@ class Pool(Spec):
         return self
 
     def names(self) -> tuple[str, ...]:
-        """The nodes' names, in order."""
-        return self.node_names or tuple(f"{self.name}-{index}" for index in range(self.nodes))
+        """The nodes' names, numbers within them in order, however they were written down."""
+        if self.node_names is None:
+            return tuple(f"{self.name}-{index}" for index in range(self.nodes))
+        return tuple(sorted(self.node_names, key=_by_numbers))
+
+    def with_more_nodes(self, more: int) -> Pool:
+        """The pool after nodes were added."""
+        names = self.node_names
+        if names is not None:
+            names = (*names, *(f"{self.name}-new-{index}" for index in range(more)))
+        return self.model_copy(update={"nodes": self.nodes + more, "node_names": names})
 
 
 class Inventory(Spec):
@@ -70,12 +89,19 @@ class Inventory(Spec):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [pool.name for pool in self.pools]
-        nodes = [node for pool in self.pools for node in pool.names()]
-        for known in (names, nodes):
-            for name, times in Counter(known).items():
-                if times > 1:
-                    raise ValueError(f"two pools or nodes are called {name!r}")
+        pools: set[str] = set()
+        nodes: dict[str, str] = {}
+        for index, pool in enumerate(self.pools):
+            if pool.name in pools:
+                why = f"two pools are called {pool.name!r}; give one of them another name"
+                raise mistake(why, "pools", index, "name")
+            pools.add(pool.name)
+            for at, node in enumerate(pool.node_names or pool.names()):
+                if node in nodes:
+                    why = f"two nodes are called {node!r}, this one and one of {nodes[node]}"
+                    where = ("node_names", at) if pool.node_names else ("name",)
+                    raise mistake(f"{why}; give one another name", "pools", index, *where)
+                nodes[node] = f"pool {pool.name}"
         return self
 
     def pool(self, name: str) -> Pool:

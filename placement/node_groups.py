@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
 from placement.fleet import FleetSpec
@@ -26,6 +26,14 @@ class NodeGroup:
     def name(self) -> str:
         """For messages."""
         return ", ".join(pool.name for pool in self.pools)
+
+    def with_a_node_more(self) -> NodeGroup:
+        """The group after one node was added to its largest pool."""
+        largest = max(self.pools, key=lambda pool: pool.nodes)
+        larger = largest.with_more_nodes(1)
+        return replace(
+            self, pools=tuple(larger if pool is largest else pool for pool in self.pools)
+        )
 
     @property
     def usable(self) -> Nodes:

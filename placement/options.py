@@ -40,7 +40,7 @@ def find_options(
     Raises:
         UnknownName: a model or GPU type is not known.
     """
-    dearest = max((_price(group.pool, catalogue) or 0.0 for group in groups), default=0.0)
+    dearest = _dearest([group.pool for group in groups], catalogue)
     judge = _llamacpp_options if wish.engine == "llamacpp" else _vllm_options
     judged = judge(wish, groups, catalogue, dearest=dearest)
     legal = judged.legal
@@ -111,8 +111,9 @@ def _allowed(wish: FleetModel, groups: Sequence[NodeGroup]) -> list[tuple[int, N
 def value(option: Option, wish: FleetModel, fleet: FleetSpec) -> float:
     """What the fleet's objective makes of an option; less is better.
 
-    cost: price per hour, where a GPU whose price nobody knows counts as dear as the dearest. throughput: requests/s of all replicas, negative. headroom: the share of
-    the capacity that the demand takes.
+    cost: price per hour, where a GPU whose price nobody knows counts as dear as the dearest.
+    throughput: requests/s of all replicas, negative. headroom: the share of the capacity that the
+    demand takes.
     """
     total = option.replicas * option.capacity.requests_per_s
     if fleet.objective == "throughput":
@@ -140,7 +141,18 @@ def _in_group(rejection: Rejection, wish: FleetModel, group: NodeGroup) -> Rejec
     return rejection.model_copy(update={"shape": shape})
 
 
-def _price(pool: Pool, catalogue: Catalogue) -> float | None:
+def _dearest(pools: Sequence[Pool], catalogue: Catalogue) -> float:
+    """Of all prices that are known, also of GPUs that are not there.
+
+    So that one more pool does not make those dearer whose price nobody knows.
+    """
+    known = [price_of(pool, catalogue) for pool in pools]
+    known += [gpu.price_per_hour for gpu in catalogue.gpus.values()]
+    return max((price for price in known if price is not None), default=0.0)
+
+
+def price_of(pool: Pool, catalogue: Catalogue) -> float | None:
+    """Of a GPU, per hour; None: nobody knows."""
     if pool.price_per_gpu_hour is not None:
         return pool.price_per_gpu_hour
     return catalogue.gpu(pool.gpu).price_per_hour
@@ -215,12 +227,12 @@ def _spanning(
         slots=found.candidate.num_ranks,
         dearest=dearest,
     )
-    known = all(_price(each.pool, catalogue) is not None for each in found.nodes)
+    known = all(price_of(each.pool, catalogue) is not None for each in found.nodes)
     return replace(option, beside=tuple(others), price_known=known)
 
 
 def _price_or(pool: Pool, catalogue: Catalogue, dearest: float) -> float:
-    price = _price(pool, catalogue)
+    price = price_of(pool, catalogue)
     return dearest if price is None else price
 
 
@@ -280,7 +292,7 @@ def _carrying(
         replicas_needed=needed,
         replicas=min(max(wish.replicas.min, needed), wish.replicas.max),
         price_per_gpu_hour=_price_or(group.pool, catalogue, dearest),
-        price_known=_price(group.pool, catalogue) is not None,
+        price_known=price_of(group.pool, catalogue) is not None,
     )
 
 

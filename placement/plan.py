@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from placement.catalogue import Precision
+from placement.easing import Easing
 from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
 from placement.model_cache import ModelCacheSpec
 from placement.planned_speed import PlannedSpeed
@@ -205,6 +206,9 @@ class Unmet(Spec):
     model: str
     constraint: str
     cheapest_relaxation: str
+    easing: Easing = Field(
+        default=Easing(), description="The first of these ways as a value; empty: words only."
+    )
 
 
 class Robustness(Spec):
@@ -257,6 +261,9 @@ class Plan(Spec):
     variants: tuple[Variant, ...]
     unmet: tuple[Unmet, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    unpriced: tuple[str, ...] = Field(
+        default=(), description="Pools in use whose price nobody knows: as dear as the dearest."
+    )
     robustness: Robustness | None = None
     node_loss: NodeLoss | None = Field(
         default=None, description="None: nothing runs, or there is but one node."

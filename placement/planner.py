@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.catalogue import Catalogue
@@ -11,19 +11,13 @@ from placement.inventory import Inventory
 from placement.milp import Limits
 from placement.node_groups import node_groups
 from placement.node_loss import Lost, losses, node_loss
-from placement.options import Options, find_options
+from placement.options import find_options, price_of
 from placement.plan import Plan, Robustness, Unmet, Variant
 from placement.problem import MET, score
 from placement.question import Question, make_question
-from placement.relaxation import (
-    not_enough_gpus,
-    nothing_legal,
-    replica_limit,
-    service_level,
-    too_little_after_a_loss,
-    too_much_on_spot,
-)
+from placement.relaxation import too_little_after_a_loss
 from placement.selection import Selection, select, select_all_met
+from placement.shortage import shortage
 from placement.variants import make_variants, refine
 
 _LOSS_ROUNDS = 6
@@ -64,11 +58,7 @@ def make_plan(
         solution, short = _with_room_for_a_loss(solve, question, solution, demands)
     chosen, variants = solution.chosen, solution.variants
     cache = {"model_cache": fleet.model_cache}
-    unmet = [
-        problem
-        for model, options in enumerate(found)
-        if (problem := _unmet(question, chosen, model, options)) is not None
-    ]
+    unmet = shortage(question, chosen.counts, fleet)
     unmet += [entry for entry in short if entry.model not in {each.model for each in unmet}]
     proven = chosen.objective - chosen.bound <= 1e-9 * max(1.0, abs(chosen.objective))
     return Plan(
@@ -84,10 +74,19 @@ def make_plan(
         variants=tuple(each.model_copy(update=cache) for each in variants),
         unmet=tuple(unmet),
         rejected=(*(entry for each in found for entry in each.rejected), *question.dominated),
+        unpriced=_unpriced(variants, inventory, catalogue),
         robustness=solution.robustness,
         node_loss=node_loss(variants, inventory, demands),
         gateway=fleet.gateway,
     )
+
+
+def _unpriced(
+    variants: Sequence[Variant], inventory: Inventory, catalogue: Catalogue
+) -> tuple[str, ...]:
+    used = {pool for variant in variants if variant.replicas for pool in variant.pools}
+    unknown = {pool.name for pool in inventory.pools if price_of(pool, catalogue) is None}
+    return tuple(sorted(used & unknown))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,26 @@ class _Solve:
         picked = refine(question, chosen.counts)
         variants = make_variants(question, picked, self.catalogue, self.running)
         return _Solution(chosen, robustness, variants)
+
+
+def select_for(
+    question: Question,
+    fleet: FleetSpec,
+    catalogue: Catalogue,
+    *,
+    running: Plan | None = None,
+    limits: Limits,
+) -> Selection | None:
+    """What `make_plan` would choose, for a question that may differ; None: not all can be had."""
+    if not fleet.carry_node_loss:
+        return select_all_met(question.problem, limits)
+    lenient = fleet.model_copy(update={"robust": "off"})
+    solve = _Solve(lenient, catalogue, running, limits)
+    solution = solve(question)
+    if not question.problem.meets(solution.chosen.counts):
+        return None
+    solution, short = _with_room_for_a_loss(solve, question, solution, _demands(fleet))
+    return None if short else solution.chosen
 
 
 def _demands(fleet: FleetSpec) -> dict[str, float]:
@@ -158,9 +177,19 @@ def _with_room_for_a_loss(
 
 
 def _doubled(question: Question) -> Question:
-    """The question in which every model that must run has two replicas: no loss is carried by less."""
+    """The question in which every model that must run has two replicas, and enough without a node.
+
+    No loss is carried by less; should replicas not lie evenly on nodes, more is needed.
+    """
     needs = tuple(
-        replace(need, least=max(need.least, min(2, need.most))) if need.least else need
+        replace(
+            need,
+            least=max(need.least, min(2, need.most)),
+            rate_after_loss=need.rate,
+            replicas_after_loss=0 if need.rate > 0 else min(1, need.most - 1),
+        )
+        if need.least
+        else need
         for need in question.problem.needs
     )
     return replace(question, problem=replace(question.problem, needs=needs))
@@ -225,28 +254,3 @@ def _prefer_robust(
             Robustness(holds=True),
         )
     return chosen, Robustness(holds=False, short=tuple(short), objective_to_hold=reached)
-
-
-def _unmet(question: Question, chosen: Selection, model: int, options: Options) -> Unmet | None:
-    """What of a model's wishes stays open, and the way out."""
-    if not options.legal:
-        return nothing_legal(options)
-    quick = [option for option in options.legal if option.capacity.concurrency > 0]
-    if not quick:
-        fastest = min(options.legal, key=lambda option: option.capacity.prediction.tpot_ms)
-        return service_level(fastest, options)
-    best = quick[0]
-    if question.problem.met(chosen.counts, model):
-        return replica_limit(best, options) if question.beyond_limit[model] else None
-    need, firm = (
-        question.problem.needs[model],
-        question.problem.rate(chosen.counts, model, firm_only=True),
-    )
-    if firm < need.firm_rate * MET and question.problem.rate(chosen.counts, model) > firm:
-        return too_much_on_spot(options, firm_rate=need.firm_rate, firm=firm)
-    if question.problem.replicas(chosen.counts, model) >= options.wish.replicas.max:
-        return replica_limit(best, options)
-    free = {
-        part.group: question.places_beside(chosen.counts, model, part.group) for part in best.parts
-    }
-    return not_enough_gpus(best, options, free)

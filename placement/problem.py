@@ -50,6 +50,8 @@ class Need:
     most: int
     firm_rate: float = 0.0  # requests/s that must not be on spot nodes
     spread: bool = False  # over zones, where that costs nothing
+    rate_after_loss: float = 0.0  # requests/s without any one node, if replicas are spread evenly
+    replicas_after_loss: int = 0  # the same in replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,32 @@ class Problem:
             self.rate(counts, model) >= need.rate * MET
             and self.rate(counts, model, firm_only=True) >= need.firm_rate * MET
             and self.replicas(counts, model) >= need.least
+            and self.after_loss(counts, model) >= need.rate_after_loss * MET
+            and self.after_loss(counts, model, replicas=True) >= need.replicas_after_loss * MET
         )
+
+    def after_loss(self, counts: Sequence[int], model: int, *, replicas: bool = False) -> float:
+        """Requests/s (or replicas) that are left, at most, when the fullest node is lost.
+
+        Of a group's equal nodes one has at least its share.
+        """
+        mine = [index for index in self.of_model(model) if counts[index]]
+        total = dict.fromkeys(mine, 1.0)
+        if not replicas:
+            total = {index: self.columns[index].rate for index in mine}
+        groups = {group for index in mine for group, _ in self.columns[index].parts}
+        return min(
+            (
+                sum(counts[i] * each * (1 - self.share(i, group)) for i, each in total.items())
+                for group in groups
+            ),
+            default=0.0,
+        )
+
+    def share(self, index: int, group: int) -> float:
+        """Of a column's replicas, those that one of the group's nodes has if they are spread."""
+        parts = sum(other == group for other, _ in self.columns[index].parts)
+        return min(1.0, parts / max(1, self.groups[group].nodes))
 
     def meets(self, counts: Sequence[int]) -> bool:
         """Whether every model gets what it needs."""

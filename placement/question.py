@@ -11,7 +11,6 @@ from placement.loading import load_s
 from placement.node_groups import NodeGroup
 from placement.option import Option, stressed
 from placement.options import Options
-from placement.packing import Places
 from placement.plan import Plan, Rejection, Variant
 from placement.problem import Column, Need, Problem
 
@@ -37,21 +36,6 @@ class Question:
             for column, option in zip(self.problem.columns, self.choices, strict=True)
         ]
         return replace(self.problem, columns=tuple(columns))
-
-    def places_beside(self, counts: Sequence[int], model: int, index: int) -> Places:
-        """What other models leave of a group's nodes."""
-        usable = self.groups[index].usable
-        places = Places(usable.nodes, usable.gpus_per_node)
-        others = [
-            (gpus, count)
-            for column, count in zip(self.problem.columns, counts, strict=True)
-            if column.model != model
-            for group, gpus in column.parts
-            if group == index
-        ]
-        for gpus, count in sorted(others, reverse=True):
-            places.take(gpus, count)
-        return places
 
 
 def make_question(

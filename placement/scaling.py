@@ -100,6 +100,17 @@ def decide(
     return decision, state
 
 
+def beside(decoding: int, *, planned_decoding: int, planned: int, bounds: ReplicaBounds) -> int:
+    """Prefill replicas beside so many decode replicas: in the proportion of the plan.
+
+    Rounded up, within `bounds`, and at least one as long as there is a decode replica. Where more
+    prompts come than they can read, gateways leave some to the decode replicas, whose load grows.
+    """
+    if not decoding:
+        return bounds.min
+    return _replicas(decoding * max(planned, 1) / max(planned_decoding, 1), bounds)
+
+
 def _decide(
     state: ScalingState,
     load: Load,

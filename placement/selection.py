@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.formulation import TIE, Formulation
-from placement.greedy import first_answer
+from placement.greedy import first_answer, free_beside
 from placement.milp import Answer, Limits
 from placement.neighbours import improved
 from placement.problem import Need, Problem, score
@@ -71,6 +71,10 @@ def _what_is_met(problem: Problem, counts: Sequence[int], model: int) -> Need:
         rate=min(need.rate, rate),
         firm_rate=min(need.firm_rate, firm),
         least=min(need.least, problem.replicas(counts, model)),
+        rate_after_loss=min(need.rate_after_loss, problem.after_loss(counts, model)),
+        replicas_after_loss=min(
+            need.replicas_after_loss, int(problem.after_loss(counts, model, replicas=True) + 1e-6)
+        ),
     )
 
 
@@ -86,8 +90,9 @@ def _solve(problem: Problem, limits: Limits, start: Sequence[int] | None) -> Sel
     if problem.objective == "headroom" and form.load_factor is not None:
         factor = answer.values[form.load_factor]
         bound = -answer.bound
-        form = Formulation(problem, load_factor=factor * (1 - 1e-9), start=counts)
-        cheapest = form.program.solve(limits, form.start(counts))
+        begin = _what_runs(problem, factor) or counts
+        form = Formulation(problem, load_factor=factor * (1 - 1e-9), start=begin)
+        cheapest = form.program.solve(limits, form.start(begin))
         if cheapest is not None:
             counts, seconds = form.counts(cheapest), seconds + cheapest.seconds
         bound = 1 / bound if bound > 0 else 0.0
@@ -115,6 +120,19 @@ def _answer(
         return None
     columns = [form.columns_of(model) for model in range(len(problem.needs))]
     return improved(form.program, answer, columns, limits)
+
+
+def _what_runs(problem: Problem, factor: float) -> list[int] | None:
+    """The counts of what runs, if demands may grow as much with it; None: something must move."""
+    counts = [column.running for column in problem.columns]
+    if not any(counts) or not problem.meets(counts):
+        return None
+    allowed = all(
+        problem.replicas(counts, model) <= need.most for model, need in enumerate(problem.needs)
+    )
+    enough = problem.load_factor(counts) >= factor * (1 - 1e-9)
+    fits = free_beside(problem, counts) is not None
+    return counts if allowed and enough and fits else None
 
 
 def best_without_limits(problem: Problem) -> float:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from placement.errors import ConfigError, nearest
 from placement.yaml_document import Loc, compose, dotted, line_of, own_path, plain_value
@@ -22,6 +23,14 @@ class Spec(BaseModel):
 
 
 _FEW_VALUES = 6  # that an error may list; of more only the nearest are told
+_IN_YAML = {  # what pydantic calls otherwise
+    "tuple_type": "input should be a list",
+    "list_type": "input should be a list",
+    "model_type": "input should be a mapping (`key: value`)",
+    "dict_type": "input should be a mapping (`key: value`)",
+    "too_short": "input should be a list with at least one entry",
+}
+_NUMBER = r"[-+]?[0-9][0-9_]*(\.[0-9]*)?"
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
@@ -38,8 +47,13 @@ def load_yaml(path: Path | str, spec: type[SpecT]) -> SpecT:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a YAML file") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise ConfigError(f"{path}: is no text in UTF-8 ({byte}); give a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return parse_yaml(text, spec, source=str(path))
 
 
@@ -56,6 +70,11 @@ def parse_yaml(text: str, spec: type[SpecT], *, source: str) -> SpecT:
             told.setdefault(_where(problem, root, source), []).append(_expected(problem, spec))
         lines = [f"{where}: {_either(expected)}" for where, expected in told.items()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def mistake(why: str, *at: str | int) -> PydanticCustomError:
+    """For a validator of a `Spec` to raise: what is wrong with the value `at` this place below it."""
+    return PydanticCustomError("mistake", "{why}", {"why": why, "at": at})
 
 
 def place(path: Path | str, *loc: str | int) -> str:
@@ -78,7 +97,10 @@ def _told_once(problems: Sequence[Any], root: yaml.Node) -> list[Any]:
     A list whose items are wrong is also called too short, because pydantic counts good items. And
     of a union every branch complains: the one that got furthest is meant.
     """
-    placed = [{**each, "loc": own_path(root, tuple(each["loc"]))} for each in problems]
+    placed = [
+        {**each, "loc": own_path(root, (*each["loc"], *each.get("ctx", {}).get("at", ())))}
+        for each in problems
+    ]
     return [
         here
         for here, problem in zip(placed, problems, strict=True)
@@ -106,7 +128,9 @@ def _expected(problem: Any, spec: type[BaseModel]) -> str:
         return f"unknown key{nearest(str(loc[-1]), _fields_at(spec, loc[:-1]))}"
     if kind == "missing":
         return "required, but missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "mistake":
+        return str(problem["msg"])
+    message = _IN_YAML.get(kind, problem["msg"].removeprefix("Value error, "))
     message = message[:1].lower() + message[1:]
     if kind == "literal_error" and isinstance(got, str):
         legal = re.findall("'([^']*)'", problem["ctx"]["expected"])
@@ -116,7 +140,23 @@ def _expected(problem: Any, spec: type[BaseModel]) -> str:
         close = nearest(got, legal)
         return f"{message}, got {_short(got)}{close if 'did you mean' in close else ''}"
     shown = f", got {_short(got)}" if isinstance(got, str | int | float | bool | None) else ""
-    return f"{message}{shown}"
+    return f"{message}{shown}{_instead(kind, got)}"
+
+
+def _instead(kind: str, got: object) -> str:
+    """What to write instead of a value of the wrong type, where that is plain."""
+    if kind in {"tuple_type", "list_type"} and isinstance(got, str):
+        return f"; write [{got}]"
+    if kind == "string_type" and isinstance(got, int | float) and not isinstance(got, bool):
+        return f'; in quotes it is text: "{got}"'
+    if kind == "int_type" and isinstance(got, float) and got.is_integer():
+        return f"; write {got:.0f}"
+    if kind in {"int_type", "float_type"} and isinstance(got, str):
+        if re.fullmatch(_NUMBER, got):
+            return "; write it without quotes"
+        if re.match(rf"\W?{_NUMBER}", got):
+            return "; write the number alone, without a unit"
+    return ""
 
 
 def _either(expected: Sequence[str]) -> str:

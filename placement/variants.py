@@ -38,13 +38,12 @@ def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
     predicted, that has the longest context, that is nearest to the original weights.
     """
     columns = question.problem.columns
-    used = [index for index, count in enumerate(counts) if count > 0]
-    carried = {index: counts[index] * columns[index].rate for index in used}
+    used = {index: question.choices[index] for index, count in enumerate(counts) if count > 0}
     picked = []
-    for index in used:
-        option = _best_checkpoint(question, counts, index, carried)
+    for index in list(used):
         # The next of the same model must not count on speed that is given away here.
-        carried[index] = counts[index] * option.capacity.requests_per_s
+        option = _best_checkpoint(question, counts, index, used)
+        used[index] = option
         picked.append(Picked(columns[index].model, option, counts[index]))
     there = {each.model for each in picked}
     for model, options in enumerate(question.options):
@@ -55,33 +54,38 @@ def refine(question: Question, counts: Sequence[int]) -> tuple[Picked, ...]:
 
 
 def _best_checkpoint(
-    question: Question, counts: Sequence[int], index: int, carried: Mapping[int, float]
+    question: Question, counts: Sequence[int], index: int, used: Mapping[int, Option]
 ) -> Option:
-    """Of the options like the chosen one; `carried` is what each one in use carries now."""
+    """Of the options like the chosen one; `used` are those of all columns in use."""
     problem, chosen = question.problem, question.choices[index]
     column = problem.columns[index]
-    same = [
-        other
-        for other in problem.of_model(column.model)
-        if counts[other] > 0 and _alike(question.choices[other], chosen)
-    ]
+    mine = [other for other in problem.of_model(column.model) if other in used]
+    same = [other for other in mine if _alike(question.choices[other], chosen)]
     if problem.objective != "cost" or column.running > 0 or len(same) > 1:
         return chosen
     options, need = question.options[column.model], problem.needs[column.model]
-    others = sum(carried[i] for i in problem.of_model(column.model) if i in carried and i != index)
+    others = [(i, counts[i], used[i]) for i in mine if i != index]
+    rate = sum(count * option.capacity.requests_per_s for _, count, option in others)
+    firm = need.firm_rate - sum(
+        count * option.capacity.requests_per_s
+        for i, count, option in others
+        if not problem.columns[i].spot
+    )
+    least = max(need.rate - rate, 0.0 if column.spot else firm) * (1 - 1e-9)
     enough = [
         option
         for option in options.legal
         if _alike(option, chosen)
         and option.capacity.concurrency > 0
-        and others + counts[index] * option.capacity.requests_per_s >= need.rate * (1 - 1e-9)
+        and counts[index] * option.capacity.requests_per_s >= least
     ]
     if len(enough) < 2:
         return chosen
+    slow = sum(count * stressed(each, options.wish).requests_per_s for _, count, each in others)
 
     def rank(option: Option) -> tuple[object, ...]:
-        slow = stressed(option, options.wish).requests_per_s
-        return (others + counts[index] * slow < need.rate, quality(option))
+        own = counts[index] * stressed(option, options.wish).requests_per_s
+        return slow + own < need.rate, quality(option)
 
     return min(enough, key=rank)
 

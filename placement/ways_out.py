@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from placement.catalogue import Catalogue
+from placement.easing import Easing, added_nodes, differences, eased
 from placement.explanation import WayOut
-from placement.fleet import FleetModel, FleetSpec
+from placement.fleet import FleetModel, FleetSpec, Objective
 from placement.inventory import Inventory, Pool
 from placement.milp import Limits
 from placement.plan import Plan
@@ -14,6 +16,8 @@ from placement.planner import make_plan
 
 MOST_NODES = 64  # that are tried to be added to a pool
 _LIMITS = Limits(time_s=5.0)
+_ROUNDS = 4
+_HALVINGS = 3  # between two of those
 _EASIER = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
@@ -23,24 +27,26 @@ def ways_out(
     """Each the least of its kind that suffices alone, cheapest plan first.
 
     Kinds: nodes added to one pool; replicas.max, service level or demand of the models that go
-    short.
+    short; and for each model what it lacks, all together.
     """
     if not plan.unmet:
         return ()
     found = [
         *_more_nodes(fleet, inventory, catalogue),
         *_easier_models(fleet, inventory, catalogue, {entry.model for entry in plan.unmet}),
+        *_what_each_lacks(fleet, inventory, catalogue, plan),
     ]
+    found = [way for index, way in enumerate(found) if way not in found[:index]]
     return tuple(sorted(found, key=lambda way: (way.cost_per_hour, way.change)))
 
 
+def _plan(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) -> Plan:
+    lenient = fleet.model_copy(update={"robust": "off"}) if fleet.robust == "prefer" else fleet
+    return make_plan(lenient, inventory, catalogue, limits=_LIMITS)
+
+
 def _cost(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) -> float | None:
-    plan = make_plan(
-        fleet.model_copy(update={"robust": "off"}) if fleet.robust == "prefer" else fleet,
-        inventory,
-        catalogue,
-        limits=_LIMITS,
-    )
+    plan = _plan(fleet, inventory, catalogue)
     return None if plan.unmet else plan.cost_per_hour
 
 
@@ -48,19 +54,32 @@ def _more_nodes(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) ->
     for pool in inventory.pools:
 
         def cost(nodes: int, pool: Pool = pool) -> float | None:
-            larger = pool.model_copy(update={"nodes": pool.nodes + nodes, "node_names": None})
+            larger = pool.with_more_nodes(nodes)
             pools = tuple(larger if each.name == pool.name else each for each in inventory.pools)
             return _cost(fleet, inventory.model_copy(update={"pools": pools}), catalogue)
 
         nodes = _least(cost, MOST_NODES)
         if nodes is not None:
             form = f"{pool.gpus_per_node} x {pool.gpu}"
-            noun = "node" if nodes == 1 else "nodes"
             price = cost(nodes)
-            yield WayOut(
-                change=f"{nodes} more {noun} ({form}) in pool {pool.name}",
-                cost_per_hour=price if price is not None else 0.0,
-            )
+            for change in added_nodes(pool.name, form, nodes):
+                yield WayOut(change=change, cost_per_hour=price if price is not None else 0.0)
+
+
+def _what_each_lacks(
+    fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue, plan: Plan
+) -> Iterator[WayOut]:
+    """All that the plan says of its models, done; and of the plan then, should it not be enough."""
+    now = fleet, inventory
+    for _ in range(_ROUNDS):
+        if any(entry.easing == Easing() for entry in plan.unmet):
+            return
+        now = eased(*now, [(entry.model, entry.easing) for entry in plan.unmet])
+        plan = _plan(*now, catalogue)
+        if not plan.unmet:
+            change = ", ".join(differences((fleet, inventory), now))
+            yield WayOut(change=change, cost_per_hour=plan.cost_per_hour)
+            return
 
 
 def _least(works: Callable[[int], float | None], most: int) -> int | None:
@@ -85,18 +104,44 @@ def _easier_models(
         return _cost(fleet.model_copy(update={"models": models}), inventory, catalogue)
 
     names = ", ".join(sorted(short))
+    wishes = [wish for wish in fleet.models if wish.name in short]
     tries: list[tuple[str, Callable[[FleetModel, float], FleetModel]]] = [
-        ("{factor:g} times the replicas.max of " + names, _more_replicas),
-        ("a service level {factor:g} times as slow for " + names, _slower),
-        ("{share:.0f} % of the demand of " + names, _less_demand),
+        ("{factor:g} times the replicas.max of " + names, _more_replicas)
     ]
+    if any(wish.slo != Objective() for wish in wishes):
+        tries.append(("a service level {factor:g} times as slow for " + names, _slower))
+    if any(wish.demand is not None for wish in wishes):
+        tries.append(("{share} % of the demand of " + names, _less_demand))
     for words, change in tries:
-        for factor in _EASIER:
-            price = cost(lambda wish, change=change, factor=factor: change(wish, factor))  # type: ignore[misc]
-            if price is not None:
-                told = words.format(factor=factor, share=100 / factor)
-                yield WayOut(change=told, cost_per_hour=price)
-                break
+        found = _least_factor(
+            lambda factor, change=change: cost(lambda wish: change(wish, factor))  # type: ignore[misc]
+        )
+        if found is not None:
+            factor, price = found
+            told = words.format(factor=factor, share=math.floor(100 / factor))
+            yield WayOut(change=told, cost_per_hour=price)
+
+
+def _least_factor(cost: Callable[[float], float | None]) -> tuple[float, float] | None:
+    """The least factor that works, to some percent, and the cost then; None: not even the largest."""
+    below = 1.0
+    for factor in _EASIER:
+        price = cost(factor)
+        if price is not None:
+            break
+        below = factor
+    else:
+        return None
+    for _ in range(_HALVINGS):
+        middle = math.ceil(100 * math.sqrt(below * factor)) / 100
+        if middle >= factor:
+            break
+        less = cost(middle)
+        if less is None:
+            below = middle
+        else:
+            factor, price = middle, less
+    return factor, price
 
 
 def _more_replicas(wish: FleetModel, factor: float) -> FleetModel:

@@ -159,6 +159,8 @@ def _syntax_error(error: Exception, text: str, source: str) -> str:
         problem = f"a character that YAML does not allow ({error.character!r}): {error.reason}"
     elif mark:
         where = f"{source}:{mark.line + 1}"
+        if "\\t" in problem:
+            problem += "; indent with spaces, YAML takes no tabs"
     return f"{where}: not valid YAML: {problem}"
 
 

@@ -88,7 +88,10 @@ def status(*, json_: Json = False) -> None:
 
 
 def scale(model: str, replicas: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Set a model's replica count until its load asks for another."""
+    """Set a model's replica count until its load asks for another.
+
+    Of a model whose prompts are read on replicas of their own: how many answer; those follow.
+    """
     _client(context.require()).scale(model, replicas)
 
 

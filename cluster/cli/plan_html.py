@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from cluster.cli.plan_svg import GIB, STYLE, WIDTH, colours_of, drawing
-from cluster.cli.render import beside_gpus
+from cluster.cli.render import beside_gpus, unpriced
 from placement.explanation import Explanation
 from placement.inventory import Inventory
 from placement.migration import Create, Delete, Migration, Replace
@@ -24,18 +24,25 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10
 .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   padding: 8px 14px; min-width: 90px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; }
-.scroll { overflow-x: auto; } svg { display: block; max-width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
+.scroll { overflow-x: auto; } svg { display: block; width: 100%; min-width: 800px; max-width: 1120px; height: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--line); }
-th, td { padding: 6px 14px 6px 0; vertical-align: top; white-space: nowrap; }
+th, td { padding: 6px 12px 6px 0; vertical-align: top; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td { border-bottom: 1px solid var(--line); }
 .words td { white-space: normal; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
-.use { display: inline-block; width: 70px; height: 8px; border-radius: 4px; background: var(--empty);
+th:last-child, td:last-child { padding-right: 0; }
+.use { display: inline-block; width: 44px; height: 8px; border-radius: 4px; background: var(--empty);
   overflow: hidden; margin-right: 8px; } .use i { display: block; height: 100%; background: #1f77b4; }
 ul { padding-left: 20px; }
 """
+
+
+_HOW_TO_READ = (
+    "A box is a node, a bar in it the memory of a GPU. Bars that are joined are one replica; "
+    "point at one for its numbers."
+)
 
 
 def plan_html(
@@ -56,7 +63,10 @@ def plan_html(
         *_head(plan),
         *_unmet(plan),
         "<h2>GPUs</h2>",
+        f'<p class="quiet">{_HOW_TO_READ}</p>',
+        '<div class="scroll">',
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="GPUs by node">{picture}</svg>',
+        "</div>",
         *_variants(plan),
         *([] if moved is None else _changes(moved)),
         *([] if explanation is None else _reasons(explanation, plan.currency)),
@@ -77,11 +87,15 @@ def _head(plan: Plan) -> Iterator[str]:
     yield _tile(f"{100 * (1 - fullest):.0f} %", "least headroom")
     yield _tile(f"{100 * plan.gap:.2f} %", "gap to the best")
     if plan.robustness is not None:
-        told = "holds" if plan.robustness.holds else "falls short"
-        yield _tile(told, "if 15 % slower")
+        holds = plan.robustness.holds
+        yield _tile("holds" if holds else "falls short", "if 15 % slower", bad=not holds)
     yield "</div>"
+    if plan.unpriced:
+        words = unpriced(plan)
+        yield f'<p class="quiet">{escape(words[:1].upper() + words[1:])}.</p>'
     if plan.node_loss is not None:
-        yield f'<p class="quiet">{escape(plan.node_loss.in_words)}.</p>'
+        words = plan.node_loss.in_words
+        yield f'<p class="quiet">{escape(words[:1].upper() + words[1:])}.</p>'
     if plan.robustness is not None and plan.robustness.short:
         short = escape(", ".join(plan.robustness.short))
         dearer = plan.robustness.objective_to_hold
@@ -89,9 +103,11 @@ def _head(plan: Plan) -> Iterator[str]:
         yield f'<p class="quiet">Short if engines are slower than predicted: {short}{more}.</p>'
 
 
-def _tile(value: str, label: str) -> str:
+def _tile(value: str, label: str, *, bad: bool = False) -> str:
+    tone = ' class="bad"' if bad else ""
     return (
-        f'<div class="tile"><b>{escape(value)}</b><span class="quiet">{escape(label)}</span></div>'
+        f'<div class="tile"><b{tone}>{escape(value)}</b>'
+        f'<span class="quiet">{escape(label)}</span></div>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a7a00", "#7b5ea7",
     "#4d9221", "#b2182b", "#5e8ab4", "#c49c3d", "#35978f", "#a8709c", "#b35806", "#80b1d3",
 )  # fmt: skip
+_GOLDEN = 0.618034  # of a turn: no two hues fall together
 STYLE = """
 :root { --page: #ffffff; --ink: #1c2128; --quiet: #667080; --line: #d5dae1; --panel: #f5f7f9;
   --empty: #e9edf1; }
@@ -24,7 +26,7 @@ STYLE = """
   --line: #343b46; --panel: #1c2129; --empty: #272e38; } }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--ink); }
 svg .quiet { fill: var(--quiet); } svg .panel { fill: var(--panel); stroke: var(--line); }
-svg .empty { fill: var(--empty); } svg .on { fill: #ffffff; }
+svg .empty { fill: var(--empty); } svg .on { fill: #ffffff; stroke: #1c2128; stroke-width: 2.5px; paint-order: stroke; }
 """
 
 
@@ -85,7 +87,15 @@ def drawing(plan: Plan, inventory: Inventory) -> tuple[str, int]:
 def colours_of(plan: Plan) -> dict[str, str]:
     """A colour for each model, always the same for the same fleet."""
     names = sorted({variant.model for variant in plan.variants})
-    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    return {name: _colour(index) for index, name in enumerate(names)}
+
+
+def _colour(index: int) -> str:
+    """One of the palette; beyond it hues that are far from those just before."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    rgb = colorsys.hls_to_rgb(index * _GOLDEN % 1, (0.38, 0.56)[index % 2], 0.5)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
 def _legend_rows(plan: Plan) -> list[list[tuple[str, int]]]:
@@ -134,11 +144,11 @@ def _pool(
     names = pool.names()
     used = sum(len(replica.gpus) for name in names for replica in by_node.get(name, ()))
     nodes = "node" if pool.nodes == 1 else "nodes"
-    head = f"{pool.name}: {pool.nodes} {nodes} of {pool.gpus_per_node} x {pool.gpu}"
+    head = f"{pool.name}: {pool.nodes:,} {nodes} of {pool.gpus_per_node} x {pool.gpu}"
     parts = [
         _text(0, top + 18, head, size=15, bold=True),
         _text(
-            WIDTH, top + 18, f"{used} of {pool.nodes * pool.gpus_per_node} used", size=13,
+            WIDTH, top + 18, f"{used:,} of {pool.nodes * pool.gpus_per_node:,} used", size=13,
             quiet=True, end=True,
         ),
     ]  # fmt: skip
@@ -179,8 +189,10 @@ def _gpus(
             continue
         colour = colours[replica.variant.model]
         if gpu - 1 in replica.gpus and gpu % columns:  # joined with its neighbour
-            band = max(2, scale.height // 12)
-            yield _rect(x - scale.gap, y + scale.height - band, scale.gap, band, f'fill="{colour}"')
+            band, fill = scale.height // 12, f'fill="{colour}"'
+            if not scale.label:  # too small for a band
+                band, fill = scale.height, f'{fill} fill-opacity="0.28"'
+            yield _rect(x - scale.gap, y + scale.height - band, scale.gap, band, fill)
         yield from _bar(replica, gpu, colour, scale, (x, y))
 
 

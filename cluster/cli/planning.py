@@ -21,10 +21,10 @@ from cluster.cli.render import page_console, plan_page
 from cluster.control_api import ControlClient
 from cluster.local_inventory import local_inventory
 from cluster.models import catalogue_for, pinned
-from placement.canary import apart, merged, with_canaries
+from placement.canary import CANARY, apart, merged, with_canaries
 from placement.catalogue import Catalogue
 from placement.changes import migration
-from placement.errors import ConfigError, UnknownName
+from placement.errors import ConfigError, PlacementError, UnknownName
 from placement.explain import explain
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
@@ -71,7 +71,8 @@ def plan(
     if explain_:
         spec = with_canaries(load_yaml(fleet, FleetSpec))
         catalogue = catalogue_for(spec, calibrated_catalogue())
-        reasons = explain(spec, offered, catalogue, apart(answer))
+        before = None if running is None else apart(running)
+        reasons = explain(spec, offered, catalogue, apart(answer), running=before)
     moved = None if running is None else migration(running, answer)
     if out is not None:
         _write(out, dump_yaml(answer), "--out")
@@ -131,18 +132,20 @@ def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Pl
         ConfigError: the file is wrong, or names a model, pool or GPU type that is not there.
     """
     spec = load_yaml(fleet, FleetSpec)
-    try:
-        planned = with_canaries(spec)
-        catalogue = catalogue_for(planned, calibrated_catalogue())
-    except UnknownName as error:
-        asked = [model.model for model in spec.models]
-        if error.name not in asked:
-            raise
-        where = place(fleet, "models", asked.index(error.name), "model")
-        raise ConfigError(f"{where}: {error}") from None
-    problems = _unknown_names(fleet, spec, offered, catalogue)
+    planned, catalogue = with_canaries(spec), calibrated_catalogue()
+    problems = []
+    for wish in planned.models:
+        try:
+            catalogue = catalogue_for(planned.model_copy(update={"models": (wish,)}), catalogue)
+        except (UnknownName, ConfigError) as error:
+            problems.append(
+                f"{_place_of_model(fleet, spec, wish.name)}: {error}{_where_known(error)}"
+            )
+    problems += _unknown_names(fleet, spec, offered, catalogue)
+    if not problems:
+        problems = _impossible_wishes(fleet, spec, catalogue)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     started_s = time.perf_counter()
     before = None if running is None else apart(running)
     plan = merged(make_plan(planned, offered, catalogue, running=before), spec)
@@ -175,6 +178,22 @@ def _inventory_in(path: Path, catalogue: Catalogue) -> Inventory:
     return inventory
 
 
+def _place_of_model(fleet: Path, spec: FleetSpec, name: str) -> str:
+    """Where the file says which model this is; of a canary, unless it says so itself, its model's."""
+    names = [model.name for model in spec.models]
+    index = names.index(name if name in names else name.removesuffix(CANARY))
+    canary = spec.models[index].canary
+    own = name not in names and canary is not None and canary.model is not None
+    return place(fleet, "models", index, *(("canary",) if own else ()), "model")
+
+
+def _where_known(error: PlacementError) -> str:
+    """Where the names stand that are known, if there are too many to tell."""
+    if not isinstance(error, UnknownName) or "; " in str(error):
+        return ""
+    return f"; `bora {'gpus' if error.kind == 'GPU type' else 'models'}` lists those that are known"
+
+
 def _unknown_names(
     fleet: Path, spec: FleetSpec, offered: Inventory, catalogue: Catalogue
 ) -> list[str]:
@@ -191,12 +210,33 @@ def _unknown_names(
     return problems
 
 
+def _impossible_wishes(fleet: Path, spec: FleetSpec, catalogue: Catalogue) -> list[str]:
+    """A line for each wish that its model fulfils on no GPU whatever."""
+    problems = []
+    for index, wish in enumerate(spec.models):
+        model = catalogue.model(wish.model)
+        if wish.max_model_len is not None and wish.max_model_len > model.context:
+            where = place(fleet, "models", index, "max_model_len")
+            problems.append(
+                f"{where}: {wish.max_model_len} is more than the context of {model.name}; "
+                f"give {model.context} or less"
+            )
+        have = sorted({checkpoint.precision for checkpoint in model.checkpoints})
+        if wish.precision != "any" and not set(wish.precision) & set(have):
+            where = place(fleet, "models", index, "precision")
+            problems.append(
+                f"{where}: {model.name} has no checkpoint in {', '.join(wish.precision)}; "
+                f"known: {', '.join(have)}"
+            )
+    return problems
+
+
 def _unknown_gpu(name: str, catalogue: Catalogue) -> str:
     """What is wrong with this GPU type; empty: nothing."""
     try:
         catalogue.gpu(name)
     except UnknownName as error:
-        return str(error)
+        return f"{error}{_where_known(error)}"
     return ""
 
 

@@ -50,6 +50,8 @@ def plan_page(plan: Plan) -> RenderableType:
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    if plan.unpriced:
+        parts.append(Text(unpriced(plan), style="yellow"))
     if plan.node_loss is not None:
         parts.append(Text(plan.node_loss.in_words))
     if plan.robustness is not None and plan.robustness.short:
@@ -58,6 +60,14 @@ def plan_page(plan: Plan) -> RenderableType:
         parts.append(Text(f"{unmet.model}: {unmet.constraint}", style="red"))
         parts.append(Text(f"  cheapest way out: {unmet.cheapest_relaxation}"))
     return Group(*parts)
+
+
+def unpriced(plan: Plan) -> str:
+    """Whose prices are a guess, and what to do about it."""
+    return (
+        f"nobody knows the price of {', '.join(plan.unpriced)}: counted as dear as the dearest GPU "
+        "there is; give price_per_gpu_hour in the inventory"
+    )
 
 
 def _gap(plan: Plan) -> str:
@@ -78,19 +88,24 @@ def _if_slower(plan: Plan, robustness: Robustness) -> str:
 def status_page(status: FleetStatus, now_s: float | None = None) -> RenderableType:
     """The fleet now: each variant, and under it its replicas. `now_s`: epoch seconds."""
     now_s = time.time() if now_s is None else now_s
+    roles = ("role",) if any(variant.role != "whole" for variant in status.variants) else ()
     table = Table(
-        "model", "variant", "ready", "state", "nodes and GPUs",
+        "model", "variant", *roles, "ready", "state", "nodes and GPUs",
         "weights/GPU plan/actual", "KV tokens plan/actual", "load", "speed plan/actual",
         "last event",
         box=None,
     )  # fmt: skip
+
+    def add(row: tuple[RenderableType, ...], role: str = "") -> None:
+        table.add_row(*row[:2], *(role for _ in roles), *row[2:])
+
     failures: list[RenderableType] = []
     for variant in status.variants:
-        table.add_row(*_variant_row(variant, now_s))
+        add(_variant_row(variant, now_s), variant.role)
         for replica in variant.replicas:
-            table.add_row(*_replica_row(variant, replica))
+            add(_replica_row(variant, replica))
         for name, source in variant.adapters.items():
-            table.add_row(*_adapter_row(variant, name, source))
+            add(_adapter_row(variant, name, source))
         failures += [Text(line, style="yellow") for line in _remarks(variant)]
         if variant.failure and variant.ready < variant.wanted:
             end = "\n".join(variant.failure.splitlines()[-FAILURE_LINES:])

@@ -10,6 +10,8 @@ from typing import Protocol
 from placement.plan import Variant
 from placement.speed_window import EngineCounters
 
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 MEETING = "meeting the other ranks"  # the stage of a rank that waits for those of other nodes
 
 
@@ -57,6 +59,21 @@ class EngineFacts:
     weights_bytes: int | None = None  # of one rank
 
 
+def num_ports(variant: Variant) -> int:
+    """How many ports in a row an engine takes: its server's, and those of its side channel.
+
+    A side channel is where engines that hand KV caches on meet, one for each data-parallel rank.
+    """
+    return 1 if variant.role == "whole" else 1 + variant.shape.data_parallel_size
+
+
+def side_channel(variant: Variant, host: str, port: int) -> dict[str, str]:
+    """The environment that tells an engine, whose server listens on `port`, of its side channel."""
+    if variant.role == "whole":
+        return {}
+    return {SIDE_CHANNEL_HOST: host, SIDE_CHANNEL_PORT: str(port + 1)}
+
+
 class Engine(Protocol):
     """One per engine kind; stateless."""
 
@@ -70,7 +87,7 @@ class Engine(Protocol):
     ) -> Launch:
         """Command and environment that serve `variant` on `host:port` under the name `variant.model`.
 
-        `checkpoint` is a local folder or file, or a Hugging Face repo id.
+        The ports after it, `num_ports` in all, are its own too. `checkpoint` is a local folder or file, or a Hugging Face repo id.
         """
         ...
 

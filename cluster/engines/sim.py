@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engines import vllm_output
-from cluster.engines.adapter import MEETING, EngineFacts, EngineLoad, Launch, Rank
+from cluster.engines.adapter import (
+    MEETING,
+    EngineFacts,
+    EngineLoad,
+    Launch,
+    Rank,
+    side_channel,
+)
 from placement.plan import Shape, Variant
 
 _OWN_FLAG = "--sim-"
 _SERVER, _GANG = "cluster.engines.sim_server", "cluster.engines.sim_gang"
 _INSIDE = "--sim-inside"
+_TRANSFER_BYTES_PER_S = 12.5e9  # 100 Gb/s
 
 _STAGES = {
     "distributed_init_method=tcp": MEETING,
@@ -66,8 +74,10 @@ class SimEngine:
         for name, value in flags.items():
             command += [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)]
         command += _adapter_flags(shape.engine_args)
+        command += _transfer_flags(shape)
         command += _own_flags(shape.engine_args)
-        return Launch(tuple(command), {"VLLM_API_KEY": api_key} if api_key else {})
+        key = {"VLLM_API_KEY": api_key} if api_key else {}
+        return Launch(tuple(command), key | side_channel(variant, host, port))
 
     def ranked(self, launch: Launch, rank: Rank) -> Launch:
         """A node's share: it meets the others before it serves."""
@@ -136,6 +146,15 @@ def _adapter_flags(arguments: Sequence[str]) -> list[str]:
         return []
     rank = arguments.index("--max-lora-rank")
     return ["--enable-lora", *arguments[rank : rank + 2]]
+
+
+def _transfer_flags(shape: Shape) -> list[str]:
+    """What tells vLLM to hand KV caches on to other engines, each rank's over a link of its own."""
+    flags = [each for each in shape.engine_args if each.startswith("--kv-transfer-config=")]
+    if not flags:
+        return []
+    speed = _TRANSFER_BYTES_PER_S / max(shape.kv_bytes_per_token, 1)
+    return [flags[-1], "--kv-transfer-tokens-per-s", f"{speed:.6g}"]
 
 
 def _own_flags(arguments: Sequence[str]) -> Iterator[str]:

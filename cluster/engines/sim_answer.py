@@ -37,7 +37,12 @@ class Answer:
     prompt_token_ids: Sequence[int] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, deltas: Sequence[Delta], usage: Mapping[str, int]) -> dict[str, Any]:
+    def whole(
+        self,
+        deltas: Sequence[Delta],
+        usage: Mapping[str, int],
+        kv_transfer_params: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The body when the request does not stream."""
         text = "".join(delta.text for delta in deltas)
         said: dict[str, Any] = {"text": text}
@@ -62,7 +67,7 @@ class Answer:
         }
         if self.chat:
             body |= {"prompt_logprobs": None, "prompt_token_ids": self.prompt_token_ids}
-        return {**body, "kv_transfer_params": None}
+        return {**body, "kv_transfer_params": kv_transfer_params}
 
     def opening(self, usage: Mapping[str, int] | None) -> bytes:
         """The first event of a stream; completions have none."""

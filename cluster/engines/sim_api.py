@@ -62,6 +62,7 @@ class _Generate(_Body):
     seed: int | None = None
     ignore_eos: bool = False
     return_token_ids: bool | None = None
+    kv_transfer_params: Mapping[str, Any] | None = None
 
 
 class _Conversation(_Body):

@@ -66,6 +66,7 @@ class Generation:
     continuation: Continuation
     stop: StopStrings = field(default_factory=lambda: StopStrings(()))
     min_tokens: int = 0
+    kept_as: str = ""  # name under which its prompt's KV cache stays when it has finished
     prefilled_tokens: int = 0
     completion_tokens: int = 0
 
@@ -165,7 +166,13 @@ class Batch:
         for generation, delta in deltas:
             if delta.finish_reason:
                 self.remove(generation)
+                if generation.kept_as:
+                    self.reserved_tokens += generation.prompt_tokens
         return deltas
+
+    def let_go(self, tokens: int) -> None:
+        """So many tokens of KV cache that were kept are free."""
+        self.reserved_tokens -= tokens
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.limits.max_num_seqs:

@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cluster.engines.sim_drill import Fault
+from cluster.engines.sim_transfer import TransferConfig
 
 NumberT = TypeVar("NumberT", int, float)
+FormT = TypeVar("FormT", bound=BaseModel)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,6 +38,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--speed", type=_positive(float), default=1.0, help="divides prefill and decode times")
     add("--enable-lora", action="store_true", help="adapters may be loaded while it runs")
     add("--max-lora-rank", type=_positive(int), default=16, help="of the widest adapter")
+    add("--kv-transfer-config", type=_transfer_config, help="vLLM's: KV caches go to other engines")
+    add("--kv-transfer-tokens-per-s", type=_positive(float), default=100000.0, help="fetched")
     add("--start-delay-s", type=float, default=0.0, help="simulated load time, before listening")
     add("--fail-after-s", type=float, help="drill: exit with status 1 so long after the start")
     add(
@@ -76,8 +80,19 @@ def _positive(number: type[NumberT]) -> Callable[[str], NumberT]:
 
 
 def _fault(text: str) -> Fault:
+    return _parsed(text, Fault, "a fault")
+
+
+def _transfer_config(text: str) -> TransferConfig:
+    return _parsed(text, TransferConfig, "a config of vLLM's NixlConnector")
+
+
+def _parsed(text: str, form: type[FormT], what: str) -> FormT:
     try:
-        return Fault.model_validate_json(text)
+        return form.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise argparse.ArgumentTypeError(f"{text} is not a fault: {problem['msg']}") from None
+        [problem, *_] = error.errors()
+        where = ".".join(map(str, problem["loc"]))
+        raise argparse.ArgumentTypeError(
+            f"{text} is not {what}: {where}: {problem['msg']}"
+        ) from None

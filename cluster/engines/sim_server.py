@@ -41,6 +41,7 @@ from cluster.engines.sim_metrics import Metrics
 from cluster.engines.sim_middleware import authentication, faults, refusals
 from cluster.engines.sim_options import parse_options
 from cluster.engines.sim_settings import Settings, settings_of
+from cluster.engines.sim_transfer import KvTransfer
 from cluster.engines.sim_vocabulary import NoSuchToken, text_of
 
 LOG_FORMAT = "%(levelname)s %(asctime)s %(message)s"
@@ -63,6 +64,11 @@ class SimulatedEngine:
         self._work = asyncio.Event()
         self._drill = Drill(settings.fault or Fault())
         self._adapters = Adapters(settings.model, settings.max_lora_rank)
+        self._transfer: KvTransfer | None = None
+        if settings.transfer is not None:
+            self._transfer = KvTransfer(
+                settings.transfer, speed=settings.speed, free=self._batch.let_go
+            )
 
     async def run(self) -> None:
         """Step for ever.
@@ -88,6 +94,8 @@ class SimulatedEngine:
             self._metrics.intervals(len(step.decodes), loop.time() - begun_s)
             for generation, delta in deltas:
                 self._answers[generation].put_nowait(delta)
+                if delta.finish_reason and self._transfer:
+                    self._transfer.finished(generation)
 
     def application(self) -> web.Application:
         """Routes. Handlers must be cancelled when their client leaves (`handler_cancellation`)."""
@@ -106,6 +114,8 @@ class SimulatedEngine:
         if self._settings.max_lora_rank:
             app.router.add_post(LOAD_PATH, self._load_adapter)
             app.router.add_post(UNLOAD_PATH, self._unload_adapter)
+        if self._transfer is not None:
+            app.cleanup_ctx.append(self._transfer.listen)
         if self._settings.fault is not None:
             app.router.add_get(DRILL_PATH, self._drill.get)
             app.router.add_post(DRILL_PATH, self._drill.post)
@@ -135,8 +145,8 @@ class SimulatedEngine:
         return await self._answers[generation].get()
 
     def end(self, generation: Generation) -> None:
-        """Forget it, whether it has ended or not."""
-        del self._answers[generation]
+        """Forget it, whether it has ended, or was begun at all."""
+        self._answers.pop(generation, None)
         self._batch.remove(generation)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -164,8 +174,10 @@ class SimulatedEngine:
             prompt_token_ids=prompt_of(body) if wants_ids else None,
         )
         self._drill.arrived(request_id)
-        self.begin(generation)
         try:
+            if self._transfer and body.kv_transfer_params:
+                await self._transfer.prepare(generation, body.kv_transfer_params, request_id)
+            self.begin(generation)
             if not body.stream:
                 return await self._whole(request, generation, answer)
             options = body.stream_options or StreamOptions()
@@ -184,7 +196,8 @@ class SimulatedEngine:
         while deltas[-1].finish_reason is None:
             await self._drill.after(len(deltas), request)
             deltas.append(await self.following(generation))
-        return web.json_response(answer.whole(deltas, usage_of(generation, len(deltas))))
+        params = self._transfer.params(generation) if self._transfer else None
+        return web.json_response(answer.whole(deltas, usage_of(generation, len(deltas)), params))
 
     async def _stream(
         self, request: web.Request, generation: Generation, answer: Answer, options: StreamOptions

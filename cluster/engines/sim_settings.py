@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 
+from cluster.engines.adapter import SIDE_CHANNEL_HOST, SIDE_CHANNEL_PORT
 from cluster.engines.sim_batch import Limits, Timing
 from cluster.engines.sim_drill import Fault
+from cluster.engines.sim_transfer import Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Settings:
     has_token_ids: bool = True
     fault: Fault | None = None
     max_lora_rank: int = 0  # 0: no adapters
+    transfer: Transfer | None = None  # None: KV caches stay where they are
 
 
 def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
@@ -46,4 +50,17 @@ def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
         has_token_ids=not options.no_token_ids,
         fault=options.drill,
         max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
+        transfer=_transfer(options),
+    )
+
+
+def _transfer(options: argparse.Namespace) -> Transfer | None:
+    """As vLLM's connector, it listens where the environment says."""
+    if options.kv_transfer_config is None:
+        return None
+    return Transfer(
+        options.kv_transfer_config,
+        os.environ.get(SIDE_CHANNEL_HOST, options.host),
+        int(os.environ.get(SIDE_CHANNEL_PORT, "0")),
+        options.kv_transfer_tokens_per_s,
     )

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engines import vllm_gang, vllm_output
-from cluster.engines.adapter import MEETING, EngineFacts, EngineLoad, Launch, Rank
+from cluster.engines.adapter import (
+    MEETING,
+    EngineFacts,
+    EngineLoad,
+    Launch,
+    Rank,
+    side_channel,
+)
 from cluster.nano.store import default_cache
 from placement.plan import Shape, Variant
 
@@ -69,6 +76,7 @@ class VllmEngine:
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # `responses_store` bounds it
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
+            **side_channel(variant, host, port),
             **variant.shape.engine_environment,
         }
         if isinstance(checkpoint, Path) and not _names_repositories(variant.shape):

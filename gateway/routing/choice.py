@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from random import Random
 
 from gateway.call import Call
@@ -27,7 +27,7 @@ def choose(
     random: Random,
 ) -> Lease | None:
     """A place for `call`, or None when no endpoint that could serve it has one."""
-    ready: Sequence[EndpointState] = untried(route.ready, tried) if tried else route.ready
+    ready = untried(route, tried) if tried else route.ready
     features: Features | None = None
     if route.is_mixed and call is not None:
         features = features_of(call)

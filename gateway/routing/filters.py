@@ -13,9 +13,12 @@ _VISION = "vision"
 _EMBEDDINGS = "embeddings"
 
 
-def untried(states: Sequence[EndpointState], tried: Collection[str]) -> Sequence[EndpointState]:
-    """Those that have not failed this request."""
-    return [state for state in states if state.endpoint.key not in tried] if tried else states
+def untried(route: Route, tried: Collection[str]) -> Sequence[EndpointState]:
+    """Ready ones that have not failed this request; else those that otherwise only read prompts."""
+    if not tried:
+        return route.ready
+    left = [state for state in route.ready if state.endpoint.key not in tried]
+    return left or [state for state in route.prefills if state.endpoint.key not in tried]
 
 
 def available(states: Sequence[EndpointState], now: float) -> list[EndpointState]:

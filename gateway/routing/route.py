@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.call import Call
@@ -24,11 +24,15 @@ _EJECTED_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class Route:
-    """`ready` are the states that take requests; `is_clear`: nothing is held against any of them."""
+    """`ready` are the states that take requests; `is_clear`: nothing is held against any of them.
+
+    `prefills` only read prompts, and are among `ready` when nobody else is.
+    """
 
     model: ServedModel
     states: list[EndpointState] = field(default_factory=list)
     ready: list[EndpointState] = field(default_factory=list)
+    prefills: list[EndpointState] = field(default_factory=list)
     policy: PolicyName = "auto"
     index: PrefixIndex = field(default_factory=PrefixIndex)
     split: TrafficSplit = field(default_factory=TrafficSplit)
@@ -51,7 +55,7 @@ class Route:
         self.states = states
         self._by_key = {state.endpoint.key: state for state in states}
         self.by_bit = {state.bit: state for state in states}
-        self.all_bits = sum(self.by_bit)
+        self.all_bits = sum(state.bit for state in answering(states))
         self._ring = None
         self.is_clear = False  # to be found out
         self.split.weigh(self.model.routing.weights)
@@ -67,7 +71,9 @@ class Route:
 
     def refresh(self) -> None:
         """An endpoint died or came back."""
-        self.ready = [state for state in self.states if state.takes_requests]
+        able = [state for state in self.states if state.takes_requests]
+        self.prefills = [state for state in able if state.endpoint.role == "prefill"]
+        self.ready = answering(able)
         replaced = self.model.managed or self.model.scalable
         if not self.ready and not replaced:
             # Nobody brings another: an error at once tells more than a long wait for nothing.
@@ -85,10 +91,11 @@ class Route:
         return ~used & (used + 1)
 
     def ring(self) -> HashRing:
-        """Of all endpoints of the table by planned speed, so that gateways with one table agree."""
+        """Of all that answer requests by planned speed, so that gateways with one table agree."""
         if self._ring is None:
-            weights = zip(self._by_key, self._planned(), strict=True)
-            self._ring = HashRing(dict(weights))
+            weights = dict(zip(self._by_key, self._planned(), strict=True))
+            names = [state.endpoint.key for state in answering(self.states)]
+            self._ring = HashRing({name: weights[name] for name in names})
         return self._ring
 
     def home(self, key: int) -> EndpointState | None:
@@ -145,3 +152,8 @@ class Route:
             OUTPUT_TOKEN_WORK * (tokens or state.endpoint.max_in_flight * per_place)
             for tokens, state in zip(told, self.states, strict=True)
         ]
+
+
+def answering(states: Sequence[EndpointState]) -> list[EndpointState]:
+    """Those that get whole requests: who only reads prompts does so when there is nobody else."""
+    return [state for state in states if state.endpoint.role != "prefill"] or list(states)

@@ -18,6 +18,7 @@ from gateway.routing.choice import choose, take
 from gateway.routing.filters import untried
 from gateway.routing.learning import learn, proves_health
 from gateway.routing.pickers import Picker, picker
+from gateway.routing.prefill import place_to_read, spare_reading
 from gateway.routing.request import Request
 from gateway.routing.route import Route
 from gateway.routing.siblings import count_apart, count_beside, count_together
@@ -135,7 +136,7 @@ class Router:
     def can_serve(self, model: str, tried: Collection[str] = ()) -> bool:
         """Whether a ready endpoint exists, busy or not, that has not failed this request."""
         route = self._routes.get(model)
-        return route is not None and bool(untried(route.ready, tried))
+        return route is not None and bool(untried(route, tried))
 
     def num_ready(self, model: str) -> int:
         """Endpoints of `model` that take requests."""
@@ -228,6 +229,24 @@ class Router:
             for slow in route.eject_outliers(now):
                 route.is_clear = False
                 self.on_change(slow, now)
+
+    def reserve_to_read(
+        self, writer: Lease, call: Call, *, least_tokens: int, now: float
+    ) -> Lease | None:
+        """A place where only the prompt of `call` is read, if that pays. Give it back as any other."""
+        route = self._routes.get(writer.endpoint.model)
+        if route is None:
+            return None
+        return place_to_read(route, writer, call, least_tokens=least_tokens, now=now)
+
+    def prompt_read(self, reader: Lease, writer: Lease, *, now: float) -> None:
+        """The engine at `reader` has read the prompt that `writer` answers. Before `release`."""
+        state = reader.state
+        state.failed_checks = 0
+        decides = reader.is_probe or not state.breaker.is_slow
+        if decides and state.breaker.succeeded():
+            self.on_change(state, now)
+        spare_reading(writer, now)
 
     def failed(self, lease: Lease, fault: Fault, *, now: float) -> float:
         """The endpoint failed `lease`'s request. Returns the seconds for which it is distrusted."""

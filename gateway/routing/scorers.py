@@ -14,14 +14,14 @@ from gateway.routing.request import Request
 from gateway.routing.state import EndpointState
 
 _PUSHED_BACK = 4.0  # times the cost, for a moment after a 429 or 503
-_HELD_UP = 2
+HELD_UP = 2
 _LIGHT_LOAD = 16  # one of so many places taken: the batch has room
 
 
 def cost(state: EndpointState, request: Request, saved: int, now: float) -> float:
     """Seconds that a request costs there if `saved` tokens of its prompt are cached."""
     prompt_tokens = request.features.prompt_tokens if request.features is not None else 0
-    held_up = _HELD_UP / request.usual * (prompt_tokens - saved) * state.work
+    held_up = HELD_UP / request.usual * (prompt_tokens - saved) * state.work
     seconds = (state.work + request.work - saved + held_up) / state.speed
     return seconds * _PUSHED_BACK if state.busy_until > now else seconds
 
@@ -47,7 +47,7 @@ def cheapest_with_cache(
     """
     features, work = request.features, request.work
     prompt_tokens = features.prompt_tokens if features is not None else 0
-    held_up = _HELD_UP / request.usual
+    held_up = HELD_UP / request.usual
     levels = list(zip(request.holders, request.saved, strict=True))[::-1]
     best, least = candidates[0], math.inf
     for state in candidates:

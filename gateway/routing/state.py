@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -15,6 +16,7 @@ from gateway.endpoints import Endpoint, EngineKind
 from gateway.routing.breaker import Breaker, BreakerRules, BreakerState
 from gateway.routing.pace import Pace
 from gateway.tenants import ANONYMOUS, Tenant
+from placement.routing_policy import Role
 
 OUTPUT_TOKEN_WORK = 8
 
@@ -93,6 +95,16 @@ class EndpointState:
         self.pace = Pace()
 
 
+class Rewrite(Protocol):
+    """What an engine is asked in the place of the client's own request."""
+
+    def request(self, served_model_name: str, *, by_ids: bool) -> tuple[str, bytes]:
+        """Path and body for the engine that knows the model by that name.
+
+        `by_ids`: it takes and gives token ids as vLLM does.
+        """
+
+
 class Lease(msgspec.Struct, eq=False):  # a dataclass takes three times as long to make
     """A place at an endpoint, held by one request."""
 
@@ -106,6 +118,7 @@ class Lease(msgspec.Struct, eq=False):  # a dataclass takes three times as long 
     failed: bool = False
     released: bool = False
     tenant: Tenant = ANONYMOUS
+    rewrite: Rewrite | None = None  # for this place only; None: the client's own request
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ class EndpointSnapshot:
     key: str
     url: str
     state: str  # ready, draining or dead
+    role: Role
     engine: EngineKind | None
     max_model_len: int | None
     breaker: BreakerState
@@ -140,6 +154,7 @@ def snapshot(state: EndpointState, now: float, prefix_blocks: int) -> EndpointSn
         key=endpoint.key,
         url=endpoint.url,
         state="dead" if state.dead else endpoint.state,
+        role=endpoint.role,
         engine=state.engine,
         max_model_len=state.max_model_len,
         breaker=breaker.state(now),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from cluster.autoscaler import Autoscaler
+from typing import Any
+
+import pytest
+
+from cluster.autoscaler import Autoscaler, answering, shared_out
 from gateway.endpoints import ModelLoad
+from placement.errors import ConfigError
 from placement.fleet import ReplicaBounds, ScalingPolicy
 from placement.plan import Variant
 from placement.routing_policy import RoutingPolicy
@@ -98,3 +103,60 @@ def test_weighted_variants_share_the_load_by_their_weights():
 
     # three quarters of 16 / 0.7 slots at 8 a replica; the canary has enough with the one it has
     assert [decision.target if decision else None for decision in decisions] == [3, None]
+
+
+def two_roles(**prefill: Any) -> tuple[Variant, Variant]:
+    """Three replicas answer for each two that read, in the plan."""
+    bounds = ReplicaBounds(min=0, max=20)
+    common = {"bounds": bounds, "scaling": QUICK, "shape": a_shape(max_num_seqs=8)}
+    read = {"variant": "chat@a-prefill", "role": "prefill", "replicas": 2, **prefill}
+    write = {"variant": "chat@b-decode", "role": "decode", "replicas": 3}
+    return a_variant(**{**common, **read}), a_variant(**{**common, **write})
+
+
+def test_prefill_replicas_follow_the_decode_replicas_in_the_plans_proportion():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    for variant in (reader, writer):
+        scaler.adopt(variant, running=False)
+    scaler.observe("g1", {"chat": a_load(in_flight=33)}, now_s=0)
+
+    decision = scaler.decide(writer, 3, 0, (reader, writer))
+    assert decision is not None
+    assert decision.target == 6  # 33 / (0.7 x 8), rounded up: readers take no share of the load
+    scaler.set(writer, decision.target)
+
+    followed = scaler.decide(reader, 2, 0, (reader, writer))
+    assert followed is not None
+    assert followed.target == 4
+    assert followed.reason == "beside 6 decode replicas"
+    scaler.set(reader, 4)
+    assert scaler.decide(reader, 2, 0, (reader, writer)) is None
+
+
+def test_what_an_operator_asks_for_is_shared_out_to_those_that_answer():
+    reader, writer = two_roles()
+    whole = a_variant(variant="chat@c", bounds=ReplicaBounds(min=1, max=4))
+    variants = answering((reader, writer, whole))
+
+    assert [count for _, count in shared_out(variants, 7)] == [6, 1]
+    assert [count for _, count in shared_out(variants, 23)] == [20, 3]
+    with pytest.raises(ConfigError, match=r"chat: 25 replicas are outside of 1\.\.24"):
+        shared_out(variants, 25)
+
+
+def test_whole_replicas_need_nobody_beside_them():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    whole = a_variant(variant="chat@c", shape=a_shape(max_num_seqs=8), replicas=1)
+    for variant in (reader, writer, whole):
+        scaler.adopt(variant, running=False)
+    scaler.set(whole, 9)
+    scaler.observe("g1", {"chat": a_load()}, now_s=0)
+
+    assert scaler.decide(reader, 2, 0, (reader, writer, whole)) is None
+
+
+def test_without_a_gateway_prefill_replicas_stay_as_they_are():
+    scaler, (reader, writer) = Autoscaler(), two_roles()
+    scaler.set(writer, 9)
+
+    assert scaler.decide(reader, 2, 0, (reader, writer)) is None

@@ -46,6 +46,17 @@ def bora(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (GOOD.replace("H100-SXM", "H999"), ":4: models[0].simulate_gpu: unknown GPU type 'H999'"),
         (GOOD.replace("engine: sim, ", ""), ":4: models[0]: simulate_gpu: H100-SXM means nothing"),
         (GOOD.replace("chat,", "chat, pools: [h1],"), ":4: models[0].pools[0]: unknown pool 'h1'"),
+        (GOOD.replace("chat,", "chat, max_model_len: 99999,"), "give 32768 or less"),
+        (
+            GOOD.replace("chat,", "chat, precision: [mxfp4],"),
+            ":4: models[0].precision: mixtral-8x7b has no checkpoint in mxfp4; known: ",
+        ),
+        (GOOD.replace("mixtral-8x7b", "gpt-5"), "`bora models` lists those that are known"),
+        (GOOD.replace("mixtral-8x7b", "./gone"), ":4: models[0].model: ./gone: no such file"),
+        (
+            GOOD.replace("chat,", "chat, canary: {weight: 0.1, model: ./gone},"),
+            ":4: models[0].canary.model: ./gone: no such file",
+        ),
         ("fleet: 2020-13-45", ":1: fleet: '2020-13-45' is not a valid timestamp"),
         ("fleet: &a [*a]", ":1: fleet[0]: an alias that contains itself"),
         ("[" * 3000, ":1: nested more than"),

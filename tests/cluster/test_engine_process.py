@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 
 from cluster.engine_process import EngineProcess
@@ -16,7 +18,7 @@ from cluster.engines.adapter import Launch
 from cluster.engines.sim import SimEngine
 from cluster.errors import EngineFailed
 from placement.plan import Variant
-from tests.builders import a_variant
+from tests.builders import a_shape, a_variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,9 @@ class Elsewhere(SimEngine):
         return Launch((sys.executable, "-c", self.code.format(host=host, port=port)), {})
 
 
-def a_process(tmp_path: Path, engine: SimEngine) -> EngineProcess:
-    return EngineProcess(engine, a_variant(), host="127.0.0.1", log=tmp_path / "engine.log")
+def a_process(tmp_path: Path, engine: SimEngine, variant: Variant | None = None) -> EngineProcess:
+    log = tmp_path / "engine.log"
+    return EngineProcess(engine, variant or a_variant(), host="127.0.0.1", log=log)
 
 
 @asynccontextmanager
@@ -96,3 +99,37 @@ async def test_an_engine_that_ends_while_it_starts_is_told_with_its_log(tmp_path
     async with stopping(a_process(tmp_path, engine)) as process:
         with pytest.raises(EngineFailed, match=r"(?s)status 3 .* no memory|status 3.*\nno memory"):
             await process.start("nowhere")
+
+
+CONFIG = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_load_failure_policy":"fail"}'
+
+
+async def test_engines_of_two_roles_find_each_other(tmp_path: Path) -> None:
+    shape = a_shape(engine_args=(f"--kv-transfer-config={CONFIG}",))
+    reader, writer = (a_variant(role=role, shape=shape) for role in ("prefill", "decode"))
+    asked = {"model": "chat", "prompt": "The bora falls from the plateau. " * 20, "max_tokens": 5}
+    async with (
+        stopping(a_process(tmp_path / "p", SimEngine(), reader)) as prefill,
+        stopping(a_process(tmp_path / "d", SimEngine(), writer)) as decode,
+    ):
+        await asyncio.gather(prefill.start("nowhere"), decode.start("nowhere"))
+        read = await complete(prefill, {**asked, "kv_transfer_params": {"do_remote_decode": True}})
+        params = read["kv_transfer_params"]
+        assert params["remote_port"] == int(prefill.url.rpartition(":")[2]) + 1
+
+        # With this policy an engine that cannot fetch the cache gives an error.
+        fetched = await complete(decode, {**asked, "kv_transfer_params": params})
+        whole = await complete(decode, asked)
+
+    assert fetched["choices"] == whole["choices"]
+
+
+async def complete(process: EngineProcess, asked: dict[str, Any]) -> Any:
+    headers = {"authorization": f"Bearer {process.api_key}"}
+    url = f"{process.url}/v1/completions"
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(url, json=asked) as response,
+    ):
+        assert response.status == 200, await response.text()
+        return await response.json()

@@ -158,3 +158,35 @@ def test_status_shows_where_replicas_run_what_they_take_and_what_happened_last(t
     assert "chat: not as planned: r1 runs elsewhere" in page
     assert "chat: roll-out: 1 of 3 in the new shape" in page
     assert "1.5 in flight" in page
+
+
+def test_status_has_a_column_for_roles_only_where_replicas_have_some(tmp_path):
+    log = a_log(tmp_path)
+
+    def page(*roles: str) -> str:
+        variants = tuple(
+            variant_status(
+                a_variant(role=role),
+                [a_report(replica=f"r-{role}")],
+                ready=1,
+                wanted=1,
+                load=ModelLoad(requests_total=0, in_flight=0, queued=0),
+                events=log,
+                failure="",
+                speed=None,
+                lifecycle=a_lifecycle(log),
+                now_s=130.0,
+            )
+            for role in roles
+        )
+        status = FleetStatus(
+            fleet="test", table_version=1, variants=variants, gateways=("g",), events=()
+        )
+        console = Console(width=250, record=True, file=io.StringIO())
+        console.print(status_page(status, now_s=150.0))
+        return console.export_text()
+
+    assert "role" not in page("whole")
+    split = page("prefill", "decode").splitlines()
+    assert split[1].split()[:4] == ["model", "variant", "role", "ready"]
+    assert [line.split()[2] for line in split if line.startswith(" chat")] == ["prefill", "decode"]

@@ -32,6 +32,7 @@ class Fleet:
 
     def __init__(self, *running: int, variant: Variant | None = None) -> None:
         self.variant = variant or a_variant(replicas=len(running))
+        self.beside: tuple[Variant, ...] = ()  # other variants of the plan
         self.registry, self.autoscaler = Registry(), Autoscaler()
         self.deployer = RecordingCounts()
         self.events = EventLog(Path(os.devnull))
@@ -45,7 +46,7 @@ class Fleet:
             self.registry,
             self.autoscaler,
             self.deployer,
-            variants=lambda: (self.variant,),
+            variants=lambda: (self.variant, *self.beside),
             events=self.events,
             take=self.census,
             drain_node=lambda *request: self.drained.append(request),
@@ -187,6 +188,31 @@ async def test_the_old_shape_goes_when_the_new_one_serves():
     await fleet.lifecycle.look(act=True)
 
     assert fleet.deployer.calls == [("delete", key_of(a_variant()))]
+
+
+@pytest.mark.parametrize(
+    ("ready", "leaves"),
+    [("prefill", False), ("decode", True)],
+    ids=["prompts are read, but nobody answers", "answers are written"],
+)
+async def test_replicas_that_do_all_go_when_others_answer_not_when_others_read(
+    ready: str, leaves: bool
+):
+    new = {
+        role: a_variant(variant=f"chat@sim-{role}", role=role, replicas=1)
+        for role in ("prefill", "decode")
+    }
+    fleet = Fleet(variant=new["prefill"])
+    fleet.beside = (new["decode"],)
+    fleet.serve(a_variant(), "old")
+    fleet.registry.report(a_report(replica="old"), time.monotonic() - 5)
+    fleet.serve(new[ready], "new")
+    fields = {"variant": new[ready].variant, "version": key_of(new[ready]).version}
+    fleet.registry.report(a_report(replica="new", **fields), time.monotonic() - 5)
+
+    await fleet.lifecycle.look(act=True)
+
+    assert (("delete", key_of(a_variant())) in fleet.deployer.calls) == leaves
 
 
 async def test_a_roll_out_whose_engine_fails_stops_and_says_so():

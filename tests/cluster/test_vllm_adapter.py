@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
+from cluster.engines.adapter import EngineFacts, EngineLoad, Launch, num_ports
 from cluster.engines.vllm import GIB, VllmEngine
 from tests.builders import a_shape, a_variant
 
@@ -179,3 +179,19 @@ def test_adapters_may_be_loaded_while_it_runs_where_there_is_room_for_them() -> 
 
     assert launch(engine_args=flags).env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in launch().env
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_that_hands_caches_on_is_told_where_others_meet_it(role: str) -> None:
+    variant = a_variant(role=role, shape=a_shape(engine="vllm", data_parallel_size=2))
+
+    planned = ENGINE.launch(variant, checkpoint="x", host="10.0.0.7", port=4000, api_key="k")
+
+    assert num_ports(variant) == 3  # the server's, and one for each data-parallel rank
+    assert planned.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.7"
+    assert planned.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "4001"
+
+
+def test_an_engine_that_does_all_the_work_has_no_side_channel() -> None:
+    assert not [name for name in launch().env if "SIDE_CHANNEL" in name]
+    assert num_ports(a_variant()) == 1

@@ -18,23 +18,40 @@ from tests.gateway.virtual_time import run_in_virtual_time
 
 ERROR = b'data: {"error":{"message":"no memory","code":500}}\n\n'
 LIMITS = {"heartbeat_s": 3.0, "queue_timeout_s": 8.0, "replacement_timeout_s": 5.0}
+LIMITS |= {"prefill_min_tokens": 1}
+READ = json.dumps(
+    {
+        "kv_transfer_params": {
+            "do_remote_prefill": True,
+            "remote_block_ids": [[1]],
+            "remote_engine_id": "e",
+            "remote_request_id": "r",
+            "remote_host": "p",
+            "remote_port": 2,
+        }
+    }
+).encode()
 LIMITS |= {"max_attempts": 3, "max_migrations": 2, "hold_timeout_s": 20.0}
 
 
 class Story:
-    """A scene in which one thing after another happens."""
+    """A scene in which one thing after another happens. `split`: prompts are read elsewhere."""
 
-    def __init__(self, *, stream: bool, managed: bool) -> None:
+    def __init__(self, *, stream: bool, managed: bool, split: bool) -> None:
         models = (
             ServedModel(name="chat", fallback=("small",), scalable=managed, managed=managed),
             ServedModel(name="small"),
         )
-        table = a_table(
-            an_endpoint("http://a:1", id="a", engine="vllm", served_model_name="one"),
-            an_endpoint("http://b:1", id="b", engine="llamacpp", max_in_flight=1),
+        role = "decode" if split else "whole"
+        endpoints = [
+            an_endpoint("http://a:1", id="a", engine="vllm", served_model_name="one", role=role),
+            an_endpoint("http://b:1", id="b", engine="llamacpp", max_in_flight=1, role=role),
             an_endpoint("http://c:1", id="c", model="small"),
-            models=models,
-        )
+        ]
+        if split:
+            endpoints.append(an_endpoint("http://p:1", id="p", engine="vllm", role="prefill"))
+        table = a_table(*endpoints, models=models)
+        self.most_in_flight = 2 if split else 1
         self.scene = Scene(table, a_call({"stream": stream}, timeout_s=60.0), limits=LIMITS)
         self.scene.engines.pooled = {"a"}
         self.is_slow = False
@@ -106,6 +123,11 @@ class Story:
     def json_200(self) -> None:
         self._answers(200)
 
+    def prompt_is_read(self) -> None:
+        newest = self._newest()
+        if newest and newest.endpoint.key == "p" and newest not in self.began:
+            newest.answers(200, READ)
+
     def json_400(self) -> None:
         self._answers(400)
 
@@ -126,7 +148,7 @@ class Story:
             connection.is_stale()
 
     def all_engines_go(self) -> None:
-        self.scene.engines.down = {"a", "b", "c"}
+        self.scene.engines.down = {"a", "b", "c", "p"}
 
     def all_engines_come(self) -> None:
         self.scene.engines.down = set()
@@ -139,6 +161,9 @@ class Story:
     def endpoint_dies(self) -> None:
         self.scene.plant.admission.router.check_failed("http://a:1", now=0.0, enough=1)
         self.health_death()
+
+    def prefill_endpoint_dies(self) -> None:
+        self.scene.plant.admission.router.check_failed("http://p:1", now=0.0, enough=1)
 
     def stall(self) -> None:
         self.scene.exchange.check(time.monotonic() + 1000)
@@ -174,9 +199,9 @@ class Story:
         scene = self.scene
         open_ones = [each for each in scene.engines.made if each.is_open]
         assert len(open_ones) <= 1
-        assert scene.in_flight <= 1
+        assert scene.in_flight <= self.most_in_flight
         if self.is_slow and open_ones and open_ones[0].listener:
-            assert open_ones[0].paused
+            assert open_ones[0].paused or open_ones[0].endpoint.role == "prefill"
         over = scene.exchange not in scene.plant.running
         assert over == (scene.client.state == "over" or scene.exchange.record.status == 499)
         if over:
@@ -189,8 +214,8 @@ HAPPENINGS: list[Callable[[Story], None]] = [
 ]
 
 
-async def _play(story: list[str], *, stream: bool, managed: bool) -> None:
-    scene = Story(stream=stream, managed=managed)
+async def _play(story: list[str], *, stream: bool, managed: bool, split: bool) -> None:
+    scene = Story(stream=stream, managed=managed, split=split)
     scene.scene.exchange.begin()
     scene.check()
     for name in story:
@@ -223,4 +248,24 @@ LIKELY = ["a_moment", "event", "engine_breaks", "head_only"]
 @example(story=["all_engines_go", "stale", "a_while", "model_goes"], stream=True, managed=True)
 @settings(max_examples=400, deadline=None)
 def test_a_call_ends_once_whatever_happens(story: list[str], stream: bool, managed: bool) -> None:
-    run_in_virtual_time(_play(story, stream=stream, managed=managed))
+    run_in_virtual_time(_play(story, stream=stream, managed=managed, split=False))
+
+
+@given(
+    story=st.lists(
+        st.sampled_from(NAMES + [*LIKELY, "prompt_is_read", "prompt_is_read"] * 3), max_size=30
+    ),
+    stream=st.booleans(),
+    managed=st.booleans(),
+)
+@example(story=["a_moment", "prefill_endpoint_dies", "a_while"], stream=True, managed=True)
+@example(
+    story=["a_moment", "prompt_is_read", "a_moment", "event", "engine_breaks", "a_moment"],
+    stream=True,
+    managed=False,
+)
+@settings(max_examples=300, deadline=None)
+def test_a_call_whose_prompt_is_read_elsewhere_ends_once_too(
+    story: list[str], stream: bool, managed: bool
+) -> None:
+    run_in_virtual_time(_play(story, stream=stream, managed=managed, split=True))

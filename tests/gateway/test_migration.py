@@ -14,6 +14,7 @@ from aiohttp import web
 from cluster.engines.sim_batch import Limits, Timing
 from cluster.engines.sim_drill import Fault
 from cluster.engines.sim_server import Settings, SimulatedEngine
+from cluster.engines.sim_transfer import Transfer
 from gateway.continuation import CannotContinue, Splice, check, continuation
 from gateway.transcript import Transcript
 from tests.gateway.engines import (
@@ -44,13 +45,27 @@ class Sim:
 
 
 @asynccontextmanager
-async def a_sim(*, token_ids: bool = True, speed: float = 10.0) -> AsyncIterator[Sim]:
+async def a_sim(
+    *,
+    token_ids: bool = True,
+    speed: float = 10.0,
+    prefill_tokens_per_s: float = 10_000.0,
+    transfer: Transfer | None = None,
+) -> AsyncIterator[Sim]:
     limits = Limits(
         max_num_seqs=64, max_num_batched_tokens=8192, kv_cache_tokens=65536, max_model_len=4096
     )
-    timing = Timing(10_000.0, tpot_ms=5.0, tpot_ms_at_max=5.0, max_num_seqs=64)
+    timing = Timing(prefill_tokens_per_s, tpot_ms=5.0, tpot_ms_at_max=5.0, max_num_seqs=64)
     engine = SimulatedEngine(
-        Settings("chat", limits, timing, speed, has_token_ids=token_ids, fault=Fault())
+        Settings(
+            "chat",
+            limits,
+            timing,
+            speed,
+            has_token_ids=token_ids,
+            fault=Fault(),
+            transfer=transfer,
+        )
     )
     runner = web.AppRunner(
         engine.application(), handler_cancellation=True, shutdown_timeout=0, access_log=None

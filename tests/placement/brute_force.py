@@ -105,7 +105,16 @@ def a_problem(random: Random, *, models: int, groups: int, most: int, **changes:
         least = random.choice([0, 0, 1, 2])
         rate = random.choice([0.0, round(random.uniform(0.5, 2.5 * most), 2)])
         firm = random.choice([0.0, 0.0, 0.5]) * rate
-        needs.append(Need(rate=rate, least=least, most=max(most, least), firm_rate=firm))
+        needs.append(
+            Need(
+                rate=rate,
+                least=least,
+                most=max(most, least),
+                firm_rate=firm,
+                rate_after_loss=random.choice([0.0, 0.0, 0.0, 0.6]) * rate,
+                replicas_after_loss=random.choice([0, 0, 0, 1]) if least > 1 else 0,
+            )
+        )
     fields: dict[str, object] = {"objective": random.choice(["cost", "throughput", "headroom"])}
     return Problem(
         columns=tuple(columns),

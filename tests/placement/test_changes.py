@@ -99,6 +99,20 @@ def test_a_model_that_is_gone_is_deleted() -> None:
     assert isinstance(found[1], Delete)
 
 
+def test_a_model_that_is_gone_promises_nothing_whatever_its_rates_add_up_to() -> None:
+    """0.7 + 0.7 + 0.7 - 0.7 - 0.7 - 0.7 is less than nothing in floating point."""
+    pools, three = (a_pool("h100", gpus_per_node=4),), ReplicaBounds(min=3, max=3)
+    old = a_wish("old", "mistral-7b", tensor_parallel_size=1, replicas=three)
+    before = planned(old, pools=pools)
+    rates = [each.model_copy(update={"capacity_requests_per_s": 0.7}) for each in before.variants]
+    before = before.model_copy(update={"variants": tuple(rates)})
+    new = a_wish("new", "mistral-small-3.2", tensor_parallel_size=2)
+
+    found = changes(before, planned(new, new.model_copy(update={"name": "too"}), pools=pools))
+
+    assert all(change.reduced_capacity_s == 0 for change in found)
+
+
 def test_another_context_replaces_replicas_and_says_why() -> None:
     before = planned(a_chat(20))
 
@@ -116,6 +130,18 @@ def test_without_a_free_gpu_the_time_of_reduced_capacity_is_told() -> None:
     (change,) = changes(before, planned(a_chat(5, max_model_len=4096), running=before, pools=pools))
 
     assert change.reduced_capacity_s == change.load_s > 60
+
+
+def test_a_replica_that_gives_way_to_another_shape_is_missed_until_that_serves() -> None:
+    pools = (a_pool("h100", gpus_per_node=2),)
+    before = planned(a_chat(5), pools=pools)
+
+    wanted = planned(a_chat(5, tensor_parallel_size=1), running=before, pools=pools)
+    stop, start = changes(before, wanted)
+
+    assert kinds((stop, start)) == ["delete", "create"]
+    assert stop.reduced_capacity_s == start.load_s > 60
+    assert start.reduced_capacity_s == 0
 
 
 def test_a_small_change_of_demand_does_not_reshuffle_the_fleet() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from placement.explain import explain
 from placement.explanation import Explanation
 from placement.fleet import Demand, FleetModel, Objective, ReplicaBounds
@@ -85,3 +87,34 @@ def test_ways_out_of_a_fleet_that_does_not_fit_do_let_it_fit() -> None:
     assert not enough.unmet
     assert nodes.cost_per_hour == enough.cost_per_hour
     assert any("of the demand of chat" in way.change for way in found.ways_out)
+
+
+def test_the_demand_that_would_fit_is_told_to_some_percent() -> None:
+    wish = chat(30, tensor_parallel_size=1, slo=Objective(tpot_p95_ms=40))
+    pool = a_pool(gpus_per_node=2)
+
+    ways = explained(wish, pools=(pool,)).ways_out
+
+    (way,) = [each.change for each in ways if "of the demand of chat" in each.change]
+    share = int(way.split()[0]) / 100
+    for part, fits in ((share, True), (1.12 * share, False)):
+        less = wish.model_copy(update={"demand": Demand(requests_per_s=30 * part)})
+        assert bool(make_plan(a_fleet(less), an_inventory(pool), CATALOGUE).unmet) is not fits
+
+
+def test_reasons_count_what_the_loss_of_a_node_takes() -> None:
+    """The runner-up and another node are priced against the plan that carries a loss."""
+    wish = chat(4, tensor_parallel_size=1)
+    pools = (a_pool("a100", "A100-80-SXM", nodes=1, gpus_per_node=2), a_pool("h100", nodes=2))
+    found = explained(wish, pools=pools, carry_node_loss=True)
+
+    fleet = a_fleet(wish, carry_node_loss=True)
+    now = make_plan(fleet, an_inventory(*pools), CATALOGUE)
+    for each in found.what_if:
+        if each.change.startswith("one more node in pool a100"):
+            larger = (pools[0].with_more_nodes(1), pools[1])
+            then = make_plan(fleet, an_inventory(*larger), CATALOGUE)
+            assert each.cost_per_hour == pytest.approx(then.cost_per_hour - now.cost_per_hour)
+            break
+    else:
+        pytest.fail("another node of the cheap pool saves something")

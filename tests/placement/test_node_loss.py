@@ -85,7 +85,7 @@ def test_room_for_a_loss_costs_replicas_and_is_enough() -> None:
     assert told(safe).carried
     assert not safe.unmet
     assert safe.cost_per_hour > lean.cost_per_hour
-    assert safe.bound <= lean.cost_per_hour + 1e-6
+    assert lean.cost_per_hour < safe.bound <= safe.objective  # what a loss takes is in the bound
     assert told(safe).in_words.startswith("survives the loss of any one node: yes, slowest case")
 
 
@@ -172,3 +172,26 @@ def test_all_of_a_replica_is_lost_with_one_of_its_nodes() -> None:
 
     assert loss.share == pytest.approx(0.0)
     assert loss.restart_s is None
+
+
+def test_two_replicas_are_apart_though_another_model_fills_the_nodes() -> None:
+    many = a_chat(0.1, name="a", replicas=ReplicaBounds(min=10, max=10), tensor_parallel_size=1)
+    few = a_chat(0.1, name="b", replicas=ReplicaBounds(min=2, max=2), tensor_parallel_size=1)
+
+    plan = planned(many, few, pools=(pool(),))
+
+    (variant,) = [each for each in plan.variants if each.model == "b"]
+    assert len({replica[0].node for replica in variant.placement}) == 2
+
+
+def test_a_loss_is_not_carried_by_more_replicas_on_the_only_node_of_a_pool() -> None:
+    """The cheap pool has but one node: with less demand too, half must be elsewhere."""
+    pools = (a_pool("cheap", "RTX-3090"), a_pool("h200", "H200-SXM", nodes=2, gpus_per_node=1))
+    fields = {"model": "mistral-nemo-12b", "replicas": ReplicaBounds(min=2, max=4)}
+
+    for rate in (9.0, 2.7, 0.0):
+        plan = planned(a_chat(rate, **fields), pools=pools, carry_node_loss=True)
+
+        assert not plan.unmet
+        assert told(plan).carried
+        assert {variant.pool for variant in plan.variants} == {"cheap", "h200"}

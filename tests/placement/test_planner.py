@@ -191,7 +191,10 @@ def test_a_demand_beyond_the_replica_limit_is_said_with_the_way_out() -> None:
 
     assert plan.status == "infeasible"
     assert "replicas.max is 2" in plan.unmet[0].constraint
-    assert re.fullmatch(r"replicas.max: \d+", plan.unmet[0].cheapest_relaxation)
+    assert re.fullmatch(
+        r"replicas.max: (\d+), with \d+ more GPUs in pool h100, 1 to a node",
+        plan.unmet[0].cheapest_relaxation,
+    )
     assert plan.variants[0].replicas == 2
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.fleet import ReplicaBounds, ScalingPolicy
-from placement.scaling import LONGEST_START_S, Decision, Load, ScalingState, decide
+from placement.scaling import LONGEST_START_S, Decision, Load, ScalingState, beside, decide
 
 POLICY = ScalingPolicy(
     target_utilization=0.5, scale_up_delay_s=1.0, scale_down_delay_s=30.0, scale_to_zero_delay_s=60
@@ -245,3 +245,25 @@ def test_what_still_runs_on_draining_replicas_does_not_wake_a_model() -> None:
     awake, _ = decide(state, Load(3.0, queued=1), ScalingPolicy(), bounds, **numbers, now_s=1)
 
     assert (asleep.target, awake.target) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "planned", "replicas"),
+    [
+        (3, (3, 2), 2),
+        (6, (3, 2), 4),
+        (4, (3, 2), 3),  # rounded up
+        (1, (4, 1), 1),  # at least one
+        (0, (3, 2), 0),
+        (30, (3, 2), 8),  # within the bounds
+        (2, (0, 0), 2),  # a plan that begins with none
+    ],
+)
+def test_prefill_replicas_keep_the_plans_proportion(
+    decoding: int, planned: tuple[int, int], replicas: int
+):
+    bounds = ReplicaBounds(min=0, max=8)
+
+    found = beside(decoding, planned_decoding=planned[0], planned=planned[1], bounds=bounds)
+
+    assert found == replicas

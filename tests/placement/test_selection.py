@@ -62,7 +62,7 @@ def test_without_time_there_is_still_an_answer_with_an_honest_bound(objective: s
 
         hasty = select(problem, Limits(time_s=0.0))
 
-        assert problem.meets(hasty.counts) == problem.meets(first_answer(problem))
+        assert problem.meets(hasty.counts) or not problem.meets(first_answer(problem))
         assert hasty.bound <= best.objective + 1e-6 * abs(best.objective)
         assert hasty.bound <= hasty.objective
 
@@ -96,3 +96,22 @@ def test_the_greedy_answer_keeps_what_runs_and_adds_what_lacks() -> None:
 
     assert first_answer(problem) == (1, 2)
     assert select(problem, LIMITS).counts == (1, 2)
+
+
+def test_for_most_headroom_what_runs_stays_where_it_is_as_good() -> None:
+    """Two ways to carry as much: also in a large program, which is not solved to the end."""
+    random = Random(1)
+    columns = [
+        Column(model=model, group=0, gpus=1, rate=2.0, price=5.0, tie=random.random(), move=0.01)
+        for model in range(60)
+        for _ in range(2)
+    ]
+    running = [replace(each, running=index % 2) for index, each in enumerate(columns)]
+    problem = Problem(
+        columns=tuple(running),
+        needs=(Need(rate=1.0, least=1, most=1),) * 60,
+        groups=(Nodes(8, 8),),
+        objective="headroom",
+    )
+
+    assert select(problem, Limits()).counts == tuple(each.running for each in running)

@@ -66,7 +66,77 @@ def complaints(text: str, spec: type[Spec] = FleetSpec) -> list[str]:
         ),
         (
             GOOD + "    precision: fp8\n",
-            "f.yaml:6: models[0].precision: input should be 'any' or a valid array, got 'fp8'",
+            "f.yaml:6: models[0].precision: input should be 'any' or a list, got 'fp8'; write [fp8]",
+        ),
+        (
+            GOOD + "    precision: []\n",
+            "f.yaml:6: models[0].precision: input should be 'any' or a list with at least one entry",
+        ),
+        (
+            GOOD + "    pools: []\n",
+            "f.yaml:6: models[0].pools: input should be a list with at least one entry",
+        ),
+        (
+            GOOD + "    pools: h100\n",
+            "f.yaml:6: models[0].pools: input should be a list, got 'h100'; write [h100]",
+        ),
+        (
+            GOOD + "    slo: fast\n",
+            "f.yaml:6: models[0].slo: input should be a mapping (`key: value`), got 'fast'",
+        ),
+        (
+            GOOD + "    slo: {tpot_p95_ms: 50ms}\n",
+            (
+                "f.yaml:6: models[0].slo.tpot_p95_ms: input should be a valid number, got '50ms'; "
+                "write the number alone, without a unit"
+            ),
+        ),
+        (
+            GOOD + "    max_model_len: '4096'\n",
+            (
+                "f.yaml:6: models[0].max_model_len: input should be a valid integer, got '4096'; "
+                "write it without quotes"
+            ),
+        ),
+        (
+            GOOD + "    max_model_len: 4096.0\n",
+            (
+                "f.yaml:6: models[0].max_model_len: input should be a valid integer, got 4096.0; "
+                "write 4096"
+            ),
+        ),
+        (
+            GOOD.replace("chat", "42"),
+            (
+                "f.yaml:3: models[0].name: input should be a valid string, got 42; "
+                'in quotes it is text: "42"'
+            ),
+        ),
+        (
+            GOOD.replace("min: 0, max: 2", "min: 3"),
+            "f.yaml:5: models[0].replicas.min: 3 is more than max, which is 1 unless given; give it",
+        ),
+        (
+            GOOD + "    demand: {requests_per_s: 1, input_tokens: {mean: 900, p95: 90}}\n",
+            (
+                "f.yaml:6: models[0].demand.input_tokens.p95: 90 tokens are fewer than the mean of "
+                "900; give more, or leave p95 out"
+            ),
+        ),
+        (
+            GOOD + "    max_model_len: 512\n    demand: {requests_per_s: 1}\n",
+            (
+                "f.yaml:6: models[0].max_model_len: 512 tokens are fewer than a usual request of the "
+                "demand has, prompt and answer: 640; give more, or shorter input_tokens and "
+                "output_tokens"
+            ),
+        ),
+        (
+            GOOD + "\tobjective: cost\n",
+            (
+                "f.yaml:6: not valid YAML: found character '\\t' that cannot start any token; "
+                "indent with spaces, YAML takes no tabs"
+            ),
         ),
         (
             GOOD + "    engine: simm\n",
@@ -111,7 +181,33 @@ def test_a_wrong_item_does_not_also_make_its_list_too_short() -> None:
 def test_an_empty_list_is_still_too_short() -> None:
     (line,) = complaints("pools: []\n", Inventory)
 
-    assert line.startswith("f.yaml:1: pools: ")
+    assert line == "f.yaml:1: pools: input should be a list with at least one entry"
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ("{name: a, gpu: L4, gpus_per_node: 1}", ":3: pools[1].name: two pools are called 'a'"),
+        (
+            "{name: b, gpu: L4, gpus_per_node: 1, node_names: [a-0]}",
+            ":3: pools[1].node_names[0]: two nodes are called 'a-0', this one and one of pool a",
+        ),
+        (
+            "{name: b, gpu: L4, gpus_per_node: 1, nodes: 2, node_names: [x]}",
+            ":3: pools[1].node_names: 1 names for 2 nodes; give a name for each",
+        ),
+        (
+            "{name: b, gpu: L4, gpus_per_node: 1, nodes: 99999999999}",
+            ":3: pools[1].nodes: input should be less than or equal to 100000",
+        ),
+    ],
+)
+def test_a_mistake_in_an_inventory_is_told_where_it_stands(second: str, expected: str) -> None:
+    first = "pools:\n  - {name: a, gpu: L4, gpus_per_node: 1}\n"
+
+    (line,) = complaints(f"{first}  - {second}\n", Inventory)
+
+    assert line.startswith(f"f.yaml{expected}")
 
 
 def test_every_mistake_is_told_at_once() -> None:
@@ -134,10 +230,23 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / "gone.yaml", FleetSpec)
 
 
+def test_what_is_no_text_file_is_said(tmp_path: Path) -> None:
+    binary = tmp_path / "fleet.yaml"
+    binary.write_bytes(b"fleet: \xff\xfe")
+
+    with pytest.raises(ConfigError, match=r"fleet\.yaml: is no text in UTF-8 \(byte 0xff at 7\)"):
+        load_yaml(binary, FleetSpec)
+    with pytest.raises(ConfigError, match="is a folder; give a YAML file"):
+        load_yaml(tmp_path, FleetSpec)
+
+
 def test_two_models_may_not_answer_to_one_name() -> None:
     twice = GOOD + "  - {name: other, model: mixtral, aliases: [chat]}\n"
 
-    assert "two models of the fleet answer to the name 'chat'" in complaints(twice)[0]
+    (line,) = complaints(twice)
+
+    assert line.startswith("f.yaml:6: models[1].aliases[0]: two models of the fleet answer to the")
+    assert "'chat', this one and models[0]" in line
 
 
 def test_a_model_falls_back_to_another_model_of_the_fleet() -> None:
@@ -146,7 +255,8 @@ def test_a_model_falls_back_to_another_model_of_the_fleet() -> None:
     assert parse_yaml(text.replace("NAME", "chat"), FleetSpec, source="f.yaml")
     for name in ("other", "chatt"):
         told = complaints(text.replace("NAME", name))[0]
-        assert f"other: fallback '{name}' is no other model of the fleet" in told
+        assert told.startswith("f.yaml:6: models[1].fallback[0]: other: fallback ")
+        assert f"'{name}' is no other model of the fleet" in told
 
 
 def test_a_model_says_how_its_requests_are_spread() -> None:
