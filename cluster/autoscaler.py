@@ -81,7 +81,7 @@ class Autoscaler:
             scaling.Load(in_flight=load.in_flight * share, queued=load.queued * share),
             variant.scaling,
             variant.bounds,
-            slots_per_replica=variant.shape.max_num_seqs,
+            slots_per_replica=variant.shape.request_slots,
             current_replicas=self.target(variant),
             ready_replicas=ready,
             now_s=now_s,
@@ -111,7 +111,7 @@ class Autoscaler:
         if total := sum(weights.values()):
             return weights[variant.variant] / total
         slots = {
-            each.variant: max(1, self.target(each)) * each.shape.max_num_seqs for each in siblings
+            each.variant: max(1, self.target(each)) * each.shape.request_slots for each in siblings
         }
         return slots[variant.variant] / sum(slots.values())
 

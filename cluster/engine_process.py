@@ -73,7 +73,7 @@ class EngineProcess:
                 await asyncio.sleep(POLL_S)
                 self._refuse_end()
         self._refuse_end()  # what answered last was another server
-        self.facts = self._engine.facts(self.log.read_text(errors="replace"))
+        self.read_facts()
         self.stage = ""
 
     def launch(
@@ -105,6 +105,10 @@ class EngineProcess:
         )
         if devices:
             devices.let_go()
+
+    def read_facts(self) -> None:
+        """Note what the log tells about memory."""
+        self.facts = self._engine.facts(self.log.read_text(errors="replace"))
 
     async def observe(self) -> bool:
         """Refresh `load`; False when the engine does not say that it is healthy."""

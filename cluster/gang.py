@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import weights
 from cluster.engine_process import EngineProcess
-from cluster.engines.adapter import Rank
+from cluster.engines.adapter import EngineFacts, Rank
 from cluster.engines.kinds import ENGINES
 from cluster.errors import EngineFailed
 from cluster.gang_state import GangWatch, RankState
@@ -83,10 +83,13 @@ class GangFollower:
             self._variant, self._engine.log, self._engine.note_stage
         )
 
-    async def launch(self, num_nodes: int, master_host: str, master_port: int) -> None:
+    async def launch(
+        self, num_nodes: int, master_host: str, master_port: int, rpc_port: int
+    ) -> None:
         """Start this node's share; returns at once."""
         host = self._site.host()
-        rank = Rank(self._rank, num_nodes, master_host, master_port, host, interface_of(host))
+        here = (host, interface_of(host))
+        rank = Rank(self._rank, num_nodes, master_host, master_port, *here, rpc_port)
         self._engine.launch(self._checkpoint, self._seat.devices, rank)
 
     async def state(self) -> str:
@@ -94,6 +97,11 @@ class GangFollower:
         self._asked_s = time.monotonic()
         self._engine.follow_log()
         return self._place().model_dump_json()
+
+    async def facts(self) -> EngineFacts:
+        """What this node's share has told of its memory."""
+        self._engine.read_facts()
+        return self._engine.facts
 
     async def end(self) -> None:
         """End the engine at once."""
@@ -177,20 +185,32 @@ class Gang:
             EngineFailed: one could not.
         """
         host = self._site.host()
-        [port] = free_ports(1, host)
+        port, rpc_port = free_ports(2, host)
         num_nodes = len(self._followers) + 1
         self._watch = GangWatch(f"{host}:{port}")
-        await self._all("launch", num_nodes, host, port)
-        return Rank(0, num_nodes, host, port, host, interface_of(host))
+        await self._all("launch", num_nodes, host, port, rpc_port)
+        return Rank(0, num_nodes, host, port, host, interface_of(host), rpc_port)
 
-    async def _all(self, method: str, *arguments: object) -> None:
+    async def facts(self, leader: EngineFacts) -> EngineFacts:
+        """Of the whole engine once it has started: data-parallel copies log where they run.
+
+        Raises:
+            EngineFailed: a follower is gone.
+        """
+        if self._variant.shape.data_parallel_size == 1:
+            return leader
+        return leader.with_copies(await self._all("facts"))
+
+    async def _all(self, method: str, *arguments: object) -> list[Any]:
         calls = [getattr(each, method).remote(*arguments) for each in self._followers]
+        answers = []
         for place, call in zip(self.places, calls, strict=True):
             try:
-                await call
+                answers.append(await call)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise EngineFailed(f"{self._replica}: {method} on {place.node}: {cause}") from error
+        return answers
 
     async def _ask_forever(self, index: int) -> None:
         """A call to a node that is cut off hangs, so each follower is asked by itself."""

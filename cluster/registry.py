@@ -161,7 +161,7 @@ def _endpoint(variant: Variant, report: ReplicaReport) -> Endpoint:
         url=report.url,
         served_model_name=variant.model,
         # Beyond what runs at once an engine queues a little: it keeps its batch full.
-        max_in_flight=2 * variant.shape.max_num_seqs,
+        max_in_flight=2 * variant.shape.request_slots,
         max_model_len=variant.shape.max_model_len,
         engine=variant.shape.engine,
         api_key=report.api_key or None,

@@ -14,12 +14,14 @@ import itertools
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 
 from cluster import weights
 from cluster.controller_link import UNREACHABLE, ControllerLink
+from cluster.engines.adapter import Rank
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, Site, places_of
 from cluster.messages import ReplicaReport, ReplicaState
@@ -106,12 +108,18 @@ class Replica:
             return
         rank = await self._gang.launch()
         watch = asyncio.create_task(self._gang.watch_start(engine))
-        start = asyncio.create_task(engine.start(checkpoint, self._seat.devices, rank))
+        start = asyncio.create_task(self._lead(self._gang, engine, checkpoint, rank))
         done, others = await asyncio.wait((watch, start), return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
         for task in done:
             task.result()
+
+    async def _lead(
+        self, gang: Gang, engine: RunningEngine, checkpoint: Path | str, rank: Rank
+    ) -> None:
+        await engine.start(checkpoint, self._seat.devices, rank)
+        engine.facts = await gang.facts(engine.facts)
 
     async def _fail(self, error: Exception, engine: RunningEngine) -> None:
         """Tell why, in the engine's own last words where it ended by itself; leave nothing behind."""

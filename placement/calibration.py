@@ -179,5 +179,7 @@ def _correction(observation: Observation) -> Correction:
     if observation.measured_kv_cache_tokens is None:
         return Correction(weights_bytes=weights)
     missing_tokens = observation.predicted_kv_cache_tokens - observation.measured_kv_cache_tokens
+    # A rank of each data-parallel copy lacks its share of them.
+    missing_tokens = missing_tokens // observation.setup.data_parallel_size
     missing_bytes = missing_tokens * observation.kv_bytes_per_token
     return Correction(weights_bytes=weights, other_bytes=missing_bytes - weights)

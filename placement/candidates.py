@@ -8,6 +8,7 @@ from dataclasses import replace
 from placement.balancing import with_balance
 from placement.candidate import Candidate, Device, device_of, simulated_device
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
+from placement.expert_exchange import batched_tokens
 from placement.fleet import FleetModel
 from placement.inventory import Pool
 from placement.kv_cache import longest_context
@@ -23,7 +24,8 @@ CONTEXT_STEP = 1024  # a context that is cut down is a multiple of this
 def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candidate]:
     """Checkpoints x tensor parallel sizes 1, 2, 4 ... on one node of `pool`, legal or not.
 
-    On `nodes_per_replica` nodes where the fleet says so, with a pipeline across them.
+    On `nodes_per_replica` nodes where the fleet says so, with a pipeline across them or, of a
+    mixture of experts on GPUs, with copies of the attention and the experts over all of them.
     Where GPUs have no NVLink, pipelines of 2, 4 ... such groups too: they exchange far less.
     What the fleet leaves open is filled in: 256 requests and 8,192 tokens a step on GPUs, 32 and
     2,048 on CPUs; the model's context, on CPUs at most 8,192, cut down to what the KV cache holds;
@@ -33,8 +35,8 @@ def candidates(wish: FleetModel, pool: Pool, catalogue: Catalogue) -> list[Candi
     device = target_device(wish, pool, catalogue)
     found = []
     for checkpoint in wanted_checkpoints(wish, model):
-        for ranks, stages in _parallel_sizes(wish, model, checkpoint, device):
-            candidate = filled_in(wish, model, checkpoint, device, ranks)
+        for ranks, stages, copies in _parallel_sizes(wish, model, checkpoint, device):
+            candidate = filled_in(wish, model, checkpoint, device, ranks, copies=copies)
             candidate = replace(candidate, pipeline_parallel_size=stages)
             candidate = replace(candidate, calibration=catalogue.calibration)
             if wish.max_model_len is None:
@@ -66,19 +68,20 @@ def wanted_checkpoints(wish: FleetModel, model: ModelSpec) -> list[Checkpoint]:
 
 def _parallel_sizes(
     wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device
-) -> list[tuple[int, int]]:
-    """Tensor parallel ranks and pipeline stages."""
+) -> list[tuple[int, int, int]]:
+    """Tensor parallel ranks, pipeline stages and data-parallel copies."""
     if checkpoint.format == "gguf":
-        return [(1, 1)]  # one rejection says it all
+        return [(1, 1, 1)]  # one rejection says it all
     if wish.nodes_per_replica > 1:
-        return _sizes_over_nodes(wish, device)
+        return _sizes_over_nodes(wish, model, device)
+    copies, gpus = wish.data_parallel_size or 1, device.gpus_per_node
     if wish.tensor_parallel_size is not None:
-        return [(wish.tensor_parallel_size, 1)]
-    powers = [1 << power for power in range(device.gpus_per_node.bit_length())]
-    sizes = [(ranks, 1) for ranks in powers]
-    if device.link in ("pcie", "pcie-no-p2p") and model.supports_pipeline_parallel:
+        return [(wish.tensor_parallel_size, 1, copies)]
+    powers = [1 << power for power in range(gpus.bit_length())]
+    sizes = [(ranks, 1, copies) for ranks in powers if ranks == 1 or ranks * copies <= gpus]
+    if device.link in ("pcie", "pcie-no-p2p") and model.supports_pipeline_parallel and copies == 1:
         sizes += [
-            (ranks, stages)
+            (ranks, stages, 1)
             for stages in powers[1:]
             for ranks in powers
             if ranks * stages <= device.gpus_per_node
@@ -86,27 +89,47 @@ def _parallel_sizes(
     return sizes
 
 
-def _sizes_over_nodes(wish: FleetModel, device: Device) -> list[tuple[int, int]]:
+def _sizes_over_nodes(
+    wish: FleetModel, model: ModelSpec, device: Device
+) -> list[tuple[int, int, int]]:
     """All GPUs of the nodes: tensor parallel groups inside a node, unless the fleet says larger."""
     gpus = wish.nodes_per_replica * device.gpus_per_node
-    sizes = [
+    tensor = [
         size for size in range(1, device.gpus_per_node + 1) if device.gpus_per_node % size == 0
     ]
     if wish.tensor_parallel_size is not None:
-        sizes = [wish.tensor_parallel_size]
-    return [(ranks, max(1, gpus // ranks)) for ranks in sizes]
+        tensor = [wish.tensor_parallel_size]
+    if wish.data_parallel_size is not None:
+        copies = wish.data_parallel_size
+        sizes = [(ranks, gpus // (ranks * copies), copies) for ranks in tensor]
+        flat = [each for each in sizes if each[1] == 1]  # copies in stages only where it must be
+        return flat or [each for each in sizes if each[1]] or [(min(tensor), 1, copies)]
+    sizes = [(ranks, max(1, gpus // ranks), 1) for ranks in tensor]
+    if model.architecture.moe is None or device.is_cpu or wish.layer_partition:
+        return sizes
+    if wish.expert_parallel is False:
+        return sizes  # parts of every expert on every node: nobody would want that unasked
+    return sizes + [(ranks, 1, gpus // ranks) for ranks in tensor if ranks < gpus]
 
 
 def filled_in(
-    wish: FleetModel, model: ModelSpec, checkpoint: Checkpoint, device: Device, ranks: int
+    wish: FleetModel,
+    model: ModelSpec,
+    checkpoint: Checkpoint,
+    device: Device,
+    ranks: int,
+    *,
+    copies: int = 1,
 ) -> Candidate:
-    """With `ranks` tensor parallel ranks, and defaults for what the fleet leaves open."""
+    """With so many ranks in a tensor-parallel group, and defaults for what the fleet leaves open."""
     on_cpu = device.is_cpu
     context = min(model.context, CPU_MAX_MODEL_LEN) if on_cpu else model.context
     seqs = wish.max_num_seqs or (CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
     expert_parallel = wish.expert_parallel
     if expert_parallel is None:
-        expert_parallel = model.architecture.moe is not None and ranks > 1 and not on_cpu
+        several = copies > 1 or (ranks > 1 and not on_cpu)
+        expert_parallel = model.architecture.moe is not None and several
+    tokens = CPU_BATCHED_TOKENS if on_cpu else batched_tokens(copies, GPU_BATCHED_TOKENS)
     candidate = Candidate(
         model=model,
         checkpoint=checkpoint,
@@ -114,13 +137,13 @@ def filled_in(
         engine=wish.engine,
         num_nodes=wish.nodes_per_replica,
         tensor_parallel_size=ranks,
+        data_parallel_size=copies,
         tensor_parallel_across_nodes=wish.nodes_per_replica > 1,
         layer_partition=wish.layer_partition,
         expert_parallel=expert_parallel,
         max_model_len=wish.max_model_len or context,
         max_num_seqs=seqs,
-        max_num_batched_tokens=wish.max_num_batched_tokens
-        or max(seqs, CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS),
+        max_num_batched_tokens=wish.max_num_batched_tokens or max(seqs, tokens),
         gpu_memory_utilization=wish.gpu_memory_utilization,
         dtype=wish.dtype,
         kv_cache_dtype=wish.kv_cache_dtype,

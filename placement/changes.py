@@ -285,8 +285,9 @@ def _why(before: Variant, after: Variant) -> str:
         return f"commit {before.commit[:12] or '?'} -> {after.commit[:12] or '?'}"
     old, new = before.shape.model_dump(), after.shape.model_dump()
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "layer_partition", "gpu_layers")
-    for name in ("engine", "precision", *names, "kv_cache_dtype", "dtype", *sizes):
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    layers = ("layer_partition", "gpu_layers")
+    for name in ("engine", "precision", *names, "kv_cache_dtype", "dtype", *sizes, *layers):
         if old[name] != new[name]:
             return f"{name} {old[name]} -> {new[name]}"
     if _engine(before) != _engine(after):

@@ -160,19 +160,35 @@ def send(candidate: Candidate) -> Collective:
     """From one pipeline stage to the next."""
     if candidate.pipeline_parallel_size == 1:
         return NO_MESSAGE
-    latency, bandwidth = _link(candidate, ranks=2, across_nodes=candidate.num_nodes > 1)
+    across = candidate.num_nodes > candidate.data_parallel_size  # else a node holds whole copies
+    latency, bandwidth = _link(candidate, ranks=2, across_nodes=across)
     return Collective(latency, 1 / bandwidth)
 
 
 def exchange(candidate: Candidate) -> Collective:
-    """Of tokens between data-parallel copies before and after their experts: gather and scatter."""
+    """Of the tokens of data-parallel copies, before and after their experts; per byte of one copy's.
+
+    All-gather and reduce-scatter: rings, in which what leaves a GPU, and what leaves a node by all
+    of its network cards together, are the tokens of all copies but one share. With whole experts on
+    their ranks, the ranks of a tensor-parallel group have a part of the copy's tokens each (vLLM's
+    sequence parallel mixtures), otherwise each has all of them and a ring of its own. Activations
+    that the experts want in 8 bits are gathered so.
+    """
     copies, device = candidate.data_parallel_size, candidate.device
     if copies == 1 or candidate.architecture.moe is None:
         return NO_MESSAGE
     ranks = copies * candidate.tensor_parallel_size
-    across = ranks > device.gpus_per_node
-    latency, bandwidth = _link(candidate, ranks=ranks, across_nodes=across)
-    return Collective(2 * latency, 2 * (copies - 1) / bandwidth)
+    members, rings = ranks, 1
+    if not candidate.expert_parallel:
+        members, rings = copies, candidate.tensor_parallel_size
+    eight_bits = candidate.checkpoint.precision in ("fp8", "nvfp4") and not weight_only(candidate)
+    sent = copies * (members - 1) / members * ((0.5 if eight_bits else 1.0) + 1.0)
+    latency, bandwidth = _link(candidate, ranks=ranks, across_nodes=False)
+    if candidate.num_nodes == 1 and ranks <= device.gpus_per_node:
+        return Collective(2 * latency, sent / bandwidth)
+    latency, network = _link(candidate, ranks=ranks, across_nodes=True)
+    latency += _ALL_REDUCE_DOUBLING_S * (math.log2(ranks) - 1)
+    return Collective(2 * latency, max(sent / bandwidth, rings * sent / network))
 
 
 def _link(candidate: Candidate, *, ranks: int, across_nodes: bool) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from placement.balancing import balance_args
 from placement.candidate import Candidate
+from placement.expert_exchange import exchange_args
 
 
 def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -12,7 +13,7 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
     After the planned sizes come the checkpoint's and the model's flags from the catalogue, then
     `extra`, the fleet's, so that on a conflict the operator's flag wins. On a CPU the KV cache is given in
     bytes (VLLM_CPU_KVCACHE_SPACE knows only whole GiB) and there is no memory share. Of several nodes
-    each gets the same flags, and `--node-rank`, `--master-addr` and `--master-port` of its own.
+    each gets the same flags, and `--node-rank` and where to meet the others beside.
     """
     args = [
         *("--model", candidate.checkpoint.source),
@@ -27,13 +28,13 @@ def engine_args(candidate: Candidate, extra: tuple[str, ...] = ()) -> tuple[str,
         args += ["--gpu-memory-utilization", f"{candidate.gpu_memory_utilization:g}"]
     for flag, size in (
         ("--pipeline-parallel-size", candidate.pipeline_parallel_size),
-        ("--data-parallel-size", candidate.data_parallel_size),
         ("--decode-context-parallel-size", candidate.decode_context_parallel_size),
     ):
         if size > 1:
             args += [flag, str(size)]
     if candidate.num_nodes > 1:
         args += ["--nnodes", str(candidate.num_nodes)]
+    args += exchange_args(candidate)
     if candidate.expert_parallel:
         args.append("--enable-expert-parallel")
     args += balance_args(candidate)

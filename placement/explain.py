@@ -134,7 +134,7 @@ def _binding(variants: Sequence[Variant]) -> str:
     for variant in variants:
         shape = variant.shape
         return (
-            f"{variant.variant}: its slots and cache: {shape.max_num_seqs} requests at once, "
+            f"{variant.variant}: its slots and cache: {shape.request_slots} requests at once, "
             f"{shape.kv_cache_tokens:,} tokens"
         )
     return "it does not run"

@@ -250,9 +250,10 @@ def _limit(candidate: Candidate, tokens: int, concurrency: float, wanted: int) -
             f"KV cache of {tokens:,} tokens: one request of {context:,}, not of the model's "
             f"{wanted:,}"
         )
-    if concurrency < candidate.max_num_seqs:
+    slots = candidate.max_num_seqs * candidate.data_parallel_size
+    if concurrency < slots:
         return (
             f"KV cache of {tokens:,} tokens: {concurrency:.1f} requests of {context:,}, up to "
-            f"{candidate.max_num_seqs} shorter ones"
+            f"{slots} shorter ones"
         )
     return f"max_num_seqs {candidate.max_num_seqs}: the KV cache holds {concurrency:.0f} requests"

@@ -127,6 +127,7 @@ _PLANNED_FLAGS = {
     "--cache-type-k": "kv_cache_dtype",
     "--cache-type-v": "kv_cache_dtype",
 }
+_DATA_PARALLEL_FLAGS = ("--data-parallel-", "-dp")  # size, local size, ranks, address, ...
 
 
 class Canary(Spec):
@@ -187,11 +188,13 @@ class FleetModel(Spec):
         default=None, description="Tokens; None: the model's context."
     )
     max_num_seqs: PositiveInt | None = Field(
-        default=None, description="Requests an engine runs at once."
+        default=None,
+        description="Requests an engine runs at once; each of its data-parallel copies does.",
     )
     max_num_batched_tokens: PositiveInt | None = Field(
         default=None,
-        description="Tokens an engine computes in one step; None: 8192, on `cpu` 2048.",
+        description="Tokens an engine computes in one step; None: 8192, on `cpu` 2048, and 16,384 "
+        "of all data-parallel copies together.",
     )
     gpu_memory_utilization: float = Field(
         default=0.92, gt=0.0, le=1.0, description="Share of a GPU's memory that an engine may take."
@@ -205,7 +208,14 @@ class FleetModel(Spec):
     nodes_per_replica: PositiveInt = Field(
         default=1,
         description="More than 1: each replica takes so many whole nodes of a pool, with tensor "
-        "parallelism inside them and pipeline stages across (engines vllm and sim).",
+        "parallelism inside them, and across them pipeline stages or, of a mixture of experts, "
+        "copies of the attention (engines vllm and sim).",
+    )
+    data_parallel_size: PositiveInt | None = Field(
+        default=None,
+        description="Copies of the attention in a replica of a mixture of experts, each with "
+        "requests and a KV cache of its own; the experts are spread over the GPUs of all copies. "
+        "None: 1 on one node, over several what serves the objective.",
     )
     layer_partition: tuple[PositiveInt, ...] = Field(
         default=(), description="Layers of each pipeline stage; empty: as vLLM splits them."
@@ -214,8 +224,8 @@ class FleetModel(Spec):
     across_nodes: Literal["needed", "always", "never"] = Field(
         default="needed",
         description="Whether a replica's pipeline stages may stand on several nodes, also of pools "
-        "with unlike GPUs: `needed` where no node alone runs the model, `always` wherever that "
-        "serves the objective.",
+        "with unlike GPUs, and its experts on several of one pool: `needed` where no node alone "
+        "runs the model, `always` wherever that serves the objective.",
     )
     demand: Demand | None = Field(
         default=None, description="Load to plan for; None: start with `replicas.min`, at least 1."
@@ -269,8 +279,11 @@ class FleetModel(Spec):
     def _none_that_is_planned(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
         for flag in flags:
             name = flag.split("=")[0].replace("_", "-")
-            if name in _PLANNED_FLAGS:
-                raise ValueError(f"{flag} would contradict the plan; use {_PLANNED_FLAGS[name]}")
+            key = _PLANNED_FLAGS.get(name)
+            if name.startswith(_DATA_PARALLEL_FLAGS):
+                key = "data_parallel_size"
+            if key is not None:
+                raise ValueError(f"{flag} would contradict the plan; use {key}")
         return flags
 
     @property
@@ -330,6 +343,7 @@ class FleetModel(Spec):
             split = {
                 "tensor_parallel_size": 1,
                 "nodes_per_replica": 1,
+                "data_parallel_size": 1,
                 "layer_partition": (),
                 "expert_parallel": False,
                 "dtype": "auto",

@@ -31,6 +31,7 @@ RULES: Mapping[str, Rule] = {
     "more-stages-than-layers": parallel_rules.more_stages_than_layers,
     "layer-partition-mismatch": parallel_rules.layer_partition_mismatch,
     "data-parallel-needs-experts": parallel_rules.data_parallel_needs_experts,
+    "copies-in-stages-need-gpus": parallel_rules.copies_in_stages_need_gpus,
     "expert-parallel-needs-experts": parallel_rules.expert_parallel_needs_experts,
     "eplb-needs-expert-parallel": parallel_rules.eplb_needs_expert_parallel,
     "eplb-needs-even-experts": parallel_rules.eplb_needs_even_experts,

@@ -10,6 +10,7 @@ from placement.architecture import Architecture
 from placement.balancing import balance_bytes
 from placement.calibration import Correction
 from placement.candidate import GIB, Candidate
+from placement.expert_exchange import exchange_bytes
 from placement.kv_cache import (
     KvCache,
     KvLayout,
@@ -86,7 +87,8 @@ def activation_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
     the feed-forward (gate, up and their product, and three residual-wide buffers: 108 KiB a token
     for Llama-8B, as vllm issue 10517 shows); on the last stage, the sampler on max_num_seqs rows
     while hidden states and residual are kept; on a stage with a vision tower, images of as many
-    tokens. Latent attention adds its chunked-prefill workspace.
+    tokens. Latent attention adds its chunked-prefill workspace, data-parallel copies what their
+    experts work on tokens of all copies in.
     """
     stage = stage or stages_of(candidate)[-1]
     architecture, ranks = candidate.architecture, candidate.tensor_parallel_size
@@ -105,7 +107,8 @@ def activation_bytes(candidate: Candidate, stage: Stage | None = None) -> int:
         )
         peak = max(peak, tokens * 2 * hidden * size + sampler)
     vision = _vision_bytes(candidate, tokens) if stage.is_first else 0
-    return max(peak, vision) + _latent_workspace_bytes(candidate)
+    workspaces = _latent_workspace_bytes(candidate) + exchange_bytes(candidate, stage)
+    return max(peak, vision) + workspaces
 
 
 def kv_layout(candidate: Candidate, stage: Stage | None = None) -> KvLayout:

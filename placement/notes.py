@@ -17,6 +17,7 @@ def shape_notes(candidate: Candidate) -> tuple[str, ...]:
     return (
         *_about_kernels(candidate),
         *_about_links(candidate),
+        *_about_exchange(candidate),
         *_about_copies(candidate),
         *_about_balance(candidate),
     )
@@ -68,6 +69,19 @@ def _about_links(candidate: Candidate) -> Iterator[str]:
         yield f"custom all-reduce is off for {ranks} GPUs on PCIe (more than 2): NCCL instead"
     elif ranks not in CUSTOM_ALL_REDUCE_RANKS:
         yield f"custom all-reduce knows 2, 4, 6, 8 and 16 ranks, not {ranks}: NCCL instead"
+
+
+def _about_exchange(candidate: Candidate) -> Iterator[str]:
+    copies, nodes = candidate.data_parallel_size, candidate.num_nodes
+    if candidate.architecture.moe is None or copies == 1 or nodes == 1:
+        return
+    network = candidate.device.inter_node_bytes_per_s
+    told = "unknown speed (links.inter_gbps)" if network is None else f"{network / 125e6:g} Gbit/s"
+    yield (
+        f"in each layer with experts the tokens of {copies} copies cross the network between {nodes} "
+        f"nodes, of {told} a node; vLLM's other kernels send less, where their packages are on the "
+        "nodes (engine_args: [--all2all-backend, deepep_low_latency])"
+    )
 
 
 def _about_copies(candidate: Candidate) -> Iterator[str]:

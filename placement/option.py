@@ -158,8 +158,11 @@ def ranks(option: Option) -> str:
     stages = candidate.pipeline_parallel_size
     if candidate.engine == "llamacpp":
         return f"gguf-{candidate.checkpoint.precision}-pp{stages}"
-    over = f"-{len(option.parts)}nodes" if option.beside else ""
-    return f"tp{candidate.tensor_parallel_size}" + (f"-pp{stages}" if stages > 1 else "") + over
+    sizes = [("tp", candidate.tensor_parallel_size)]
+    sizes += [("pp", stages)] if stages > 1 else []
+    sizes += [("dp", candidate.data_parallel_size)] if candidate.data_parallel_size > 1 else []
+    over = [f"{len(option.parts)}nodes"] if option.beside else []
+    return "-".join([*(f"{kind}{size}" for kind, size in sizes), *over])
 
 
 def quality(option: Option) -> tuple[object, ...]:
@@ -173,6 +176,7 @@ def quality(option: Option) -> tuple[object, ...]:
         -GGUF_BITS.get(precision, 0.0),
         candidate.tensor_parallel_size,
         candidate.pipeline_parallel_size,
+        candidate.data_parallel_size,
         option.pool.name,
         candidate.checkpoint.source,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate
 from placement.candidates import candidates, wanted_checkpoints
 from placement.catalogue import Catalogue
+from placement.expert_nodes import over_fewest_nodes
 from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Pool
 from placement.legality import RULES, describe, first_rejection
@@ -66,16 +67,16 @@ def _vllm_options(
     wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, dearest: float
 ) -> _Judged:
     judged = _Judged()
-    for index, group in _allowed(wish, groups):
-        for candidate in candidates(wish, group.pool, catalogue):
-            rejection = first_rejection(candidate)
-            if rejection is None:
-                option = _option(wish, index, group, candidate, catalogue, dearest=dearest)
-                judged.legal.append(option)
-                continue
-            judged.illegal.append((candidate, rejection))
-            judged.rejected.append(_in_group(rejection, wish, group))
-    spans = _over_nodes(wish, groups, catalogue, needed=not judged.legal)
+    allowed = _allowed(wish, groups)
+    for where in allowed:
+        here = candidates(wish, where[1].pool, catalogue)
+        _judge(judged, wish, where, here, catalogue, dearest=dearest)
+    needed = not judged.legal
+    if wish.across_nodes == "always" or (wish.across_nodes == "needed" and needed):
+        for where in allowed:
+            wide = over_fewest_nodes(wish, where[1], catalogue)
+            _judge(judged, wish, where, wide, catalogue, dearest=dearest)
+    spans = _over_nodes(wish, groups, catalogue, needed=needed)
     for found in spans.found:
         if found.rejection is None:
             judged.legal.append(_spanning(wish, groups, found, catalogue, dearest=dearest))
@@ -85,6 +86,24 @@ def _vllm_options(
     judged.rejected += [_in_pools(entry, wish, ()) for entry in spans.left_out]
     judged.rejected += _missing_checkpoints(wish, catalogue)
     return judged
+
+
+def _judge(
+    judged: _Judged,
+    wish: FleetModel,
+    where: tuple[int, NodeGroup],
+    found: Iterable[Candidate],
+    catalogue: Catalogue,
+    *,
+    dearest: float,
+) -> None:
+    for candidate in found:
+        rejection = first_rejection(candidate)
+        if rejection is None:
+            judged.legal.append(_option(wish, *where, candidate, catalogue, dearest=dearest))
+            continue
+        judged.illegal.append((candidate, rejection))
+        judged.rejected.append(_in_group(rejection, wish, where[1]))
 
 
 def _llamacpp_options(
@@ -192,7 +211,7 @@ def _over_nodes(
     """On several nodes, of one group or of many, where the fleet wants that."""
     if wish.across_nodes == "never" or (wish.across_nodes == "needed" and not needed):
         return Spans()
-    if wish.nodes_per_replica > 1 or wish.layer_partition:
+    if wish.nodes_per_replica > 1 or wish.layer_partition or (wish.data_parallel_size or 1) > 1:
         return Spans()  # the fleet has said where layers are to be
     places = [(group.pool, group.usable.nodes) for _, group in _allowed(wish, groups)]
     return spanning_candidates(wish, places, catalogue)

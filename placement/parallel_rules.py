@@ -55,12 +55,20 @@ def _stages_exceed_node(candidate: Candidate) -> str | None:
 
 
 def ranks_not_whole_on_nodes(candidate: Candidate) -> str | None:
-    """Each node starts as many ranks, in order (vLLM's `--nnodes`); groups must not be torn."""
+    """Each node starts as many ranks, in order (vLLM's `--nnodes`); groups must not be torn.
+
+    Nor data-parallel copies: a node holds whole ones, or is one of the nodes of one.
+    """
     nodes, ranks, tensor = candidate.num_nodes, candidate.num_ranks, candidate.tensor_parallel_size
     each, rest = divmod(ranks, nodes)
-    if nodes == 1 or (not rest and (each % tensor == 0 or tensor % each == 0)):
+    copy = tensor * candidate.pipeline_parallel_size
+    if nodes == 1:
         return None
-    return f"{ranks} ranks in tensor-parallel groups of {tensor} do not lie evenly on {nodes} nodes"
+    if rest or (each % tensor and tensor % each):
+        return f"{ranks} ranks in tensor-parallel groups of {tensor} do not lie evenly on {nodes} nodes"
+    if candidate.data_parallel_size > 1 and each % copy and copy % each:
+        return f"data-parallel copies of {copy} ranks do not lie evenly on nodes of {each} ranks"
+    return None
 
 
 def mixed_gpus_in_tensor_group(candidate: Candidate) -> str | None:
@@ -144,6 +152,14 @@ def data_parallel_needs_experts(candidate: Candidate) -> str | None:
     if copies == 1 or candidate.architecture.moe is not None:
         return None
     return f"{candidate.model.name} is dense: {copies} replicas do what data_parallel_size would"
+
+
+def copies_in_stages_need_gpus(candidate: Candidate) -> str | None:
+    """On CPUs vLLM runs pipelines compiled only, and cannot compile what copies exchange (run)."""
+    copies, stages = candidate.data_parallel_size, candidate.pipeline_parallel_size
+    if copies == 1 or stages == 1 or not candidate.device.is_cpu:
+        return None
+    return f"{copies} data-parallel copies cannot have {stages} pipeline stages each on CPUs"
 
 
 def expert_parallel_needs_experts(candidate: Candidate) -> str | None:

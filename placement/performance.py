@@ -289,9 +289,8 @@ def _messages_s(speed: ReplicaSpeed, tokens: float) -> float:
     message = tokens * speed.architecture.hidden_size * 2
     seconds = speed.all_reduces * speed.all_reduce.seconds(message)
     seconds += speed.small_messages * speed.all_reduce.latency_s
-    if speed.data_parallel_size > 1 and speed.architecture.moe is not None:
-        sparse = speed.architecture.num_layers - speed.architecture.moe.num_dense_layers
-        seconds += sparse * speed.exchange.seconds(message)
+    if speed.data_parallel_size > 1:
+        seconds += _sparse_layers(speed.architecture) * speed.exchange.seconds(message)
     if speed.pipeline_parallel_size > 1:
         seconds += (speed.pipeline_parallel_size - 1) * speed.send.seconds(message)
     return seconds
@@ -299,9 +298,18 @@ def _messages_s(speed: ReplicaSpeed, tokens: float) -> float:
 
 def _message_s_per_token(speed: ReplicaSpeed) -> float:
     """Seconds of messages for one more token in a step."""
-    layers, message = speed.architecture.num_layers, speed.architecture.hidden_size * 2
-    exchanged = 0.0 if speed.architecture.moe is None else layers * speed.exchange.s_per_byte
+    message = speed.architecture.hidden_size * 2
+    exchanged = _sparse_layers(speed.architecture) * speed.exchange.s_per_byte
     return message * (speed.all_reduces * speed.all_reduce.s_per_byte + exchanged)
+
+
+def _sparse_layers(architecture: Architecture) -> int:
+    """Those with experts."""
+    return (
+        0
+        if architecture.moe is None
+        else architecture.num_layers - architecture.moe.num_dense_layers
+    )
 
 
 def _weights_s(speed: ReplicaSpeed, tokens: float) -> float:

@@ -62,13 +62,15 @@ class Shape(Spec):
     )
     expert_parallel: bool = False
     max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_seqs: int = Field(description="Of each data-parallel copy.")
+    max_num_batched_tokens: int = Field(description="Of each data-parallel copy.")
     gpu_memory_utilization: float
     kv_cache_dtype: str = "auto"
     per_gpu: GpuMemory
     kv_bytes_per_token: int = Field(description="Per GPU (rank).")
-    kv_cache_tokens: int = Field(description="What the engine logs for the whole replica.")
+    kv_cache_tokens: int = Field(
+        description="Of the whole replica; the engine logs it for each data-parallel copy."
+    )
     max_concurrency: float = Field(description="Requests of max_model_len that the KV cache holds.")
     num_layers: int
     gpu_layers: int | None = None
@@ -84,6 +86,11 @@ class Shape(Spec):
     def num_gpus(self) -> int:
         """GPUs of one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def request_slots(self) -> int:
+        """Requests that one replica runs at once."""
+        return self.max_num_seqs * self.data_parallel_size
 
 
 class Rejection(Spec):
@@ -164,9 +171,10 @@ class Variant(Spec):
     )
     price_per_hour: float = Field(default=0.0, description="Of all replicas.")
     placement: tuple[tuple[NodeGpus, ...], ...] = Field(
-        description="For each replica, its GPUs. Over several nodes: in the order of its ranks (stage "
-        "x tensor_parallel_size + position), as many GPUs in each entry; a node that gives more has "
-        "more than one."
+        description="For each replica, its GPUs. Over several nodes: in the order of its ranks "
+        "((copy x pipeline_parallel_size + stage) x tensor_parallel_size + position), as many GPUs "
+        "in each entry; a node that gives more has more than one. So data-parallel copy r is on "
+        "entry r // (data_parallel_size / num_nodes)."
     )
     capacity_requests_per_s: float = Field(description="Of one replica, within the SLO.")
     limited_by: str = Field(

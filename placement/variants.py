@@ -87,7 +87,20 @@ def _best_checkpoint(
         own = counts[index] * stressed(option, options.wish).requests_per_s
         return slow + own < need.rate, quality(option)
 
-    return min(enough, key=rank)
+    return min(_fastest(enough), key=rank)
+
+
+def _fastest(options: Iterable[Option]) -> list[Option]:
+    """Of each checkpoint and context: how its GPUs share the model is no matter of quality."""
+    found: dict[tuple[str, str, int], Option] = {}
+    for option in options:
+        candidate = option.candidate
+        checkpoint = candidate.checkpoint
+        key = (checkpoint.source, checkpoint.precision, candidate.max_model_len)
+        best = found.setdefault(key, option)
+        if option.capacity.requests_per_s > best.capacity.requests_per_s:
+            found[key] = option
+    return list(found.values())
 
 
 def _alike(one: Option, other: Option) -> bool:

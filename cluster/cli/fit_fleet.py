@@ -37,6 +37,9 @@ def fleet_yaml(answer: FitAnswer, shape: FitShape, model: ModelSpec) -> str:
         if key == "gpu_memory_utilization" and shape.engine == "llamacpp":
             continue
         entry[key] = value
+    if shape.num_nodes > 1:
+        entry["nodes_per_replica"] = shape.num_nodes
+        entry["data_parallel_size"] = shape.data_parallel_size  # 1: stages over nodes, no copies
     entry["demand"] = {"requests_per_s": 1.0}
     entry["replicas"] = {"min": 1, "max": max(1, shape.replicas)}
     fleet = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fleet"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +36,7 @@ class Rank:
     master_port: int
     host: str  # this node's own address
     interface: str  # that has it
+    rpc_port: int = 0  # where data-parallel copies of other nodes register with the leader
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,13 @@ class EngineFacts:
 
     kv_cache_tokens: int | None = None
     weights_bytes: int | None = None  # of one rank
+
+    def with_copies(self, others: Iterable[EngineFacts]) -> EngineFacts:
+        """Of all data-parallel copies: tokens add up, and the heaviest rank's weights count."""
+        shares = (self, *others)
+        tokens = [each.kv_cache_tokens for each in shares if each.kv_cache_tokens is not None]
+        weights = [each.weights_bytes for each in shares if each.weights_bytes is not None]
+        return EngineFacts(sum(tokens) if tokens else None, max(weights, default=None))
 
 
 def num_ports(variant: Variant) -> int:

@@ -9,17 +9,20 @@ import logging
 
 from cluster.engines import cpu_weight_report, pixtral_without_torchvision, responses_store
 from cluster.engines.after_import import after_import
+from cluster.engines.cpu_expert_exchange import COMMUNICATOR_MODULE, let_copies_exchange
 from cluster.engines.cpu_expert_map import AFFECTED_VERSIONS, EXPERTS_MODULE, map_experts
 
 logger = logging.getLogger(__name__)
 
 
 def register(
-    experts_module: str = EXPERTS_MODULE, loader_module: str = cpu_weight_report.LOADER_MODULE
+    experts_module: str = EXPERTS_MODULE,
+    loader_module: str = cpu_weight_report.LOADER_MODULE,
+    communicator_module: str = COMMUNICATOR_MODULE,
 ) -> None:
-    """Bound the store of responses; make expert parallelism and Pixtral work on a CPU.
+    """Bound the store of responses; make expert and data parallelism and Pixtral work on a CPU.
 
-    The expert kernel is changed only in a vLLM version that needs it.
+    Expert kernel and communicator are changed only in a vLLM version that needs it.
     """
     import vllm  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
@@ -31,9 +34,10 @@ def register(
     after_import(loader_module, cpu_weight_report.report_weights)
     if vllm.__version__.startswith(AFFECTED_VERSIONS):
         after_import(experts_module, map_experts)
+        after_import(communicator_module, let_copies_exchange)
     else:
         logger.warning(
-            "bora's fix for expert parallelism on CPUs is for vLLM %s*, this is %s: left out",
+            "bora's fixes for mixtures of experts on CPUs are for vLLM %s*, this is %s: left out",
             AFFECTED_VERSIONS[0],
             vllm.__version__,
         )

@@ -60,15 +60,14 @@ class SimEngine:
             "port": port,
             "max-model-len": shape.max_model_len,
             # vLLM's limits are of one data-parallel rank; one batch here stands for all of them.
-            "max-num-seqs": shape.max_num_seqs * shape.data_parallel_size,
+            "max-num-seqs": shape.request_slots,
             "max-num-batched-tokens": shape.max_num_batched_tokens * shape.data_parallel_size,
             "kv-cache-tokens": shape.kv_cache_tokens,
             "weights-bytes": max(shape.per_gpu.weights_bytes, 1),
             "prefill-tokens-per-s": prefill_tokens_per_s(shape, self.reference_input_tokens),
             "tpot-ms": tpot_ms(shape, 1, self.reference_input_tokens),
-            "tpot-ms-at-max": tpot_ms(
-                shape, shape.max_num_seqs * shape.data_parallel_size, self.reference_input_tokens
-            ),
+            "tpot-ms-at-max": tpot_ms(shape, shape.request_slots, self.reference_input_tokens),
+            "data-parallel-size": shape.data_parallel_size,
         }
         command = [sys.executable, "-m", _SERVER]
         for name, value in flags.items():
@@ -112,7 +111,7 @@ def tpot_ms(shape: Shape, num_requests: int, context_tokens: int) -> float:
     a step, weights + requests x context x KV bytes per token, a straight line in the requests.
     """
     prediction = shape.prediction
-    max_requests = shape.max_num_seqs * shape.data_parallel_size
+    max_requests = shape.request_slots
     predicted_at = prediction.output_tokens_per_s * prediction.tpot_ms / 1000
     predicted_at = min(max(predicted_at, 1.0), max_requests)
 

@@ -3,7 +3,8 @@
     python -m cluster.engines.sim_gang --node-rank R --num-nodes N --master-addr A --master-port P -- ...
 
 As vLLM does, all ranks wait until they have met at the leader's address; then the leader serves (the
-flags after `--` are the server's), the others do nothing but live, and nobody notices who dies.
+flags after `--` are the server's), the others do nothing but live, and nobody notices who dies. Each
+node tells of its own data-parallel copies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from cluster.engines import sim_server
+from cluster.engines.sim_options import parse_options
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     master = (options.master_addr, options.master_port)
     # As vLLM writes it, so that one parser reads both.
     logger.info("rank=%d distributed_init_method=tcp://%s:%d", options.node_rank, *master)
+    flags = options.server[1:]
+    copies = parse_options(flags).data_parallel_size
+    flags += ["--data-parallel-size-local", str(max(1, copies // options.num_nodes))]
     if options.node_rank == 0:
         _gather(master, options.num_nodes - 1)
-        sim_server.main(options.server[1:])
+        sim_server.main(flags)
         return
     _join(master)
     logger.info("Starting to load model (simulated)")
+    first, behind = divmod(options.node_rank * copies, options.num_nodes)
+    if copies > 1 and not behind:  # else it has the rest of a copy that another node leads
+        sim_server.tell_memory(parse_options(flags), first)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 

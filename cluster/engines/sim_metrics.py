@@ -1,7 +1,11 @@
-"""The simulated engine's metrics, under vLLM's names."""
+"""The simulated engine's metrics, under vLLM's names.
+
+Data-parallel copies have gauges each: the one batch that stands for all is shared out evenly.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,12 +21,13 @@ _TTFT_BUCKETS_S = (  # vLLM's
 class Metrics:
     """Counters under vLLM's names."""
 
-    def __init__(self, model: str, batch: Batch) -> None:
+    def __init__(self, model: str, batch: Batch, copies: int = 1) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
-        self._gauge("num_requests_running", lambda: len(batch.running))
-        self._gauge("num_requests_waiting", lambda: len(batch.waiting))
-        self._gauge("kv_cache_usage_perc", lambda: batch.kv_cache_usage)
+        self._copies = copies
+        self._gauge("num_requests_running", lambda copy: self._share(len(batch.running), copy))
+        self._gauge("num_requests_waiting", lambda copy: self._share(len(batch.waiting), copy))
+        self._gauge("kv_cache_usage_perc", lambda _: batch.kv_cache_usage)
         names = tuple(self._labels)
         counted = [
             Counter(f"vllm:{name}", name, names, registry=self._registry).labels(**self._labels)
@@ -39,8 +44,10 @@ class Metrics:
 
         self._intervals = (0, 0.0)  # between tokens: how many, and their seconds
         # Together as vLLM's histogram without its buckets; a step of a full batch has hundreds.
-        self._gauge("inter_token_latency_seconds_count", lambda: self._intervals[0])
-        self._gauge("inter_token_latency_seconds_sum", lambda: self._intervals[1])
+        self._gauge(
+            "inter_token_latency_seconds_count", lambda copy: self._share(self._intervals[0], copy)
+        )
+        self._gauge("inter_token_latency_seconds_sum", lambda _: self._intervals[1] / copies)
 
     def intervals(self, number: int, seconds: float) -> None:
         """As many requests got a token, `seconds` after their last one."""
@@ -51,6 +58,11 @@ class Metrics:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)
 
-    def _gauge(self, name: str, value: Callable[[], float]) -> None:
+    def _gauge(self, name: str, value: Callable[[int], float]) -> None:
         gauge = Gauge(f"vllm:{name}", name, tuple(self._labels), registry=self._registry)
-        gauge.labels(**self._labels).set_function(value)
+        for copy in range(self._copies):
+            labels = {**self._labels, "engine": str(copy)}
+            gauge.labels(**labels).set_function(functools.partial(value, copy))
+
+    def _share(self, requests: int, copy: int) -> int:
+        return requests // self._copies + (copy < requests % self._copies)

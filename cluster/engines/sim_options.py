@@ -36,6 +36,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tpot-ms", type=_positive(float), default=10.0, help="step time with one request")
     add("--tpot-ms-at-max", type=float, default=30.0, help="step time with max-num-seqs requests")
     add("--speed", type=_positive(float), default=1.0, help="divides prefill and decode times")
+    add("--data-parallel-size", type=_positive(int), default=1, help="copies that share the load")
+    add(
+        "--data-parallel-size-local",
+        type=_positive(int),
+        help="of them on this node, and logged here; default: all",
+    )
     add("--enable-lora", action="store_true", help="adapters may be loaded while it runs")
     add("--max-lora-rank", type=_positive(int), default=16, help="of the widest adapter")
     add("--kv-transfer-config", type=_transfer_config, help="vLLM's: KV caches go to other engines")

@@ -59,7 +59,7 @@ class SimulatedEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._batch = Batch(settings.limits, settings.timing)
-        self._metrics = Metrics(settings.model, self._batch)
+        self._metrics = Metrics(settings.model, self._batch, settings.data_parallel_size)
         self._answers: dict[Generation, asyncio.Queue[Delta]] = {}
         self._work = asyncio.Event()
         self._drill = Drill(settings.fault or Fault())
@@ -302,15 +302,7 @@ async def listen(
     # Lines as vLLM writes them, so that one parser reads both.
     logger.info("Starting to load model %s (simulated)", settings.model)
     await asyncio.sleep(options.start_delay_s)
-    gib = options.weights_bytes / 2**30
-    logger.info("Model loading took %.2f GiB memory and %.6f seconds", gib, options.start_delay_s)
-    limits = settings.limits
-    logger.info(
-        "GPU KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx",
-        f"{limits.kv_cache_tokens:,}",
-        f"{limits.max_model_len:,}",
-        limits.kv_cache_tokens / limits.max_model_len,
-    )
+    tell_memory(options)
     engine = SimulatedEngine(settings)
     runner = web.AppRunner(engine.application(), handler_cancellation=True, access_log=None)
     await runner.setup()
@@ -318,6 +310,22 @@ async def listen(
     host, port = runner.addresses[0][:2]
     logger.info("Application startup complete: http://%s:%d", host, port)
     return engine, runner
+
+
+def tell_memory(options: argparse.Namespace, first_copy: int = 0) -> None:
+    """Log weights and KV cache of the data-parallel copies of a node, of which one is the first."""
+    gib = options.weights_bytes / 2**30
+    logger.info("Model loading took %.2f GiB memory and %.6f seconds", gib, options.start_delay_s)
+    copies = options.data_parallel_size
+    tokens = options.kv_cache_tokens // copies
+    for copy in range(first_copy, first_copy + (options.data_parallel_size_local or copies)):
+        logger.info(
+            "%sGPU KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx",
+            f"(EngineCore_DP{copy} pid={os.getpid()}) " if copies > 1 else "",
+            f"{tokens:,}",
+            f"{options.max_model_len:,}",
+            tokens / options.max_model_len,
+        )
 
 
 def _fail() -> None:

@@ -24,6 +24,7 @@ class Settings:
     has_token_ids: bool = True
     fault: Fault | None = None
     max_lora_rank: int = 0  # 0: no adapters
+    data_parallel_size: int = 1
     transfer: Transfer | None = None  # None: KV caches stay where they are
 
 
@@ -50,6 +51,7 @@ def settings_of(options: argparse.Namespace, api_key: str) -> Settings:
         has_token_ids=not options.no_token_ids,
         fault=options.drill,
         max_lora_rank=options.max_lora_rank if options.enable_lora else 0,
+        data_parallel_size=options.data_parallel_size,
         transfer=_transfer(options),
     )
 

@@ -26,6 +26,8 @@ KEEP_ALIVE_S = 120  # longer than a gateway keeps an idle connection, so that th
 _STAGES = (
     ("non-default args", "reading the configuration"),
     ("Resolved architecture", "starting workers"),
+    ("Started DP Coordinator", MEETING),
+    ("with head node address", MEETING),
     ("distributed_init_method=tcp", MEETING),
     ("Starting to load model", "loading weights"),
     ("Loading weights took", "preparing weights"),

@@ -9,7 +9,7 @@ from cluster.engines.adapter import EngineFacts, EngineLoad
 from placement.speed_window import EngineCounters
 
 GIB = 2**30
-_KV_CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+_KV_CACHE_TOKENS = re.compile(r"(?:\(EngineCore_DP(\d+)\b.*?)?KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"Model loading took ([\d.]+) GiB")
 _BALANCE = re.compile(r"EPLB step: .*max_tokens=(\d+), balancedness=([\d.]+)")
 _METRIC = re.compile(
@@ -23,11 +23,11 @@ _FIRST, _NEXT = "time_to_first_token_seconds", "inter_token_latency_seconds"
 
 
 def facts(log: str) -> EngineFacts:
-    """KV tokens of the replica; bytes of the heaviest rank's weights."""
-    tokens = _KV_CACHE_TOKENS.findall(log)
+    """KV tokens, of all data-parallel copies that log here; bytes of the heaviest rank's weights."""
+    tokens = dict(_KV_CACHE_TOKENS.findall(log))  # the last line of each copy
     weights = _WEIGHTS_GIB.findall(log)
     return EngineFacts(
-        kv_cache_tokens=int(tokens[-1].replace(",", "")) if tokens else None,
+        kv_cache_tokens=sum(int(each.replace(",", "")) for each in tokens.values()) or None,
         weights_bytes=round(max(map(float, weights)) * GIB) if weights else None,
     )
 

@@ -108,6 +108,17 @@ def test_the_fleet_on_the_page_is_a_valid_fleet():
     assert fleet.models[0].precision == ("bf16",)
 
 
+@pytest.mark.parametrize("copies", ["1", "2"])
+def test_the_fleet_of_a_replica_over_nodes_says_how_they_share_the_model(copies: str):
+    where = ("--gpu", "H100-SXM:8", "--nodes", "2", "--precision", "fp8")
+    output = run(LARGE_3, *where, "--data-parallel-size", copies).output
+    text = output[output.index("\nfleet: ") + 1 :].split("\n\n")[0].split("\nnotes")[0]
+
+    [model] = parse_yaml(text, FleetSpec, source="page").models
+
+    assert (model.nodes_per_replica, model.data_parallel_size) == (2, int(copies))
+
+
 def test_helm_values_name_gpus_context_and_flags():
     vllm = yaml.safe_load(run(SMALL, "--gpu", "H100-SXM", "--precision", "bf16", "--helm").output)
     [spec] = vllm["servingEngineSpec"]["modelSpec"]

@@ -45,13 +45,16 @@ class Configuration:
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
 
     def __str__(self) -> str:
         expert_parallel = "-ep" if self.expert_parallel else ""
         pipeline = "-pp2" if self.pipeline_parallel_size == 2 else ""
+        copies = "-dp2" if self.data_parallel_size == 2 else ""
         fp8 = "-kv-fp8" if self.kv_cache_dtype == "fp8" else ""
-        return f"{self.model}-tp{self.tensor_parallel_size}{expert_parallel}{pipeline}{fp8}"
+        sizes = f"tp{self.tensor_parallel_size}{copies}{expert_parallel}{pipeline}"
+        return f"{self.model}-{sizes}{fp8}"
 
 
 CONFIGURATIONS = [
@@ -59,9 +62,11 @@ CONFIGURATIONS = [
     Configuration("nano-mixtral", kv_cache_dtype="fp8"),
     Configuration("nano-mixtral", 2),
     Configuration("nano-mixtral", 2, expert_parallel=True),
+    Configuration("nano-mixtral", data_parallel_size=2, expert_parallel=True),
     Configuration("nano-large-3"),
     Configuration("nano-large-3", 2),
     Configuration("nano-large-3", 2, expert_parallel=True),
+    Configuration("nano-large-3", data_parallel_size=2, expert_parallel=True),
     Configuration("nano-mixtral", pipeline_parallel_size=2),
     Configuration("nano-large-3", pipeline_parallel_size=2),
     Configuration("nano-small", pipeline_parallel_size=2),
@@ -108,6 +113,7 @@ def planned(configuration: Configuration) -> Variant:
         max_model_len=8192,
         max_num_seqs=16,
         tensor_parallel_size=configuration.tensor_parallel_size,
+        data_parallel_size=configuration.data_parallel_size,
         expert_parallel=configuration.expert_parallel,
         kv_cache_dtype=configuration.kv_cache_dtype,
     )

@@ -72,6 +72,16 @@ def test_a_later_plan_has_exactly_the_measured_room():
     )
 
 
+def test_what_data_parallel_copies_lack_is_shared_out_over_them():
+    shape = a_shape(data_parallel_size=4)
+    observation = an_observation(tokens=0.5, shape=shape)
+    setup = setup_of(shape, checkpoint="none", gpu="cpu")
+
+    correction = Calibration().with_observation(observation).correction(setup)
+
+    assert correction.other_bytes == (TOKENS - TOKENS // 2) // 4 * PER_TOKEN
+
+
 def test_without_a_measured_cache_only_weights_are_corrected():
     observation = observe(
         a_variant(), weights_bytes=2 * WEIGHTS, kv_cache_tokens=None, observed="2026-11-22"

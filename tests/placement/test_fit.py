@@ -218,6 +218,14 @@ def test_across_nodes_stages_are_preferred_to_data_parallelism():
     assert best.num_nodes == 2
 
 
+def test_copies_have_slots_each():
+    asked = {"precision": "fp8", "num_nodes": 2, "data_parallel_size": 2, "max_model_len": 65536}
+    best = best_of(ask(LARGE_3, "H100-SXM:8", **asked))
+
+    assert (best.tensor_parallel_size, best.data_parallel_size) == (8, 2)
+    assert f"up to {2 * best.max_num_seqs} shorter ones" in best.limit
+
+
 @pytest.mark.parametrize(
     ("gpu", "options", "message"),
     [

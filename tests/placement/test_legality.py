@@ -167,6 +167,11 @@ IN_FP8_BLOCKS = a_model(
         ),
         ("data-parallel-needs-experts", a_candidate(data_parallel_size=4), "4 replicas"),
         (
+            "copies-in-stages-need-gpus",
+            a_cpu_candidate(MIXTURE, data_parallel_size=2, pipeline_parallel_size=2),
+            "2 pipeline stages each on CPUs",
+        ),
+        (
             "expert-parallel-needs-experts",
             a_candidate(
                 MIXTURE, tensor_parallel_size=4, data_parallel_size=4, num_nodes=2, **WHOLE_EXPERTS

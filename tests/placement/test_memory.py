@@ -199,12 +199,13 @@ def large_3(**changes: Any) -> Candidate:
 
 
 def test_data_parallel_copies_share_experts_and_not_the_cache() -> None:
-    tensor, data = large_3(tensor_parallel_size=8), large_3(data_parallel_size=8)
+    tensor = large_3(tensor_parallel_size=8)
+    data = large_3(data_parallel_size=8, max_num_batched_tokens=2048)
 
     experts_only = 16 * 58 * 3 * 7168 * 4096
     assert weights_bytes(data) > weights_bytes(tensor) + 10 * GIB  # attention on each copy
     assert weights_bytes(data) > experts_only
-    assert memory_use(data).kv.tokens > 3 * memory_use(tensor).kv.tokens
+    assert memory_use(data).kv.tokens > 2.5 * memory_use(tensor).kv.tokens
 
 
 def test_context_parallelism_cuts_a_cache_that_is_the_same_on_all_ranks() -> None:
