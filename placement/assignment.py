@@ -8,7 +8,7 @@ room, so that whole nodes stay free; GPUs that lie together, from an index that 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ class Wanted:
     gpus: int
     replicas: int
     spread: bool = True  # over nodes, where there is room
+    parts: int = 1  # of a replica on several nodes, of which this is one
     running: tuple[NodeGpus, ...] = ()  # where replicas of it are now
 
 
@@ -91,10 +92,10 @@ def assign(
 
 
 def _shares(wanted: Sequence[Wanted]) -> dict[str, int]:
-    replicas: Counter[str] = Counter()
+    replicas: defaultdict[str, float] = defaultdict(float)
     for each in wanted:
-        replicas[each.model] += each.replicas
-    return {model: max(1, -(-count // 4)) for model, count in replicas.items()}
+        replicas[each.model] += each.replicas / each.parts
+    return {model: max(1, -(-round(count) // 4)) for model, count in replicas.items()}
 
 
 def _place(state: _Nodes, wanted: Sequence[Wanted]) -> None:

@@ -64,6 +64,7 @@ class StageSpeed:
     share: float
     is_last: bool
     send: Collective  # of its output
+    count: int = 1  # of such stages
 
 
 @dataclass(frozen=True, slots=True)

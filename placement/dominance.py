@@ -11,8 +11,8 @@ from placement.plan import Rejection
 def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, ...]]:
     """The options that a plan may need, and why not the others.
 
-    An option is dominated where another on the same nodes takes no more GPUs and carries no less:
-    it can stand in its place, always. Among equals the first, which is preferred, stays.
+    An option is dominated where another that carries no less would fit into its place: on a part of
+    its nodes, with no more GPUs of any of them. Among equals the first, which is preferred, stays.
     """
     kept: list[Option] = []
     dropped = []
@@ -33,14 +33,26 @@ def undominated(options: Options) -> tuple[tuple[Option, ...], tuple[Rejection, 
 
 
 def _dominates(one: Option, other: Option) -> bool:
-    if one.group != other.group or _rate(one) < _rate(other):
+    if _rate(one) < _rate(other):
         return False
     if not one.beside and not other.beside:
-        return one.gpus_per_replica <= other.gpus_per_replica
-    return len(one.parts) <= len(other.parts) and all(
-        here.group == there.group and here.gpus <= there.gpus
-        for here, there in zip(one.parts, other.parts, strict=False)
+        return one.group == other.group and one.gpus_per_replica <= other.gpus_per_replica
+    here, there = _by_group(one), _by_group(other)
+    return all(
+        len(gpus) <= len(there.get(group, ()))
+        and all(few <= many for few, many in zip(gpus, there[group], strict=False))
+        for group, gpus in here.items()
     )
+
+
+def _by_group(option: Option) -> dict[int, list[int]]:
+    """GPUs that a replica takes of each node, most first; in which order its stages are is all one."""
+    found: dict[int, list[int]] = {}
+    for part in option.parts:
+        found.setdefault(part.group, []).append(part.gpus)
+    for gpus in found.values():
+        gpus.sort(reverse=True)
+    return found
 
 
 def _gpus(option: Option) -> str:

@@ -224,7 +224,7 @@ class FleetModel(Spec):
     expert_parallel: bool | None = Field(default=None, description="None: the planner chooses.")
     across_nodes: Literal["needed", "always", "never"] = Field(
         default="needed",
-        description="Whether a replica's pipeline stages may stand on two nodes, also of two pools "
+        description="Whether a replica's pipeline stages may stand on several nodes, also of pools "
         "with unlike GPUs, and its experts on several of one pool: `needed` where no node alone "
         "runs the model, `always` wherever that serves the objective.",
     )

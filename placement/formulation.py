@@ -67,6 +67,10 @@ class Formulation:
         """Replicas of each of the problem's columns."""
         return [round(answer.values[index]) for index in self._counts]
 
+    def columns_of(self, model: int) -> list[int]:
+        """The program's columns for replicas of a model."""
+        return [self._counts[index] for index in self._problem.of_model(model)]
+
     def start(self, counts: Sequence[int] | None) -> list[float] | None:
         """Where the search begins: at `counts`, or nearer to the best if the program is large."""
         given = None if counts is None else self.point(counts)

@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import itertools
+from collections.abc import Mapping, Sequence
 
-Cost = Callable[[int, int, int], float]  # of a stage, its first layer, and one beyond its last
+import numpy as np
+from numpy.typing import NDArray
+
+Times = NDArray[np.float64]  # of a stage, by its first layer and one beyond its last
 
 
-def split_layers(num_layers: int, num_stages: int, cost: Cost) -> tuple[int, ...] | None:
+def split_layers(stages: Sequence[Times], *others: Sequence[Times]) -> tuple[int, ...] | None:
     """Layers of each stage, so that the slowest is as fast as can be.
 
-    `cost(stage, first, end)` is a stage's time with layers `first` to `end` - 1, infinite where they
-    do not fit. Each stage gets at least one layer. Among equals that with the least total. None:
-    the layers do not fit on the stages.
+    `stages[s][first, end]` is a stage's time with layers `first` to `end` - 1, infinite where they do
+    not fit and where there are none: each stage gets at least one layer. Among equals that whose
+    slowest stage is fastest by the first of `others`, and so on; then that with the least total.
+    None: the layers do not fit on the stages.
     """
-    slowest = _best(num_layers, num_stages, cost, max)
-    if slowest is None:
+    allowed: dict[int, NDArray[np.bool_]] = {}  # of stages that share an array, once
+    for times in (stages, *others):
+        slowest = _best(_within(times, stages, allowed), np.maximum)
+        if slowest is None:
+            return None
+        limit = slowest_s(times, slowest)
+        for key, each in {id(key): each for key, each in zip(stages, times, strict=True)}.items():
+            fits = each <= limit
+            allowed[key] = allowed[key] & fits if key in allowed else fits
+    return _best(_within(stages, stages, allowed), np.add)
+
+
+def slowest_s(stages: Sequence[Times], split: Sequence[int]) -> float:
+    """The time of the slowest stage."""
+    ends = list(itertools.accumulate(split, initial=0))
+    return max(
+        float(times[first, end])
+        for times, (first, end) in zip(stages, itertools.pairwise(ends), strict=True)
+    )
+
+
+def _within(
+    times: Sequence[Times], stages: Sequence[Times], allowed: Mapping[int, NDArray[np.bool_]]
+) -> list[Times]:
+    """The times, infinite where a stage of `stages` is not allowed to have such layers."""
+    if not allowed:
+        return list(times)
+    found: dict[int, Times] = {}
+    for each, key in zip(times, map(id, stages), strict=True):
+        if key not in found:
+            found[key] = np.where(allowed[key], each, np.inf)
+    return [found[id(stage)] for stage in stages]
+
+
+def _best(stages: Sequence[Times], join: np.ufunc) -> tuple[int, ...] | None:
+    """The split whose stages' times, joined, are least."""
+    layers = len(stages[0]) - 1
+    reached = np.full(layers + 1, np.inf)  # by layers given away
+    reached[0] = 0.0
+    starts = []
+    for times in stages:
+        joined = join(reached[:, np.newaxis], times)
+        starts.append(joined.argmin(axis=0))
+        reached = joined.min(axis=0)
+    if np.isinf(reached[layers]):
         return None
-    limit = max(_costs(slowest, cost))
-
-    def within(stage: int, first: int, end: int) -> float:
-        time = cost(stage, first, end)
-        return time if time <= limit else math.inf
-
-    return _best(num_layers, num_stages, within, lambda one, other: one + other)
-
-
-def _best(
-    num_layers: int, num_stages: int, cost: Cost, join: Callable[[float, float], float]
-) -> tuple[int, ...] | None:
-    """The split whose stages' costs, joined, are least."""
-    reached: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers given away
-    for stage in range(num_stages):
-        left = num_stages - stage - 1  # stages that still need a layer each
-        following: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for first, (so_far, counts) in reached.items():
-            ends = (num_layers,) if left == 0 else range(first + 1, num_layers - left + 1)
-            for end in ends:
-                if end <= first:
-                    continue
-                time = cost(stage, first, end)
-                if math.isinf(time):
-                    break  # more layers do not fit either
-                total = join(so_far, time)
-                if end not in following or total < following[end][0]:
-                    following[end] = total, (*counts, end - first)
-        reached = following
-    found = reached.get(num_layers)
-    return None if found is None else found[1]
-
-
-def _costs(counts: tuple[int, ...], cost: Cost) -> list[float]:
-    starts = [sum(counts[:stage]) for stage in range(len(counts))]
-    return [
-        cost(stage, first, first + count)
-        for stage, (first, count) in enumerate(zip(starts, counts, strict=True))
-    ]
+    counts, end = [], layers
+    for start in reversed(starts):
+        counts.append(end - int(start[end]))
+        end = int(start[end])
+    return tuple(reversed(counts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import highspy
 import numpy as np
@@ -127,6 +127,13 @@ class Program:
             bound=min(cost, bound / scale),
             seconds=solver.getRunTime(),
         )
+
+    def with_fixed(self, values: Mapping[int, float]) -> Program:
+        """The same program with these columns at these values."""
+        lower, upper = list(self._lower), list(self._upper)
+        for index, value in values.items():
+            lower[index] = upper[index] = value
+        return replace(self, _lower=lower, _upper=upper)
 
     @property
     def whole(self) -> list[int]:

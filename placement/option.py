@@ -12,7 +12,7 @@ from placement.fleet import FleetModel, Objective
 from placement.inventory import Pool
 from placement.legality import first_rejection
 from placement.performance import ReplicaSpeed, replica_speed
-from placement.plan import Shape
+from placement.plan import Shape, hardware_in_words
 from placement.role_capacity import NO_HANDOVER, Handover, decode_capacity, prefill_capacity
 from placement.setups import SpeedSetup
 from placement.weight_bytes import GGUF_BITS
@@ -68,7 +68,7 @@ class Option:
     @property
     def hardware(self) -> str:
         """The GPUs of a replica in words."""
-        return " + ".join(f"{part.gpus} x {part.gpu.name}" for part in self.parts)
+        return hardware_in_words((part.gpus, part.gpu.name) for part in self.parts)
 
     @property
     def price_per_replica(self) -> float:

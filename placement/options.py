@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate
@@ -17,10 +17,11 @@ from placement.legality import RULES, describe, first_rejection
 from placement.llamacpp_options import LlamacppOption, llamacpp_options
 from placement.memory import memory_use
 from placement.node_groups import NodeGroup
+from placement.node_orders import Nodes
 from placement.option import Option, Part, as_stressed, carried, quality, replicas_needed
 from placement.performance import ReplicaSpeed, replica_speed
 from placement.plan import Rejection
-from placement.spanning import Nodes, Spanning, spanning_candidates
+from placement.spanning import Spanning, Spans, spanning_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,14 @@ def _vllm_options(
         for where in allowed:
             wide = over_fewest_nodes(wish, where[1], catalogue)
             _judge(judged, wish, where, wide, catalogue, dearest=dearest)
-    for found in _over_two_nodes(wish, groups, catalogue, needed=needed):
+    spans = _over_nodes(wish, groups, catalogue, needed=needed)
+    for found in spans.found:
         if found.rejection is None:
             judged.legal.append(_spanning(wish, groups, found, catalogue, dearest=dearest))
             continue
         judged.illegal.append((found.candidate, found.rejection))
         judged.rejected.append(_in_pools(found.rejection, wish, found.nodes))
+    judged.rejected += [_in_pools(entry, wish, ()) for entry in spans.left_out]
     judged.rejected += _missing_checkpoints(wish, catalogue)
     return judged
 
@@ -212,18 +215,16 @@ def _option(
     return replace(option, beside=(each,) * (nodes - 1))
 
 
-def _over_two_nodes(
+def _over_nodes(
     wish: FleetModel, groups: Sequence[NodeGroup], catalogue: Catalogue, *, needed: bool
-) -> Iterator[Spanning]:
-    """On a node of each of two groups, and on two of one, where the fleet wants that."""
+) -> Spans:
+    """On several nodes, of one group or of many, where the fleet wants that."""
     if wish.across_nodes == "never" or (wish.across_nodes == "needed" and not needed):
-        return
+        return Spans()
     if wish.nodes_per_replica > 1 or wish.layer_partition or (wish.data_parallel_size or 1) > 1:
-        return  # the fleet has said where layers are to be
-    may = [group for _, group in _allowed(wish, groups) if group.usable.nodes]
-    for one, other in itertools.combinations_with_replacement(may, 2):
-        if one is not other or one.usable.nodes > 1:
-            yield from spanning_candidates(wish, (one.pool, other.pool), catalogue)
+        return Spans()  # the fleet has said where layers are to be
+    places = [(group.pool, group.usable.nodes) for _, group in _allowed(wish, groups)]
+    return spanning_candidates(wish, places, catalogue)
 
 
 def _spanning(
@@ -265,8 +266,12 @@ def _price_or(pool: Pool, catalogue: Catalogue, dearest: float) -> float:
 
 
 def _in_pools(rejection: Rejection, wish: FleetModel, nodes: Sequence[Nodes]) -> Rejection:
-    where = " and ".join(each.pool.name for each in nodes)
-    shape = {**rejection.shape, "model": wish.name, "pool": where}
+    shape = {**rejection.shape, "model": wish.name}
+    if nodes:
+        counts = Counter(each.pool.name for each in nodes)
+        shape["pool"] = " and ".join(
+            name if count == 1 else f"{count} nodes of {name}" for name, count in counts.items()
+        )
     return rejection.model_copy(update={"shape": shape})
 
 

@@ -18,6 +18,7 @@ verifies n + 1 tokens of each request and runs the draft n times.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.architecture import Architecture
@@ -69,7 +70,7 @@ def step_s(
             stage_s(stage, batch=batch, context=context, tokens_each=tokens_each)
             for stage in speed.stages
         ]
-        return max(sum(times), batches * max(times))
+        return max(_in_all(speed, times), batches * max(times))
     one_pass = _one_pass_s(speed, batch=batch, context=context, tokens_each=tokens_each)
     if batches == 1:
         return one_pass
@@ -159,9 +160,14 @@ def _spanning_prompt_cost(
         times.append(stage.share * alone.prefill_s / chunks + sent)
         works.append(stage.share * alone.work_s)
     return PromptCost(
-        prefill_s=sum(times) + (chunks - 1) * max(times),
+        prefill_s=_in_all(speed, times) + (chunks - 1) * max(times),
         work_s=max(works),
     )
+
+
+def _in_all(speed: ReplicaSpeed, times: Sequence[float]) -> float:
+    """Of all stages, those that are alike told once."""
+    return sum(stage.count * time for stage, time in zip(speed.stages, times, strict=True))
 
 
 def prefill_work_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from placement.assignment import Wanted, assign
-from placement.option import Option
+from placement.option import Option, Part
 from placement.plan import NodeGpus, Plan, Variant
 from placement.question import Question, running_here
 from placement.shape import make_shape
@@ -43,10 +43,12 @@ def placements(
         for key, gpus in assign(nodes, wanted, busy).items():
             placed[keys[key]] = gpus
     found = []
+    order = {node: index for index, node in enumerate(pool_of)}
     for at, chosen in enumerate(picked):
         columns = [placed[at, number] for number in range(len(chosen[1].parts))]
         there = _there(question, chosen, before) if len(columns) > 1 else []
-        found.append(_by_pools(chosen, _put_together(columns, there), pool_of))
+        replicas = _put_together(chosen[1].parts, columns, there, order)
+        found.append(_by_pools(chosen, replicas, pool_of))
     return found
 
 
@@ -80,16 +82,31 @@ def in_rank_order(nodes: ReplicaGpus) -> ReplicaGpus:
 
 
 def _put_together(
-    columns: Sequence[Sequence[NodeGpus]], there: Sequence[ReplicaGpus]
+    parts: Sequence[Part],
+    columns: Sequence[Sequence[NodeGpus]],
+    there: Sequence[ReplicaGpus],
+    order: Mapping[str, int],
 ) -> Iterator[ReplicaGpus]:
-    """Replicas of one part from each column: first those that run like that already."""
-    left = [list(column) for column in columns]
+    """Replicas of one part from each column: first those that run like that already.
+
+    What is alike of the others comes from nodes that follow each other in `order`, so that few
+    replicas mix pools.
+    """
+    kinds = [(part.group, part.gpus) for part in parts]
+    free: defaultdict[tuple[int, int], list[NodeGpus]] = defaultdict(list)
+    for kind, column in zip(kinds, columns, strict=True):
+        free[kind] += column
     for replica in there:
-        if all(part in column for part, column in zip(replica, left, strict=True)):
-            for part, column in zip(replica, left, strict=True):
-                column.remove(part)
+        if all(part in free[kind] for kind, part in zip(kinds, replica, strict=True)):
+            for kind, part in zip(kinds, replica, strict=True):
+                free[kind].remove(part)
             yield replica
-    yield from zip(*left, strict=True)
+    waiting = {
+        kind: iter(sorted(left, key=lambda part: (order[part.node], part.gpus)))
+        for kind, left in free.items()
+    }
+    for _ in range(len(free[kinds[0]]) // kinds.count(kinds[0])):
+        yield tuple(next(waiting[kind]) for kind in kinds)
 
 
 def _nodes_of(variants: Sequence[Variant], option: Option) -> list[ReplicaGpus]:
@@ -126,8 +143,14 @@ def _wanted(
         gpus=option.parts[number].gpus,
         replicas=replicas,
         spread=wish.spread,
-        running=tuple(nodes[number] for nodes in _nodes_of(there, option)),
+        parts=sum(part.group == option.parts[number].group for part in option.parts),
+        running=tuple(nodes[number] for nodes in _staying(_nodes_of(there, option), chosen)),
     )
+
+
+def _staying(there: list[ReplicaGpus], chosen: Chosen) -> list[ReplicaGpus]:
+    """All, for each to be judged by its node; of replicas on several nodes, whole ones."""
+    return there[: chosen[2]] if chosen[1].beside else there
 
 
 def _all_gpus(variants: Sequence[Variant]) -> Iterator[NodeGpus]:

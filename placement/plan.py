@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -107,6 +108,15 @@ class NodeGpus(Spec):
     gpus: tuple[int, ...]
 
 
+def hardware_in_words(nodes: Iterable[tuple[int, str]]) -> str:
+    """GPUs of nodes, with their type; nodes that follow each other and are alike as one."""
+    words = []
+    for (gpus, name), alike in itertools.groupby(nodes):
+        count = len(list(alike))
+        words.append(f"{gpus} x {name}" if count == 1 else f"{count} x ({gpus} x {name})")
+    return " + ".join(words)
+
+
 class StageNodes(Spec):
     """Nodes that a pipeline goes on to, and what it takes of each."""
 
@@ -197,8 +207,7 @@ class Variant(Spec):
     def hardware(self) -> str:
         """The GPUs of a replica in words."""
         first = self.gpus_per_replica - sum(nodes.gpus for nodes in self.beside)
-        words = [f"{first} x {self.gpu}", *(f"{n.gpus} x {n.gpu}" for n in self.beside)]
-        return " + ".join(words)
+        return hardware_in_words([(first, self.gpu), *((n.gpus, n.gpu) for n in self.beside)])
 
 
 class Unmet(Spec):

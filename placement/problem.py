@@ -127,12 +127,15 @@ class Problem:
         column = self.columns[index]
         if column.rate <= 0:
             return 0
-        rooms = []
-        for group, gpus in column.parts:
-            nodes = self.groups[group]
-            alike = sum(other == group for other, _ in column.parts)
-            rooms.append(nodes.nodes * (nodes.gpus_per_node // gpus) // alike)
+        rooms = [self._room(column, group, gpus) for group, gpus in set(column.parts)]
         return min(self.needs[column.model].most, *rooms)
+
+    def _room(self, column: Column, group: int, size: int) -> int:
+        """Replicas of a column for which a group has places of `size` GPUs, see `placement.packing`."""
+        nodes = self.groups[group]
+        places = nodes.nodes * (nodes.gpus_per_node // size)
+        each = sum(gpus // size for other, gpus in column.parts if other == group)
+        return places // each
 
     def rate(self, counts: Sequence[int], model: int, *, firm_only: bool = False) -> float:
         """Requests/s that a model's replicas carry."""

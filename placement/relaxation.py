@@ -158,7 +158,7 @@ def too_little_after_a_loss(node: str, left: float, wanted: float, options: Opti
 def _on(option: Option) -> str:
     ranks, precision = option.gpus_per_replica, option.candidate.checkpoint.precision
     if option.beside:
-        pools = " and ".join(part.pool.name for part in option.parts)
+        pools = " and ".join(dict.fromkeys(part.pool.name for part in option.parts))
         return f"pools {pools} ({option.hardware}, {precision})"
     return f"pool {option.pool.name} ({ranks} x {option.gpu.name}, {precision})"
 

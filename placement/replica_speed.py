@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -30,7 +31,9 @@ from placement.weight_bytes import read_bytes
 def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
     """The costs of one replica of a candidate."""
     if candidate.stage_nodes:
-        return spanning_speed(candidate, constants=constants)
+        kinds = dict.fromkeys(candidate.rank_devices)
+        alone = {device: speed_alone(candidate, device, constants) for device in kinds}
+        return recut(spanning_speed(candidate, alone), candidate)
     architecture, gpu = candidate.architecture, candidate.device.gpu
     ranks, copies = candidate.tensor_parallel_size, candidate.data_parallel_size
     layers = architecture.num_layers
@@ -79,14 +82,13 @@ def replica_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Rep
     )
 
 
-def spanning_speed(candidate: Candidate, *, constants: Constants = FITTED) -> ReplicaSpeed:
-    """The costs of a replica whose stages stand on several nodes, of one or of two GPU types.
+def spanning_speed(candidate: Candidate, alone: Mapping[Device, ReplicaSpeed]) -> ReplicaSpeed:
+    """The costs of a replica whose stages stand on several nodes, each stage told by itself.
 
-    Every stage works as its own GPUs do; what is not of layers is the last one's.
+    Every stage works as its own GPUs do, which are `speed_alone` of each device; what is not of
+    layers is the last one's. The cache is left for `recut` to say.
     """
     stages = stages_of(candidate)
-    kinds = dict.fromkeys(candidate.rank_devices)
-    alone = {device: _alone(candidate, device, constants) for device in kinds}
     layers = candidate.architecture.num_layers
     parts = []
     for stage in stages:
@@ -106,26 +108,32 @@ def spanning_speed(candidate: Candidate, *, constants: Constants = FITTED) -> Re
         efficiency=replace(last.efficiency, errors=seen.errors),
         ttft_factor=seen.ttft,
         tpot_factor=seen.tpot,
-        kv_cache_tokens=memory_use(candidate).kv.tokens,
         pipeline_parallel_size=candidate.pipeline_parallel_size,
         stages=tuple(parts),
     )
 
 
 def recut(speed: ReplicaSpeed, candidate: Candidate) -> ReplicaSpeed:
-    """The costs of `candidate`, which differs from that of `speed` in its split and context only."""
+    """The costs of `candidate`, which differs from that of `speed` in its split and context only.
+
+    `speed` is a `spanning_speed`; of stages that are alike one is left, with their count.
+    """
     layers = candidate.architecture.num_layers
+    alike: dict[tuple[int, int, bool, Collective], list[StageSpeed]] = {}
+    for part, stage in zip(speed.stages, stages_of(candidate), strict=True):
+        key = (id(part.speed), stage.num_layers, part.is_last, part.send)
+        alike.setdefault(key, []).append(replace(part, share=stage.num_layers / layers))
     return replace(
         speed,
         kv_cache_tokens=memory_use(candidate).kv.tokens,
-        stages=tuple(
-            replace(part, share=stage.num_layers / layers)
-            for part, stage in zip(speed.stages, stages_of(candidate), strict=True)
-        ),
+        stages=tuple(replace(parts[0], count=len(parts)) for parts in alike.values()),
     )
 
 
-def _alone(candidate: Candidate, device: Device, constants: Constants) -> ReplicaSpeed:
+def speed_alone(
+    candidate: Candidate, device: Device, constants: Constants = FITTED
+) -> ReplicaSpeed:
+    """How fast a tensor-parallel group on `device` would be if it had all layers."""
     whole = replace(
         candidate,
         device=device,

@@ -1,10 +1,10 @@
-"""Replicas whose pipeline stages stand on two nodes, alike or not: for models that outgrow a node.
+"""Replicas whose pipeline stages stand on several nodes, alike or not: for models that outgrow a node.
 
 Tensor-parallel groups stay inside a node and are of one size everywhere (vLLM has one), so a node
-gives a whole number of stages. The layers are split by dynamic programming (`layer_split`): the
-slowest stage, head included, is as fast as it can be while each stage has memory for its layers and
-for a cache of so many tokens. A larger cache asks for another split, so several are tried, and the
-one that carries most stays.
+gives a whole number of stages. For each set of nodes (`node_sets`) the nodes are put in order, and
+the layers split by dynamic programming (`layer_split`): the slowest stage, head included, is as fast
+as it can be while each stage has memory for its layers and for a cache of so many tokens. A larger
+cache asks for another split, so several are tried, and what carries most stays.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from placement.candidate import Candidate, Device, device_of
 from placement.candidates import (
+    CONTEXT_STEP,
     filled_in,
     longest_request,
     wanted_checkpoints,
@@ -23,258 +24,275 @@ from placement.candidates import (
 )
 from placement.capacity import DEFAULT_DEMAND
 from placement.catalogue import Catalogue, Checkpoint, ModelSpec
-from placement.costs import ReplicaSpeed, StageSpeed
+from placement.costs import ReplicaSpeed
 from placement.fleet import FleetModel
 from placement.inventory import Pool
-from placement.layer_split import Cost, split_layers
+from placement.layer_split import slowest_s, split_layers
 from placement.legality import first_rejection
-from placement.memory import stage_memory
+from placement.node_orders import Nodes, orders
+from placement.node_sets import MOST_NODES, Kind, NodeSet, NodeSets, sizes_of, worth_a_look
 from placement.option import carried
-from placement.performance import prompt_cost, replica_speed, stage_s
-from placement.pipeline import Stage
 from placement.plan import Rejection
-from placement.replica_speed import recut
-from placement.weight_bytes import checkpoint_bytes
+from placement.replica_speed import recut, spanning_speed, speed_alone
+from placement.stage_times import StageMemories, StageTimes, stage_times
 
-_REQUESTS = (1, 8, 64)  # that the cache should hold, of the demand's mean lengths
-_ROOMY = 1.5  # times the checkpoint: with such memory on fewer GPUs, more are not looked at
+_REQUESTS = (1, 8, 64, 256)  # that the cache should hold, of the demand's mean lengths
+_MOST_ORDERS, _OF_MANY = 4, 2  # of the nodes that are looked at closely; of more, the fastest
 _MEMORY_RULES = frozenset({"weights-exceed-memory", "kv-cache-below-one-request"})
 
 
 @dataclass(frozen=True, slots=True)
-class Nodes:
-    """GPUs of one node of a pool."""
-
-    pool: Pool
-    device: Device
-    gpus: int
-
-
-@dataclass(frozen=True, slots=True)
 class Spanning:
-    """A candidate over two nodes, and the rule that it breaks, if any."""
+    """A candidate over several nodes, and the rule that it breaks, if any."""
 
     candidate: Candidate
-    nodes: tuple[Nodes, Nodes]  # in the order of the stages
+    nodes: tuple[Nodes, ...]  # in the order of the stages
     rejection: Rejection | None
 
 
-def spanning_candidates(
-    wish: FleetModel, pools: tuple[Pool, Pool], catalogue: Catalogue
-) -> Iterator[Spanning]:
-    """Ways to run the model on a node of each of two pools, or on two nodes of one.
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What was found over several nodes, and what was not even looked at."""
 
-    For each checkpoint the sets of GPUs that just hold it, or all of both nodes; the best order of
-    the nodes and split of the layers for each. Of those that are not possible, the one that came
+    found: tuple[Spanning, ...] = ()
+    left_out: tuple[Rejection, ...] = ()
+
+
+def spanning_candidates(
+    wish: FleetModel, places: Sequence[tuple[Pool, int]], catalogue: Catalogue
+) -> Spans:
+    """Ways to run the model on several nodes of `places`: pools, and how many nodes each has.
+
+    For each checkpoint the sets of nodes that just hold it, and somewhat roomier ones; for each the
+    best order of the nodes and split of the layers. Of those that are not possible, what came
     closest.
     """
     model = catalogue.model(wish.model)
-    devices = tuple(device_of(pool, catalogue.gpu(pool.gpu)) for pool in pools)
-    if not model.supports_pipeline_parallel or not all(map(_is_gpu_with_known_memory, devices)):
-        return
+    kinds = [
+        (pool, device_of(pool, catalogue.gpu(pool.gpu)), nodes) for pool, nodes in places if nodes
+    ]
+    kinds = [kind for kind in kinds if _is_gpu_with_known_memory(kind[1])]
+    if not model.supports_pipeline_parallel or not kinds:
+        return Spans()
+    found: list[Spanning] = []
+    left_out: list[Rejection] = []
     for checkpoint in wanted_checkpoints(wish, model):
-        if checkpoint.format == "gguf":
-            continue
-        ranks = wish.tensor_parallel_size or 1
-        for gpus in _sizes(model, checkpoint, devices, ranks, alike=pools[0] == pools[1]):
-            nodes = tuple(map(Nodes, pools, devices, gpus))
-            yield from _best_of(wish, model, checkpoint, (nodes[0], nodes[1]), catalogue)
+        if checkpoint.format != "gguf":
+            search = _Search(wish, model, checkpoint, catalogue, kinds)
+            found += search.best_of_each_set()
+            left_out += search.left_out
+    return Spans(tuple(found), tuple(left_out))
 
 
 def _is_gpu_with_known_memory(device: Device) -> bool:
     return not device.is_cpu and device.memory_bytes is not None
 
 
-def _sizes(
-    model: ModelSpec,
-    checkpoint: Checkpoint,
-    devices: Sequence[Device],
-    ranks: int,
-    *,
-    alike: bool,
-) -> list[tuple[int, int]]:
-    """How many GPUs of each node to look at, in groups of `ranks`; of nodes that are alike, all."""
-    full = tuple(device.gpus_per_node for device in devices)
-    if alike:
-        return [(full[0], full[1])] if full[0] % ranks == 0 else []
-    choices = [
-        [
-            n
-            for n in sorted({*(1 << power for power in range(size.bit_length())), size})
-            if n % ranks == 0
-        ]
-        for size in full
-    ]
-    needed = checkpoint_bytes(model.architecture, checkpoint)
+@dataclass(slots=True)
+class _Search:
+    """For one checkpoint of a model; what many sets of nodes ask for is worked out once."""
 
-    def memory(gpus: Sequence[int]) -> float:
-        return sum(n * (d.memory_bytes or 0) for n, d in zip(gpus, devices, strict=True))
+    wish: FleetModel
+    model: ModelSpec
+    checkpoint: Checkpoint
+    catalogue: Catalogue
+    kinds: Sequence[tuple[Pool, Device, int]]
+    left_out: list[Rejection] = field(default_factory=list)
+    _alone: dict[tuple[Device, int], ReplicaSpeed] = field(default_factory=dict)
+    _memories: dict[tuple[Device, int, int], StageMemories] = field(default_factory=dict)
 
-    enough = [pair for pair in itertools.product(*choices) if memory(pair) >= needed]
-    if not enough and all(choices):
-        enough = [(choices[0][-1], choices[1][-1])]  # to say what is missing
-    return [
-        (pair[0], pair[1])
-        for pair in enough
-        if not any(
-            other != pair
-            and all(fewer <= more for fewer, more in zip(other, pair, strict=True))
-            and memory(other) >= _ROOMY * needed
-            for other in enough
-        )
-    ]
+    def best_of_each_set(self) -> Iterator[Spanning]:
+        """Of each set of nodes that is worth a look; one that holds nothing tells why."""
+        ranks = self.wish.tensor_parallel_size or 1
+        kinds = [Kind(nodes, sizes_of(pool.gpus_per_node, ranks)) for pool, _, nodes in self.kinds]
+        sets = worth_a_look(kinds, self._room)
+        for each in sets.sets:
+            best = self._best_of(each)
+            if best is not None:
+                yield best
+        if sets.left_out or not sets.all_tried:
+            self.left_out.append(_untried(self.checkpoint, sets))
 
+    def _room(self, taken: NodeSet) -> float:
+        """How many times the set has memory for the layers beside the smallest cache, at best."""
+        architecture = self.model.architecture
+        light = 0 if architecture.moe is None else architecture.moe.num_dense_layers
+        held = max(self._layers_held(taken, ranks) for ranks in self._tensor_sizes(taken))
+        return held / max(1, architecture.num_layers - light)
 
-def _best_of(
-    wish: FleetModel,
-    model: ModelSpec,
-    checkpoint: Checkpoint,
-    nodes: tuple[Nodes, Nodes],
-    catalogue: Catalogue,
-) -> Iterator[Spanning]:
-    """Over tensor parallel sizes and orders, what carries most; else what came closest."""
-    best: tuple[float, Spanning] | None = None
-    closest: Spanning | None = None
-    orders = [nodes] if nodes[0].device == nodes[1].device else [nodes, nodes[::-1]]
-    for order, ranks in itertools.product(orders, _tensor_sizes(wish, nodes)):
-        candidate = _uncut(wish, model, checkpoint, order, ranks)
-        candidate = replace(candidate, calibration=catalogue.calibration)
-        rejection = first_rejection(candidate)
-        if rejection is not None and rejection.rule not in _MEMORY_RULES:
-            closest = closest or Spanning(candidate, order, rejection)
-            continue
-        speed = replica_speed(candidate)
-        for cut in _cut(wish, candidate, speed):
-            rejection = first_rejection(cut)
-            if rejection is not None:
+    def _layers_held(self, taken: NodeSet, ranks: int) -> int:
+        """Without those whose room embedding and head take, where they take least."""
+        held = 0
+        embedding, head = [], []
+        for (_, device, _), mine in zip(self.kinds, taken, strict=True):
+            if not mine:
                 continue
-            rate = carried(wish, cut, recut(speed, cut), wish.slo).requests_per_s
-            if best is None or rate > best[0] * (1 + 1e-9):
-                best = rate, Spanning(cut, order, None)
-        closest = closest or Spanning(candidate, order, first_rejection(candidate))
-    if best is not None:
-        yield best[1]
-    elif closest is not None and closest.rejection is not None:
-        yield closest
+            memories = self._memories_of(device, ranks, stages=2)
+            most, settled = memories.most_layers, memories.settled
+            each = most(device, self._least_tokens, first=settled)
+            held += each * (sum(mine) // ranks)
+            embedding.append(each - most(device, self._least_tokens, first=0))
+            head.append(each - most(device, self._least_tokens, first=settled, is_last=True))
+        return held - max(0, min(embedding)) - max(0, min(head))
 
+    @property
+    def _least_tokens(self) -> int:
+        """Of the cache: one request of the context that is wanted, and the block that vLLM keeps."""
+        if self.wish.max_model_len:
+            return self.wish.max_model_len + 1
+        return -(-longest_request(self.wish) // CONTEXT_STEP) * CONTEXT_STEP + 1
 
-def _tensor_sizes(wish: FleetModel, nodes: Sequence[Nodes]) -> list[int]:
-    """The largest power of two that both numbers of GPUs are a multiple of; without NVLink, half."""
-    if wish.tensor_parallel_size is not None:
-        return [wish.tensor_parallel_size]
-    common = math.gcd(*(each.gpus for each in nodes))
-    largest = common & -common
-    slow = any(each.device.link != "nvlink" for each in nodes)
-    return [largest, largest // 2] if slow and largest > 1 else [largest]
+    def _tensor_sizes(self, taken: NodeSet) -> list[int]:
+        """The largest power of two that all numbers of GPUs share; without NVLink, half of it too."""
+        if self.wish.tensor_parallel_size is not None:
+            return [self.wish.tensor_parallel_size]
+        common = math.gcd(*itertools.chain(*taken))
+        largest = common & -common
+        used = (device for (_, device, _), mine in zip(self.kinds, taken, strict=True) if mine)
+        slow = any(device.link != "nvlink" for device in used)
+        return [largest, largest // 2] if slow and largest > 1 else [largest]
 
-
-def _uncut(
-    wish: FleetModel,
-    model: ModelSpec,
-    checkpoint: Checkpoint,
-    nodes: Sequence[Nodes],
-    ranks: int,
-) -> Candidate:
-    """The candidate before its layers are split."""
-    stages = [each.gpus // ranks for each in nodes]
-    entries = math.gcd(*(each.gpus for each in nodes))  # ranks of each process tree
-    return replace(
-        filled_in(wish, model, checkpoint, nodes[0].device, ranks),
-        num_nodes=sum(each.gpus for each in nodes) // entries,
-        pipeline_parallel_size=sum(stages),
-        rank_devices=tuple(each.device for each in nodes for _ in range(each.gpus)),
-        stage_nodes=tuple(at for at, count in enumerate(stages) for _ in range(count)),
-    )
-
-
-def _cut(wish: FleetModel, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[Candidate]:
-    """The candidate with each split that some size of the cache asks for."""
-    demand = wish.demand or DEFAULT_DEMAND
-    each = demand.input_tokens.mean + demand.output_tokens.mean
-    least = wish.max_model_len or longest_request(wish)
-    layers, stages = candidate.architecture.num_layers, candidate.pipeline_parallel_size
-    memories = StageMemories(candidate)
-    seen = set()
-    for requests in _REQUESTS:
-        if requests > candidate.max_num_seqs:
-            break
-        tokens = max(least, math.ceil(requests * each))
-        cost = stage_costs(wish, speed, memories, requests=requests, cache_tokens=tokens)
-        partition = split_layers(layers, stages, cost)
-        if partition is None:
-            return
-        if partition in seen:
-            continue
-        seen.add(partition)
-        cut = replace(candidate, layer_partition=partition)
-        yield cut if wish.max_model_len else with_context_that_fits(cut, at_least=least)
-
-
-class StageMemories:
-    """How many layers stages hold beside a cache; each kind of stage is looked at once."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self._candidate = candidate
-        moe = candidate.architecture.moe
-        self._dense = 0 if moe is None else moe.num_dense_layers
-        self._most: dict[tuple[int, ...], int] = {}
-
-    def most_layers(self, stage: int, first: int, cache_tokens: int) -> int:
-        """From layer `first` on, beside a cache of so many tokens; more layers never need less."""
-        candidate = self._candidate
-        last = candidate.pipeline_parallel_size - 1
-        dense = min(first, self._dense)  # layers before it that are unlike the others
-        node = candidate.stage_nodes[stage]
-        key = (node, int(stage == 0), int(stage == last), dense, cache_tokens)
-        if key not in self._most:
-            low, high = 0, candidate.architecture.num_layers
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._cache_tokens(stage, first, middle) >= cache_tokens:
-                    low = middle
-                else:
-                    high = middle - 1
-            self._most[key] = low
-        return self._most[key]
-
-    def _cache_tokens(self, stage: int, first: int, num_layers: int) -> int:
-        """That the stage's cache holds beside these layers; 0: not even they fit."""
-        layers = Stage(
-            index=stage,
-            first_layer=first,
-            num_layers=num_layers,
-            is_first=stage == 0,
-            is_last=stage == self._candidate.pipeline_parallel_size - 1,
+    def _best_of(self, taken: NodeSet) -> Spanning | None:
+        """Over tensor parallel sizes and orders, what carries most; else what came closest."""
+        nodes = tuple(
+            Nodes(pool, device, gpus)
+            for (pool, device, _), mine in zip(self.kinds, taken, strict=True)
+            for gpus in mine
         )
-        memory = stage_memory(self._candidate, layers)
-        return 0 if memory.missing_bytes else memory.kv.tokens
+        best: tuple[float, Spanning] | None = None
+        closest: Spanning | None = None
+        for ranks in self._tensor_sizes(taken):
+            uncut = self._uncut(nodes, ranks)
+            rejection = first_rejection(uncut)
+            closest = closest or Spanning(uncut, nodes, rejection)
+            if rejection is not None and rejection.rule not in _MEMORY_RULES:
+                continue
+            for order, candidate, speed in self._fastest_orders(nodes, ranks):
+                for cut in self._cut(candidate, speed):
+                    rate = self._rate(cut, speed)
+                    if best is None or rate > best[0] * (1 + 1e-9):
+                        best = rate, Spanning(cut, order, None)
+        if best is not None:
+            return best[1]
+        return closest if closest is not None and closest.rejection is not None else None
+
+    def _rate(self, cut: Candidate, speed: ReplicaSpeed) -> float:
+        return carried(self.wish, cut, recut(speed, cut), self.wish.slo).requests_per_s
+
+    def _uncut(self, nodes: Sequence[Nodes], ranks: int) -> Candidate:
+        """The candidate before its layers are split."""
+        stages = [each.gpus // ranks for each in nodes]
+        entries = math.gcd(*(each.gpus for each in nodes))  # ranks of each process tree
+        return replace(
+            filled_in(self.wish, self.model, self.checkpoint, nodes[0].device, ranks),
+            num_nodes=sum(each.gpus for each in nodes) // entries,
+            pipeline_parallel_size=sum(stages),
+            rank_devices=tuple(each.device for each in nodes for _ in range(each.gpus)),
+            stage_nodes=tuple(at for at, count in enumerate(stages) for _ in range(count)),
+            calibration=self.catalogue.calibration,
+        )
+
+    def _fastest_orders(
+        self, nodes: Sequence[Nodes], ranks: int
+    ) -> list[tuple[tuple[Nodes, ...], Candidate, ReplicaSpeed]]:
+        """The orders of the nodes whose slowest stage is fastest, with the fewest requests."""
+        found = []
+        for order in orders(nodes):
+            candidate = self._uncut(order, ranks)
+            speed = spanning_speed(candidate, self._speeds_alone(candidate))
+            times = self._times(candidate, speed, 1)
+            split = split_layers(times.whole)
+            if split is not None:
+                found.append((slowest_s(times.whole, split), order, candidate, speed))
+        found.sort(key=lambda each: each[0])
+        closely = len(found) if len(found) <= _MOST_ORDERS else _OF_MANY
+        return [each[1:] for each in found[:closely]]
+
+    def _speeds_alone(self, candidate: Candidate) -> dict[Device, ReplicaSpeed]:
+        ranks = candidate.tensor_parallel_size
+        devices = dict.fromkeys(candidate.rank_devices)
+        for device in devices:
+            if (device, ranks) not in self._alone:
+                self._alone[device, ranks] = speed_alone(candidate, device)
+        return {device: self._alone[device, ranks] for device in devices}
+
+    def _cut(self, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[Candidate]:
+        """The candidate with each split that some size of the cache asks for, as far as legal."""
+        for partition in dict.fromkeys(self._splits(candidate, speed)):
+            cut = replace(candidate, layer_partition=partition)
+            if not self.wish.max_model_len:
+                cut = with_context_that_fits(cut, at_least=longest_request(self.wish))
+            if first_rejection(cut) is None:
+                yield cut
+
+    def _splits(self, candidate: Candidate, speed: ReplicaSpeed) -> Iterator[tuple[int, ...]]:
+        """The fastest for caches of different sizes, up to the largest that there is room for."""
+        fits, too_many = 0, 0
+        for requests in _REQUESTS:
+            splits = self._fastest(candidate, speed, min(requests, candidate.max_num_seqs))
+            if not splits:
+                too_many = requests
+                break
+            yield from splits
+            fits = requests
+        largest: tuple[tuple[int, ...], ...] = ()
+        while fits and too_many - fits > 1 + fits // 3:
+            requests = (fits + too_many) // 2
+            splits = self._fastest(candidate, speed, requests)
+            if splits:
+                fits, largest = requests, splits
+            else:
+                too_many = requests
+        yield from largest
+
+    def _fastest(
+        self, candidate: Candidate, speed: ReplicaSpeed, requests: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Splits with the fastest slowest stage: for prompt and answer together, for answers."""
+        times = self._times(candidate, speed, requests)
+        splits = (
+            split_layers(times.whole, times.answer),
+            split_layers(times.answer, times.whole),
+        )
+        return tuple(split for split in splits if split is not None)
+
+    def _times(self, candidate: Candidate, speed: ReplicaSpeed, requests: int) -> StageTimes:
+        demand = self.wish.demand or DEFAULT_DEMAND
+        each = demand.input_tokens.mean + demand.output_tokens.mean
+        memories = self._memories_of(
+            candidate.device, candidate.tensor_parallel_size, candidate.pipeline_parallel_size
+        )
+        return stage_times(
+            self.wish,
+            candidate,
+            speed,
+            memories,
+            requests=requests,
+            cache_tokens=max(self._least_tokens, math.ceil(requests * each)),
+        )
+
+    def _memories_of(self, device: Device, ranks: int, stages: int) -> StageMemories:
+        key = (device, ranks, stages)
+        if key not in self._memories:
+            candidate = filled_in(self.wish, self.model, self.checkpoint, device, ranks)
+            self._memories[key] = StageMemories(
+                replace(
+                    candidate,
+                    pipeline_parallel_size=stages,
+                    calibration=self.catalogue.calibration,
+                )
+            )
+        return self._memories[key]
 
 
-def stage_costs(
-    wish: FleetModel,
-    speed: ReplicaSpeed,
-    memories: StageMemories,
-    *,
-    requests: int,
-    cache_tokens: int,
-) -> Cost:
-    """Seconds that a request takes of a stage, when `requests` are under way in all of them."""
-    demand, layers = wish.demand or DEFAULT_DEMAND, speed.architecture.num_layers
-    batch, stages = max(1.0, requests / speed.pipeline_parallel_size), speed.stages
-
-    def seconds(stage: StageSpeed, share: float) -> float:
-        part = replace(stage, share=share)
-        context = demand.input_tokens.mean + demand.output_tokens.mean / 2
-        decode = stage_s(part, batch=batch, context=context) / batch
-        prompt = prompt_cost(stage.speed, demand.input_tokens.mean, prefix_hit=demand.prefix_hit)
-        return share * prompt.work_s + demand.output_tokens.mean * decode
-
-    fixed = [seconds(stage, 0.0) for stage in stages]
-    all_layers = [seconds(stage, 1.0) - none for stage, none in zip(stages, fixed, strict=True)]
-
-    def cost(stage: int, first: int, end: int) -> float:
-        if end - first > memories.most_layers(stage, first, cache_tokens):
-            return math.inf
-        return fixed[stage] + all_layers[stage] * (end - first) / layers
-
-    return cost
+def _untried(checkpoint: Checkpoint, sets: NodeSets) -> Rejection:
+    """Says that the search was cut."""
+    looked = len(sets.sets)
+    reason = f"{looked} sets of at most {MOST_NODES} nodes were looked at, those of few kinds first"
+    if sets.left_out:
+        reason += f"; {sets.left_out} more may hold the model too"
+    if not sets.all_tried:
+        reason += "; those of many kinds were not counted"
+    return Rejection(
+        shape={"precision": checkpoint.precision}, rule="node-sets-left-out", reason=reason
+    )

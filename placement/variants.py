@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -160,14 +161,30 @@ def _names(question: Question, parts: Sequence[_Part]) -> list[str]:
     safe = _safe_names(options.wish.name for options in question.options)
     names = []
     for each, pools, _ in parts:
-        where = "-and-".join(dict.fromkeys(pools))
+        where = "-and-".join(_counted(pools))
         name = f"{safe[question.options[each.model].wish.name]}@{where}-{ranks(each.option)}"
         name += "-ep" if each.option.candidate.expert_parallel else ""
         role = each.option.candidate.role
         names.append(name if role == "whole" else f"{name}-{role}")
+    options = [each.option for each, _, _ in parts]
+    for more in (
+        [option.candidate.checkpoint.precision for option in options],
+        ["-".join(str(part.gpus) for part in option.parts) for option in options],
+        list(map(str, range(len(options)))),
+    ):
+        names = [
+            name if names.count(name) == 1 else f"{name}-{tail}"
+            for name, tail in zip(names, more, strict=True)
+        ]
+    return names
+
+
+def _counted(pools: Pools) -> list[str]:
+    """Each pool once; of several, with the number of nodes."""
+    counts = Counter(pools)
     return [
-        name if names.count(name) == 1 else f"{name}-{each.option.candidate.checkpoint.precision}"
-        for name, (each, _, _) in zip(names, parts, strict=True)
+        name if count == 1 or len(counts) == 1 else f"{count}-{name}"
+        for name, count in counts.items()
     ]
 
 

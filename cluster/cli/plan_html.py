@@ -142,7 +142,7 @@ def _variant_row(variant: Variant, colour: str) -> tuple[str, ...]:
     role = "" if variant.role == "whole" else f' <span class="quiet">{variant.role}</span>'
     return (
         f'<span class="dot" style="background: {colour}"></span>{escape(variant.model)}{role}',
-        escape(variant.pool),
+        escape(" and ".join(dict.fromkeys(variant.pools))),
         f"{escape(shape.precision)}, {weights}",
         str(variant.replicas),
         escape(variant.hardware),

@@ -125,6 +125,15 @@ def test_each_bundle_of_a_gang_is_sought_in_the_pool_of_its_stages():
         gpus_per_replica=6,
     )
 
+    seven = a_variant(
+        pool="b",
+        beside=(*[far] * 5, StageNodes(pool="c", gpu="A100-40-SXM", gpus=4)),
+        shape=a_shape(num_nodes=7),
+        gpus_per_replica=28,
+    )
+
+    assert seven.rank_pools == (*["b"] * 6, "c")
+    assert spread(seven) == "STRICT_SPREAD"
     assert [variant.rank_pools for variant in (one, alike, two, unequal)] == [
         ("a",),
         ("a", "a"),

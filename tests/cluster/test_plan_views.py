@@ -68,6 +68,26 @@ def test_the_page_needs_nothing_beside_itself_and_tells_cost_reasons_and_changes
         assert f"<h2>{heading}</h2>" in page
 
 
+def test_a_replica_on_many_nodes_is_drawn_on_all_of_them_and_told_by_its_pools() -> None:
+    folder = CONFIGS / "fleets"
+    fleet = load_yaml(folder / "small-boxes.yaml", FleetSpec)
+    inventory = load_yaml(folder / "small-boxes.inventory.yaml", Inventory)
+    plan = make_plan(fleet, inventory, CATALOGUE)
+    console = Console(width=400, record=True, file=io.StringIO())
+
+    page = plan_html(plan, inventory, moved=migration(Plan.empty(), plan))
+    console.print(plan_page(plan))
+    table = console.export_text()
+
+    for variant in plan.variants:
+        (replica,) = variant.placement
+        assert page.count(f": {variant.model}, replica") == sum(len(node.gpus) for node in replica)
+        assert " and ".join(dict.fromkeys(variant.pools)) in page
+        assert variant.hardware in page
+        assert variant.hardware in table
+        assert all(node.node in table for node in replica)
+
+
 def test_what_is_not_possible_stands_on_the_page_with_the_way_out() -> None:
     _, inventory, plan = a_case(nodes=1, rate=500.0)
 

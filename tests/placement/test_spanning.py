@@ -1,4 +1,4 @@
-"""Pipelines over two nodes, alike or not."""
+"""Pipelines over several nodes, alike or not."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from placement.catalogue import Catalogue, ModelSpec
 from placement.explain import explain
 from placement.fleet import Demand, FleetModel, ReplicaBounds
 from placement.inventory import Links, Pool
-from placement.layer_split import split_layers
+from placement.layer_split import slowest_s, split_layers
 from placement.legality import first_rejection
 from placement.memory import memory_use
 from placement.option import carried
 from placement.performance import Load, predict, replica_speed
 from placement.plan import Plan, Variant
 from placement.planner import make_plan
-from placement.spanning import Spanning, StageMemories, spanning_candidates, stage_costs
+from placement.replica_speed import spanning_speed, speed_alone
+from placement.spanning import Spanning, spanning_candidates
 from placement.spec import dump_yaml, parse_yaml
+from placement.stage_times import StageMemories, stage_times
 from tests.placement.builders import (
     CATALOGUE,
     a_candidate,
@@ -73,7 +75,8 @@ def the_only(plan: Plan) -> Variant:
 
 
 def pair(wish: FleetModel, model: ModelSpec, one: Pool, other: Pool) -> list[Spanning]:
-    return list(spanning_candidates(wish, (one, other), a_catalogue(model)))
+    """On a node of each."""
+    return list(spanning_candidates(wish, [(one, 1), (other, 1)], a_catalogue(model)).found)
 
 
 def large() -> FleetModel:
@@ -121,9 +124,9 @@ def test_two_nodes_of_one_pool_hold_what_one_does_not() -> None:
     variant = the_only(plan_of(wish, pool))
 
     assert variant.pools == ("h100", "h100")
-    assert variant.shape.num_nodes == 2
-    assert [node.node for node in variant.placement[0]] == ["h100-0", "h100-1"]
-    assert variant.gpus_per_replica == 16
+    assert variant.hardware == "8 x H100-SXM + 2 x H100-SXM"  # no more than it takes
+    assert variant.shape.num_nodes == 5  # process trees of two ranks
+    assert [node.node for node in variant.placement[0]] == [*["h100-0"] * 4, "h100-1"]
 
 
 def test_never_means_that_a_model_beyond_a_node_is_unmet() -> None:
@@ -215,11 +218,19 @@ def test_no_other_split_of_the_layers_carries_more(
             continue
         best = max(rate_of(wish, replace(chosen, layer_partition=split)) for split in splits)
         assert rate_of(wish, chosen) >= 0.99 * best
-        speed = replica_speed(chosen)
-        cost = stage_costs(wish, speed, StageMemories(chosen), requests=1, cache_tokens=2048)
-        quickest = split_layers(layers, chosen.pipeline_parallel_size, cost)
+        uncut = replace(chosen, layer_partition=())
+        alone = {device: speed_alone(uncut, device) for device in set(uncut.rank_devices)}
+        times = stage_times(
+            wish,
+            uncut,
+            spanning_speed(uncut, alone),
+            StageMemories(uncut),
+            requests=1,
+            cache_tokens=2049,
+        ).whole
+        quickest = split_layers(times)
         assert quickest is not None
-        assert slowest(quickest, cost) == min(slowest(split, cost) for split in splits)
+        assert slowest_s(times, quickest) == min(slowest_s(times, split) for split in splits)
 
 
 def rate_of(wish: FleetModel, candidate: Candidate) -> float:
@@ -234,14 +245,6 @@ def every_legal_split(candidate: Candidate) -> list[tuple[int, ...]]:
         if first_rejection(replace(candidate, layer_partition=split)) is None:
             found.append(split)
     return found
-
-
-def slowest(split: tuple[int, ...], cost: Any) -> float:
-    starts = itertools.accumulate((0, *split[:-1]))
-    return max(
-        cost(stage, first, first + count)
-        for stage, (first, count) in enumerate(zip(starts, split, strict=True))
-    )
 
 
 def test_stages_that_are_alike_are_as_fast_as_the_formula_for_such_pipelines() -> None:
@@ -323,7 +326,7 @@ def test_no_gpu_is_used_twice_and_memory_is_never_exceeded(
 
 def test_the_smallest_cache_of_all_stages_is_the_replicas() -> None:
     few = A100S.model_copy(update={"gpus_per_node": 2})
-    found = next(spanning_candidates(large(), (few, RTX), CATALOGUE))
+    found = spanning_candidates(large(), [(few, 1), (RTX, 1)], CATALOGUE).found[0]
 
     use = memory_use(found.candidate)
 
