@@ -104,9 +104,15 @@ def own_nodes(fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue) -> B
 def _options(
     fleet: FleetSpec, inventory: Inventory, catalogue: Catalogue
 ) -> tuple[Sequence[NodeGroup], list[list[Option]]]:
+    """Ways to run each model whole on a node: rules of thumb know no others."""
     groups = node_groups(fleet, inventory, catalogue)
     return groups, [
-        list(find_options(wish, fleet, groups, catalogue).legal) for wish in fleet.models
+        [
+            option
+            for option in find_options(wish, fleet, groups, catalogue).legal
+            if len(option.parts) == 1 and option.candidate.role == "whole"
+        ]
+        for wish in fleet.models
     ]
 
 

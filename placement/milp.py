@@ -21,8 +21,8 @@ class Limits:
     """When the solver stops: at a relative gap, after nodes of its tree, or, at worst, seconds.
 
     The first two stop it at the same place every time. Small programs are solved to the end unless
-    a `gap` is given, others to half a percent or, should that be hard, a few hundred nodes: less
-    than predictions are worth, within seconds.
+    a `gap` is given, others to half a percent or, should that be hard, a few nodes and then to one
+    percent by `placement.neighbours`: less than predictions are worth, within seconds.
     """
 
     time_s: float = 30.0

@@ -16,6 +16,8 @@ from placement.milp import Answer, Limits
 from placement.neighbours import improved
 from placement.problem import Need, Problem, TwoSides, score
 
+_FIRST_NODES = 10  # of its tree: more say little, while rounds of a few models improve at once
+_GOAL = 0.01  # of the rounds: half a percent would take as long again
 _SOLVER_SHARE = 2 / 3  # of the time for a large program; the rest improves what it found
 
 
@@ -114,12 +116,15 @@ def _answer(
     """The solver's, improved where it is large and far from the best."""
     if not form.program.large or problem.objective == "headroom":  # which all models move together
         return form.program.solve(limits, start)
-    first = replace(limits, time_s=_SOLVER_SHARE * limits.time_s)
+    first = replace(
+        limits, time_s=_SOLVER_SHARE * limits.time_s, nodes=limits.nodes or _FIRST_NODES
+    )
     answer = form.program.solve(first, start)
     if answer is None:
         return None
     columns = [form.columns_of(model) for model in range(len(problem.needs))]
-    return improved(form.program, answer, columns, limits)
+    goal = _GOAL if limits.gap is None else limits.gap
+    return improved(form.program, answer, columns, replace(limits, gap=goal))
 
 
 def _what_runs(problem: Problem, factor: float) -> list[int] | None:
