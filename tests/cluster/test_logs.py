@@ -145,6 +145,11 @@ def logs(fleet: Fleet, *arguments: str) -> AbstractAsyncContextManager[asyncio.s
     return bora(fleet, "logs", *arguments)
 
 
+def _hears_ctrl_c() -> None:
+    """Whatever started the tests: a shell has what it runs in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @asynccontextmanager
 async def bora(fleet: Fleet, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
@@ -152,6 +157,7 @@ async def bora(fleet: Fleet, *arguments: str) -> AsyncIterator[asyncio.subproces
         env={**os.environ, "BORA_STATE": str(fleet.run_dir.parent), "PYTHONUNBUFFERED": "1"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=_hears_ctrl_c,
     )
     try:
         yield process
