@@ -97,12 +97,16 @@ def _best_checkpoint(
 
 
 def _fastest(options: Iterable[Option]) -> list[Option]:
-    """Of each checkpoint and context: how its GPUs share the model is no matter of quality."""
-    found: dict[tuple[str, str, int], Option] = {}
+    """Of each checkpoint and context: how its GPUs share the model is no matter of quality.
+
+    A simulation takes one slot whatever GPUs it stands for: of these as few as hold the model.
+    """
+    found: dict[tuple[str, str, int, int], Option] = {}
     for option in options:
         candidate = option.candidate
         checkpoint = candidate.checkpoint
-        key = (checkpoint.source, checkpoint.precision, candidate.max_model_len)
+        cut = (candidate.max_model_len, candidate.num_ranks)
+        key = (checkpoint.source, checkpoint.precision, *cut)
         best = found.setdefault(key, option)
         if option.capacity.requests_per_s > best.capacity.requests_per_s:
             found[key] = option

@@ -536,3 +536,12 @@ def test_a_gguf_checkpoint_is_rejected_once() -> None:
     plan = plan_for(a_wish(), catalogue=a_catalogue(model))
 
     assert [entry.rule for entry in plan.rejected] == ["engine-has-no-loader"]
+
+
+def test_a_simulation_stands_for_as_few_gpus_as_hold_the_model() -> None:
+    """Its slots cost the same whatever they stand for."""
+    wish = a_wish(model="mistral-7b", engine="sim", simulate_gpu="h200")
+
+    plan = plan_for(wish, pools=[a_cpu_pool()])
+
+    assert the_only(plan).shape.num_gpus == 1
