@@ -213,7 +213,7 @@ def _say_ready(console: Console, plan: Plan, seconds: float) -> None:
     if header:
         console.print("clients need a key: `bora keys create NAME` makes one", markup=False)
     console.print(
-        f"ready after {seconds:.0f} s: {', '.join(variant.model for variant in plan.variants)}\n"
+        f"ready after {seconds:.0f} s: {', '.join(dict.fromkeys(v.model for v in plan.variants))}\n"
         f"  HTTP  {url}/v1\n"
         f"  gRPC  {gateway.host}:{gateway.grpc_port}\n"
         f"  try   curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d "
