@@ -247,7 +247,11 @@ def test_speed_is_read_from_the_metrics(engine: Running) -> None:
     assert done is not None
     assert (done.prompts, done.intervals) == (2, 30)
     assert done.prompt_tokens > 2 * 400
-    assert 0.3 * done.prompt_tokens < done.cached_tokens <= 0.5 * done.prompt_tokens
+    # Of latents vLLM caches nothing on a CPU; of two copies each may have got one of the prompts.
+    latent = "large-3" in engine.variant.catalogue_model
+    surely = not latent and engine.variant.shape.data_parallel_size == 1
+    least, most = 0.3 if surely else -1.0, 0.0 if latent else 0.5
+    assert least * done.prompt_tokens < done.cached_tokens <= most * done.prompt_tokens
     assert done.ttft_s > 0
     assert done.intervals_s > 0
     assert done.preemptions == done.drafted == 0
