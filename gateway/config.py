@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from placement.routing_policy import PREFILL_MIN_TOKENS
 from placement.spec import Spec
 
 
@@ -54,7 +55,7 @@ class Limits(Spec):
         description="An engine that is silent for this long in a stream is left for another.",
     )
     prefill_min_tokens: NonNegativeInt = Field(
-        default=512,
+        default=PREFILL_MIN_TOKENS,
         description="Of a model with prefill endpoints: a prompt is read there from so many tokens on"
         " that the endpoint which answers has not cached.",
     )

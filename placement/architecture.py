@@ -84,3 +84,11 @@ class Architecture(Spec):
     mla: MultiheadLatentAttention | None = None
     moe: MixtureOfExperts | None = None
     vision: VisionTower | None = None
+
+    def tokens_seen(self, context: float) -> float:
+        """Tokens of the context that a layer looks at, on average over layers."""
+        window = self.sliding_window
+        if window is None:
+            return context
+        full = self.full_attention_layers / self.num_layers
+        return full * context + (1 - full) * min(context, window)

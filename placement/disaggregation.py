@@ -18,11 +18,10 @@ from placement.node_groups import NodeGroup
 from placement.option import Option, as_stressed, carried, replicas_needed
 from placement.plan import Rejection
 from placement.role_capacity import NO_HANDOVER, Handover, first_token_s, most_per_s
-from placement.routing_policy import Role
+from placement.routing_policy import PREFILL_MIN_TOKENS, Role
 
 _TOO_SLOW = "handover-too-slow"
 _ORDER = (*RULES, _TOO_SLOW)
-_LEAST_TOKENS = 512  # of a prompt, below which gateways leave it to the replica that answers
 _MOST_PAIRS, _FEWEST_PAIRS = 128, 24  # of all models, and of each, that are solved for
 
 
@@ -38,27 +37,29 @@ class Pair:
         return Pair(as_stressed(self.prefill, wish), as_stressed(self.decode, wish))
 
     @property
+    def sides(self) -> tuple[Option, Option]:
+        """Prefill and decode."""
+        return self.prefill, self.decode
+
+    @property
     def carries_something(self) -> bool:
         """Both sides do."""
-        sides = (self.prefill, self.decode)
-        return all(side.capacity.requests_per_s > 0 for side in sides)
+        return all(side.capacity.requests_per_s > 0 for side in self.sides)
 
     @property
     def price_of_demand(self) -> float:
         """Of replicas for all of the model's demand, per hour."""
-        sides = (self.prefill, self.decode)
-        return sum(side.replicas_needed * side.price_per_replica for side in sides)
+        return sum(side.replicas_needed * side.price_per_replica for side in self.sides)
 
     @property
     def price_per_request(self) -> float:
         """Of a request/s for an hour, when both sides are used to the full."""
-        return sum(_price(side) for side in (self.prefill, self.decode))
+        return sum(map(_price, self.sides))
 
     @property
     def gpus_per_request(self) -> float:
         """Of a request/s, the same way."""
-        sides = (self.prefill, self.decode)
-        return sum(side.gpus_per_replica / side.capacity.requests_per_s for side in sides)
+        return sum(side.gpus_per_replica / side.capacity.requests_per_s for side in self.sides)
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -85,7 +86,7 @@ def find_pairs(
     """
     if wish.disaggregate == "never" or wish.replicas.max < 2:
         return Pairs()
-    if (new := _new_tokens(wish)) < _LEAST_TOKENS:
+    if (new := _new_tokens(wish)) < PREFILL_MIN_TOKENS:
         return Pairs(rejected=(_too_short(wish, new),))
     found: list[Pair] = []
     refused: dict[tuple[int, int], Rejection] = {}  # the one that came furthest
@@ -126,7 +127,7 @@ def _too_short(wish: FleetModel, new: float) -> Rejection:
         shape={"model": wish.name},
         rule="handover-does-not-pay",
         reason=f"a usual prompt has {new:.0f} tokens that are not cached: fewer than "
-        f"{_LEAST_TOKENS} are read where they are answered",
+        f"{PREFILL_MIN_TOKENS} are read where they are answered",
     )
 
 
@@ -261,7 +262,7 @@ def _rank(pair: Pair) -> tuple[object, ...]:
         pair.price_of_demand,
         pair.price_per_request,
         pair.gpus_per_request,
-        *(_named(side) for side in (pair.prefill, pair.decode)),
+        *(_named(side) for side in pair.sides),
     )
 
 

@@ -139,10 +139,7 @@ def _block_size(candidate: Candidate) -> int:
 
 def cache_bytes(decode: Candidate, speed: ReplicaSpeed, tokens: float) -> float:
     """Bytes that all decode ranks together pull for `tokens` of a prompt; windows hold fewer."""
-    architecture, held = decode.architecture, tokens
-    if architecture.sliding_window is not None:
-        full = architecture.full_attention_layers / architecture.num_layers
-        held = full * tokens + (1 - full) * min(tokens, architecture.sliding_window)
+    held = decode.architecture.tokens_seen(tokens)
     return held * speed.kv_bytes_per_token * decode.tensor_parallel_size
 
 

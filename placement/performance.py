@@ -85,7 +85,7 @@ def _one_pass_s(
     tokens = batch * tokens_each
     seen = context
     if speed.architecture.sliding_window is not None:
-        seen = _seen(speed.architecture, context)
+        seen = speed.architecture.tokens_seen(context)
     kv = batch * seen * speed.kv_bytes_per_token
     kv_s = kv / (speed.bandwidth_bytes_per_s * efficiency.kv_bandwidth)
     compute = _matrices_s(speed, tokens, speed.flops_per_token) + tokens * seen * (
@@ -173,7 +173,7 @@ def _in_all(speed: ReplicaSpeed, times: Sequence[float]) -> float:
 def prefill_work_s(speed: ReplicaSpeed, tokens: float, *, prefix_hit: float = 0.0) -> float:
     """Seconds of FLOPs and messages of a prompt, which a step can hide nothing of."""
     new = tokens * (1 - prefix_hit)
-    seen = _seen(speed.architecture, tokens * (1 + prefix_hit) / 2)
+    seen = speed.architecture.tokens_seen(tokens * (1 + prefix_hit) / 2)
     attention = speed.attention_flops / (speed.flops_16_bit * speed.efficiency.attention_flops)
     matrices = _matrices_s(speed, new, speed.prefill_flops_per_token)
     return matrices + new * (seen * attention + _message_s_per_token(speed))
@@ -273,15 +273,6 @@ def _matrices_s(speed: ReplicaSpeed, tokens: float, flops_per_token: float) -> f
     if not experts:
         return tokens * dense
     return tokens * (dense + experts / (speed.flops_16_bit * efficiency.expert_flops))
-
-
-def _seen(architecture: Architecture, context: float) -> float:
-    """Tokens of the context that a layer looks at, on average over layers."""
-    window = architecture.sliding_window
-    if window is None:
-        return context
-    full = architecture.full_attention_layers / architecture.num_layers
-    return full * context + (1 - full) * min(context, window)
 
 
 def _messages_s(speed: ReplicaSpeed, tokens: float) -> float:

@@ -70,7 +70,7 @@ def make_question(
                     _column(model, side, options.wish, fleet, before=before, groups=groups),
                     pair=number,
                 )
-                for side in (pair.prefill, pair.decode)
+                for side in pair.sides
             ]
             kept = (*kept, pair.prefill, pair.decode)
             number += 1
@@ -154,7 +154,7 @@ def _running_pairs(
     found = [
         pair
         for pair in (options.other_pairs if before else ())
-        if all(running_here(side, wish, before, groups) for side in (pair.prefill, pair.decode))
+        if all(running_here(side, wish, before, groups) for side in pair.sides)
     ]
     if fleet.robust == "require":
         return [pair.as_stressed(wish) for pair in found]

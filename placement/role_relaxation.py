@@ -25,7 +25,7 @@ def roles_unmet(
         return _beyond_limit(pair, options) if question.beyond_limit[model] else None
     if problem.engines(counts, model) >= options.wish.replicas.max:
         return _beyond_limit(pair, options)
-    reading, writing = (beside(model, side)[side.group] for side in (pair.prefill, pair.decode))
+    reading, writing = (beside(model, side)[side.group] for side in pair.sides)
     return _no_room(pair, options, (reading, writing))
 
 
@@ -53,14 +53,14 @@ def _no_room(pair: Pair, options: Options, free: tuple[Places, Places]) -> Unmet
     """Nodes lack room for as many prefill or decode replicas; `free` is what others leave of each."""
     missing = [
         f"{count} more GPUs in pool {side.pool.name}, {side.gpus_here} to a node"
-        for side, places in zip((pair.prefill, pair.decode), free, strict=True)
+        for side, places in zip(pair.sides, free, strict=True)
         if (count := _missing(side, places))
     ]
     return Unmet(
         model=options.wish.name,
         constraint=f"{_demand(options)} {_both(pair)}, of which there are "
         f"{_room(pair.prefill, free[0])} and {_room(pair.decode, free[1])}",
-        cheapest_relaxation=" and ".join(missing) or _more_nodes((pair.prefill, pair.decode)),
+        cheapest_relaxation=" and ".join(missing) or _more_nodes(pair.sides),
     )
 
 

@@ -11,6 +11,9 @@ from placement.spec import Spec
 
 PolicyName = Literal["auto", "least_load", "prefix", "session", "round_robin", "random"]
 Role = Literal["whole", "prefill", "decode"]  # of a request's work, what a replica does
+# Of a prompt, and not cached: fewer are read by the replica that answers, unless a gateway is told
+# otherwise.
+PREFILL_MIN_TOKENS = 512
 
 
 class RoutingPolicy(Spec):

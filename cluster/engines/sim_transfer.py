@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat
 from cluster.engines.sim_api import RequestRefused
 from cluster.engines.sim_batch import Generation
 
-LEASE_S = 30.0  # how long vLLM keeps what nobody fetches
 _BLOCK_TOKENS = 16
 _FETCH_TIMEOUT_S = 5.0  # as vLLM waits for the other engine
 
@@ -36,12 +35,16 @@ class TransferConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What is configured. `host` and `port` (0: any free one) are where others fetch."""
+    """What is configured. `host` and `port` (0: any free one) are where others fetch.
+
+    `lease_s`: how long a cache is kept that nobody fetches, as vLLM does.
+    """
 
     config: TransferConfig
     host: str = "127.0.0.1"
     port: int = 0
     tokens_per_s: PositiveFloat = 100_000.0
+    lease_s: PositiveFloat = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class KvTransfer:
     def finished(self, generation: Generation) -> None:
         """Hold its prompt's cache, if that was asked for, until it is fetched or nobody came."""
         if name := generation.kept_as:
-            expiry = asyncio.get_running_loop().call_later(LEASE_S, self._let_go, name)
+            lease_s = self._settings.lease_s
+            expiry = asyncio.get_running_loop().call_later(lease_s, self._let_go, name)
             self._kept[name] = _Kept(generation.prompt_tokens, expiry)
 
     def params(self, generation: Generation) -> dict[str, Any] | None:

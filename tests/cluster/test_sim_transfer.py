@@ -10,7 +10,6 @@ from typing import Any, Literal
 import aiohttp
 import pytest
 
-from cluster.engines import sim_transfer
 from cluster.engines.sim import SimEngine
 from cluster.engines.sim_options import parse_options
 from cluster.engines.sim_settings import Settings, settings_of
@@ -25,14 +24,14 @@ SLOW_TOKENS_PER_S = 0.5  # one token is soon read, but not a prompt
 
 
 def handing_on(
-    policy: Literal["recompute", "fail"] = "recompute", *, reads: bool = True
+    policy: Literal["recompute", "fail"] = "recompute", *, reads: bool = True, lease_s: float = 30.0
 ) -> Settings:
     config = TransferConfig(
         kv_connector="NixlConnector", kv_role="kv_both", kv_load_failure_policy=policy
     )
     base = settings()
     timing = base.timing if reads else replace(base.timing, prefill_tokens_per_s=SLOW_TOKENS_PER_S)
-    return replace(base, timing=timing, transfer=Transfer(config))
+    return replace(base, timing=timing, transfer=Transfer(config, lease_s=lease_s))
 
 
 async def complete(session: aiohttp.ClientSession, **body: Any) -> Any:
@@ -118,9 +117,8 @@ async def test_a_cache_is_fetched_once() -> None:
     assert error["error"]["type"] == "InternalServerError"
 
 
-async def test_what_nobody_fetches_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim_transfer, "LEASE_S", 0.01)
-    async with serving(handing_on()) as reader:
+async def test_what_nobody_fetches_is_let_go() -> None:
+    async with serving(handing_on(lease_s=0.01)) as reader:
         await read(reader)
         async with asyncio.timeout(60):
             while await kv_cache_usage(reader):
