@@ -32,7 +32,7 @@ def show_cached(*, json_: bool) -> None:
             }
             for each, in_use in found
         ]
-        print(json.dumps({"folder": str(folder), "models": entries}))  # noqa: T201
+        print(json.dumps({"folder": str(folder), "models": entries}))
         return
     table = Table("repository", "commit", "GiB", "last used", "state", box=None)
     for each, in_use in found:

@@ -35,7 +35,7 @@ def models(
         return
     entries = load_catalogue().models.values()
     if json_:
-        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))  # noqa: T201
+        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))
         return
     table = Table("model", "parameters", "active", "context", "checkpoints", "licence", box=None)
     for entry in entries:
@@ -55,7 +55,7 @@ def gpus(*, json_: Json = False) -> None:
     """The GPU types in the catalogue."""
     entries = load_catalogue().gpus.values()
     if json_:
-        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))  # noqa: T201
+        print(json.dumps([entry.model_dump(mode="json") for entry in entries]))
         return
     table = Table(
         "GPU", "memory GiB", "GB/s", "bf16 TFLOPS", "NVLink GB/s", "P2P", "USD/h", box=None

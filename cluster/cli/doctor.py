@@ -65,7 +65,7 @@ def doctor(
     else:
         diagnosis = _here(declared, quick=quick)
     if json_:
-        print(diagnosis.model_dump_json())  # noqa: T201
+        print(diagnosis.model_dump_json())
     else:
         page_console().print(diagnosis_table(diagnosis))
     sys.exit(0 if diagnosis.healthy else UNHEALTHY)

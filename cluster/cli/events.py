@@ -44,7 +44,7 @@ def events(
         with contextlib.suppress(KeyboardInterrupt):
             _follow(client, shown, model, json_=json_)
     elif json_:
-        print(EventList(events=tuple(shown)).model_dump_json())  # noqa: T201
+        print(EventList(events=tuple(shown)).model_dump_json())
     else:
         page_console().print(event_table(shown))
 
@@ -66,7 +66,7 @@ def _follow(
         for event in shown:
             last = max(last, event.number)
             if model in (None, event.model):
-                print(event.model_dump_json() if json_ else _line(event))  # noqa: T201
+                print(event.model_dump_json() if json_ else _line(event))
         sys.stdout.flush()
         time.sleep(POLL_S)
         try:
@@ -76,7 +76,7 @@ def _follow(
         except ClusterUnreachable as error:
             shown = ()
             if not silent:
-                print(f"{error}; asking again", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"{error}; asking again", file=sys.stderr, flush=True)
             silent = True
 
 

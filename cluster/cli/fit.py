@@ -141,11 +141,11 @@ def _answer(
 
     answer = evaluate(subject, make_request(gpu, **options), catalogue)
     if as_json:
-        print(answer.model_dump_json())  # noqa: T201
+        print(answer.model_dump_json())
     elif helm and answer.best is not None:
         from cluster.cli.fit_helm import helm_values  # noqa: PLC0415
 
-        print(helm_values(answer, answer.best), end="")  # noqa: T201
+        print(helm_values(answer, answer.best), end="")
     else:
         from cluster.cli.fit_page import fit_page  # noqa: PLC0415 - rich tables
         from cluster.cli.render import page_console  # noqa: PLC0415
@@ -169,7 +169,7 @@ def _rank(
         raise ConfigError("--helm needs --gpu: values are for one kind of node")
     ranking = rank_gpus(subject, catalogue, **options)
     if as_json:
-        print(ranking.model_dump_json())  # noqa: T201
+        print(ranking.model_dump_json())
     else:
         from cluster.cli.fit_page import ranking_page  # noqa: PLC0415
         from cluster.cli.render import page_console  # noqa: PLC0415
@@ -191,7 +191,7 @@ def _explain(catalogue: Catalogue, *, as_json: bool) -> None:
 
     found = claims(catalogue)
     if as_json:
-        print(json.dumps([asdict(claim) for claim in found]))  # noqa: T201
+        print(json.dumps([asdict(claim) for claim in found]))
         return
     from cluster.cli.fit_page import claims_page  # noqa: PLC0415
     from cluster.cli.render import page_console  # noqa: PLC0415

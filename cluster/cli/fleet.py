@@ -94,7 +94,7 @@ def status(
             raise UnknownName("model", model, {each.model for each in current.variants})
         current = current.model_copy(update={"variants": tuple(chosen)})
     if json_:
-        print(current.model_dump_json())  # noqa: T201
+        print(current.model_dump_json())
     else:
         every_replica = replicas or model is not None
         page_console().print(status_page(current, every_replica=every_replica))

@@ -113,9 +113,9 @@ def create(
     settings = {key: value for key, value in given.items() if value is not None}
     made = _keys(file).create_key(CreateKeyRequest(tenant=name, settings=settings))
     if json_:
-        print(made.model_dump_json())  # noqa: T201
+        print(made.model_dump_json())
         return
-    print(made.key)  # noqa: T201
+    print(made.key)
     page_console(stderr=True).print(
         f"key {made.id} of {made.tenant}. It is not kept and cannot be shown again", markup=False
     )
@@ -125,7 +125,7 @@ def list_(*, file: File = None, json_: Json = False) -> None:
     """All tenants with their limits and the ids of their keys."""
     found = _keys(file).keys()
     if json_:
-        print(found.model_dump_json())  # noqa: T201
+        print(found.model_dump_json())
         return
     table = Table(
         *("tenant", "keys", "weight", "priority", "models", "requests/min", "tokens/min"),
@@ -146,7 +146,7 @@ def revoke(
     """Take keys away, within about a second. Streams that run may finish."""
     gone = _keys(file).revoke_key(name)
     if json_:
-        print(gone.model_dump_json())  # noqa: T201
+        print(gone.model_dump_json())
     else:
         page_console(stderr=True).print(f"revoked: {', '.join(gone.ids) or name}", markup=False)
 
@@ -167,7 +167,7 @@ def usage(
     query = UsageQuery(since=_first_day(since) if since else "", by=tuple(columns))
     totals = _keys(file).usage(query)
     if json_:
-        print(totals.model_dump_json())  # noqa: T201
+        print(totals.model_dump_json())
         return
     table = Table(*columns, "requests", "tokens in", "tokens out", "estimated", box=None)
     for row in totals.rows:

@@ -156,7 +156,7 @@ def follow(readers: Sequence[LogReader], watch: ReplicaWatch | None) -> None:
     marked = len(followed) > 1
     while True:
         for text in watch.look(followed) if watch else ():
-            print(f"==> {text} <==")  # noqa: T201
+            print(f"==> {text} <==")
         marked = marked or len(followed) > 1
         for file, reader in list(followed.items()):
             try:
@@ -164,9 +164,9 @@ def follow(readers: Sequence[LogReader], watch: ReplicaWatch | None) -> None:
             except ClusterUnreachable:
                 continue  # the watch says so
             for line in lines:
-                print(f"{reader.name}: {line}" if marked else line)  # noqa: T201
+                print(f"{reader.name}: {line}" if marked else line)
             if reader.problem:
-                print(f"==> {reader.place}: {reader.problem} <==")  # noqa: T201
+                print(f"==> {reader.place}: {reader.problem} <==")
                 del followed[file]
         sys.stdout.flush()
         time.sleep(POLL_S)

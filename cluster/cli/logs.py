@@ -55,12 +55,12 @@ def _show(reader: LogReader, lines: int, *, heading: bool, partial: bool) -> Non
     part = reader.last(lines, partial=partial)
     if part.missing or part.problem:
         why = part.problem or "nothing there yet"
-        print(f"{reader.place}: {why}", file=sys.stderr)  # noqa: T201
+        print(f"{reader.place}: {why}", file=sys.stderr)
         return
     if heading:
-        print(f"==> {reader.place} <==")  # noqa: T201
+        print(f"==> {reader.place} <==")
     for line in part.lines:
-        print(line)  # noqa: T201
+        print(line)
 
 
 class _NothingRanYet(ClusterError):

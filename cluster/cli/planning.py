@@ -84,7 +84,7 @@ def plan(
         told = answer.model_dump(mode="json")
         if reasons is not None:
             told["explanation"] = reasons.model_dump(mode="json")
-        print(json.dumps(told))  # noqa: T201
+        print(json.dumps(told))
     else:
         parts = [plan_page(answer)]
         parts += [] if reasons is None else [explanation_page(reasons, answer.currency)]
@@ -106,7 +106,7 @@ def diff(
     answer = pinned(solve_on(fleet, offered, running), running)
     moved = migration(running, answer)
     if json_:
-        print(moved.model_dump_json())  # noqa: T201
+        print(moved.model_dump_json())
     else:
         parts = [] if answer.status != "infeasible" else [plan_page(answer)]
         page_console().print(Group(*parts, migration_page(moved)))

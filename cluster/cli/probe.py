@@ -38,9 +38,9 @@ def probe(
     )
     if ray_start:
         for each in raylets(facts, load_catalogue(), pool):
-            print(each.start_arguments())  # noqa: T201
+            print(each.start_arguments())
     elif json_:
-        print(facts.model_dump_json())  # noqa: T201
+        print(facts.model_dump_json())
     else:
         page_console().print(facts_page(facts))
 
