@@ -54,22 +54,6 @@ class Control(Protocol):
         """Exchange a gateway's load for the endpoint table."""
         ...
 
-    async def apply(self, plan: Plan) -> None:
-        """Serve exactly this plan."""
-        ...
-
-    async def scale(self, model: str, replicas: int) -> None:
-        """Set a replica count."""
-        ...
-
-    async def drain(self, request: DrainRequest) -> Drained:
-        """Empty a replica or a node."""
-        ...
-
-    async def delete(self, model: str) -> None:
-        """Take a model out."""
-        ...
-
     async def stop(self) -> None:
         """Let requests finish, then stop gateways and engines."""
         ...
@@ -99,8 +83,33 @@ class Control(Protocol):
         ...
 
     @property
+    def fleet(self) -> FleetControl:
+        """Models that serve."""
+        ...
+
+    @property
     def keys(self) -> KeyControl:
         """Tenants, keys and usage."""
+        ...
+
+
+class FleetControl(Protocol):
+    """What the API asks about models."""
+
+    async def apply(self, plan: Plan) -> None:
+        """Serve exactly this plan."""
+        ...
+
+    async def scale(self, model: str, replicas: int) -> None:
+        """Set a replica count."""
+        ...
+
+    async def drain(self, request: DrainRequest) -> Drained:
+        """Empty a replica or a node."""
+        ...
+
+    async def delete(self, model: str) -> None:
+        """Take a model out."""
         ...
 
 
@@ -133,15 +142,15 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
     app.add_routes(
         [
             web.post("/v1/sync", _on_body(SyncRequest, control.sync)),
-            web.post("/v1/apply", _on_body(Plan, control.apply)),
+            web.post("/v1/apply", _on_body(Plan, control.fleet.apply)),
             web.post(
                 "/v1/scale",
-                _on_body(ScaleRequest, lambda body: control.scale(body.model, body.replicas)),
+                _on_body(ScaleRequest, lambda body: control.fleet.scale(body.model, body.replicas)),
             ),
             web.post(
-                "/v1/delete", _on_body(DeleteRequest, lambda body: control.delete(body.model))
+                "/v1/delete", _on_body(DeleteRequest, lambda body: control.fleet.delete(body.model))
             ),
-            web.post("/v1/drain", _on_body(DrainRequest, control.drain)),
+            web.post("/v1/drain", _on_body(DrainRequest, control.fleet.drain)),
             web.post("/v1/stop", _no_body(control.stop)),
             web.get("/v1/inventory", _no_body(control.inventory)),
             web.get("/v1/plan", _no_body(control.plan)),

@@ -48,7 +48,7 @@ def variant_status(
         failure=failure,
         waiting=lifecycle.places.waiting(variant.variant),
         misplaced=lifecycle.places.misplaced(variant.variant),
-        rollout=lifecycle.rollout(variant.model),
+        rollout=lifecycle.rollouts.stage(variant.model),
         adapters=variant.adapters,
         speed=speed,
     )

@@ -34,14 +34,9 @@ from tests.builders import a_plan
 TOKEN = "the-token"
 
 
-class RememberingControl:
-    def __init__(self, folder: Path) -> None:
+class RememberingFleet:
+    def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.keys = KeyKeeper(folder, lambda: None)
-
-    async def sync(self, request: SyncRequest) -> SyncResponse:
-        self.calls.append(("sync", request.gateway))
-        return SyncResponse(table=EndpointTable(version=3))
 
     async def apply(self, plan: Plan) -> None:
         self.calls.append(("apply", plan))
@@ -61,6 +56,17 @@ class RememberingControl:
 
     async def delete(self, model: str) -> None:
         self.calls.append(("delete", model))
+
+
+class RememberingControl:
+    def __init__(self, folder: Path) -> None:
+        self.fleet = RememberingFleet()
+        self.calls = self.fleet.calls
+        self.keys = KeyKeeper(folder, lambda: None)
+
+    async def sync(self, request: SyncRequest) -> SyncResponse:
+        self.calls.append(("sync", request.gateway))
+        return SyncResponse(table=EndpointTable(version=3))
 
     async def stop(self) -> None:
         self.calls.append(("stop",))

@@ -86,9 +86,9 @@ async def test_the_idlest_replica_goes_and_serves_count_follows_when_it_is_gone(
     fleet = Fleet(3, 0, 5)
     key = key_of(fleet.variant)
 
-    await fleet.lifecycle.scale(fleet.variant, 2)
+    await fleet.lifecycle.departures.scale(fleet.variant, 2)
 
-    assert [fleet.lifecycle.order_for(name) is None for name in ("r0", "r1", "r2")] == [
+    assert [fleet.lifecycle.departures.order_for(name) is None for name in ("r0", "r1", "r2")] == [
         True,
         False,
         True,
@@ -103,7 +103,7 @@ async def test_those_that_still_start_go_before_any_that_serves():
     fleet = Fleet(0, 0)
     fleet.autoscaler.set(fleet.variant, 4)
 
-    await fleet.lifecycle.scale(fleet.variant, 2)
+    await fleet.lifecycle.departures.scale(fleet.variant, 2)
 
     assert fleet.deployer.calls == [("scale", key_of(fleet.variant), 2)]
     assert fleet.registry.ready(fleet.variant) == 2
@@ -112,7 +112,7 @@ async def test_those_that_still_start_go_before_any_that_serves():
 async def test_a_drained_replica_is_replaced():
     fleet = Fleet(1, 1)
 
-    await fleet.lifecycle.drain(DrainRequest(target="r0", timeout_s=30))
+    await fleet.lifecycle.departures.drain(DrainRequest(target="r0", timeout_s=30))
     fleet.serve(fleet.variant, "r1", "its-successor")
     await fleet.lifecycle.look(act=True)
 
@@ -125,7 +125,7 @@ async def test_draining_what_is_not_there_names_what_is():
     await fleet.lifecycle.look(act=True)
 
     with pytest.raises(UnknownName, match="r0"):
-        await fleet.lifecycle.drain(DrainRequest(target="r9"))
+        await fleet.lifecycle.departures.drain(DrainRequest(target="r9"))
 
 
 async def test_a_replica_that_serve_does_not_know_leaves_the_table():
@@ -223,12 +223,12 @@ async def test_a_roll_out_whose_engine_fails_stops_and_says_so():
     fleet.registry.report(a_report(replica="old"), time.monotonic() - 5)
     fleet.serve(new, target=1)
     failed = a_report(replica="new", state="failed", version=key_of(new).version)
-    fleet.lifecycle.heard(failed)
+    fleet.lifecycle.rollouts.heard(failed)
 
     await fleet.lifecycle.look(act=True)
 
     assert fleet.deployer.calls == []
-    assert fleet.lifecycle.rollout("chat").startswith("stopped, its engine does not start")
+    assert fleet.lifecycle.rollouts.stage("chat").startswith("stopped, its engine does not start")
 
 
 def a_full_node() -> Fleet:
@@ -253,7 +253,9 @@ async def test_without_room_an_old_replica_goes_when_the_new_weights_are_on_its_
     await fleet.lifecycle.look(act=True)
     assert fleet.fetched == [("2" * 40, "id-a")]
     assert fleet.deployer.calls == []
-    assert fleet.lifecycle.rollout("chat").endswith("downloading weights, 50 % of 48.0 GiB on a")
+    assert fleet.lifecycle.rollouts.stage("chat").endswith(
+        "downloading weights, 50 % of 48.0 GiB on a"
+    )
 
     fleet.may_come.set()
     await asyncio.sleep(0.01)
@@ -272,7 +274,7 @@ async def test_without_the_new_weights_nobody_goes_and_the_roll_out_says_why():
         await asyncio.sleep(0.01)
 
     assert fleet.deployer.calls == []
-    assert fleet.lifecycle.rollout("chat") == (
+    assert fleet.lifecycle.rollouts.stage("chat") == (
         "stopped, its weights cannot be fetched: someone/Model is gated"
     )
     assert len(fleet.fetched) == 1

@@ -1,0 +1,186 @@
+"""Departures: replicas that go on purpose, as fewer are wanted or because a node is emptied.
+
+Serve can be told how many replicas there should be, not which one should go. So the one that bora
+chooses drains and ends its process, and only then is Serve's count lowered: the successor that Serve
+began at once is the first that it takes back, long before an engine starts in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import ray
+
+from cluster.autoscaler import Autoscaler
+from cluster.event_log import EventLog
+from cluster.generations import GenerationKey, key_of
+from cluster.messages import Drained, DrainRequest, ReplicaReport
+from cluster.placement_check import NodeFacts
+from cluster.registry import Registry
+from placement.errors import ConfigError, UnknownName
+from placement.plan import Variant
+
+
+class Scales(Protocol):
+    """What Serve is asked for."""
+
+    async def scale(self, key: GenerationKey, replicas: int) -> None:
+        """Set a generation's replica count."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Retirement:
+    """A replica that was told to go."""
+
+    key: GenerationKey
+    timeout_s: float
+    replaced: bool  # the count stays: Serve starts a successor
+
+
+class Departures:
+    """Who was told to go, and which nodes take nothing more.
+
+    `nodes()` are those of the last census, by Ray's id; `drain_node` empties one
+    (`cluster.census`). What happens is told to `events`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        autoscaler: Autoscaler,
+        deployer: Scales,
+        events: EventLog,
+        *,
+        nodes: Callable[[], Mapping[str, NodeFacts]],
+        drain_node: Callable[[str, str, float], None],
+    ) -> None:
+        self._registry = registry
+        self._autoscaler = autoscaler
+        self._deployer = deployer
+        self._events = events
+        self._nodes = nodes
+        self._drain_node = drain_node
+        self._retiring: dict[str, _Retirement] = {}
+        self._drained: set[str] = set()
+
+    @property
+    def drained(self) -> Collection[str]:
+        """Nodes (Ray's ids) that Ray will place nothing on."""
+        return self._drained
+
+    def order_for(self, replica: str) -> float | None:
+        """Seconds within which a replica must finish and go; None: it stays."""
+        retirement = self._retiring.get(replica)
+        return retirement.timeout_s if retirement else None
+
+    def counts(self, variants: Iterable[Variant]) -> dict[str, int]:
+        """What Serve must aim at: the wanted ones, and those that leave but still live."""
+        return {
+            variant.variant: self._autoscaler.target(variant) + self._leaving(key_of(variant))
+            for variant in variants
+        }
+
+    def _leaving(self, key: GenerationKey) -> int:
+        return sum(each.key == key and not each.replaced for each in self._retiring.values())
+
+    def forget_all_but(self, alive: Collection[str]) -> None:
+        """The others have gone."""
+        self._retiring = {key: each for key, each in self._retiring.items() if key in alive}
+
+    async def scale(self, variant: Variant, replicas: int) -> None:
+        """Have `replicas` of it. Those that still start go first, then the idlest."""
+        key = key_of(variant)
+        before = self._autoscaler.target(variant)
+        reports = self._registry.of_generation(key)
+        serving = [each for each in reports if each.state in ("ready", "unhealthy")]
+        starting = max(before - len(serving), 0)
+        surplus = before - replicas - starting
+        if 0 < surplus < len(serving):
+            for report in sorted(serving, key=_business)[:surplus]:
+                self._retire(report, key, replaced=False)
+        self._autoscaler.set(variant, replicas)
+        await self._deployer.scale(key, replicas + self._leaving(key))
+
+    def _retire(
+        self, report: ReplicaReport, key: GenerationKey, *, replaced: bool, timeout_s: float = 600.0
+    ) -> None:
+        self._registry.retire(report.replica)
+        self._retiring[report.replica] = _Retirement(key, timeout_s, replaced)
+        self._events.note(
+            time.time(),
+            "drained" if replaced else "replica-draining",
+            f"replica {report.replica}: draining",
+            model=report.model,
+            replica=report.replica,
+            node=report.node,
+            reason="asked for, another takes its place" if replaced else "fewer are wanted",
+        )
+
+    async def drain(self, request: DrainRequest) -> Drained:
+        """Empty a replica, or a node with all replicas on it; returns when that has begun.
+
+        Raises:
+            UnknownName: there is no such replica or node.
+            ConfigError: it cannot be drained.
+            ClusterError: Ray refuses to.
+        """
+        report = self._registry.get(request.target)
+        if report is not None:
+            key = GenerationKey(report.variant, report.version)
+            if report.replica not in self._retiring:
+                self._retire(report, key, replaced=True, timeout_s=request.timeout_s)
+            return Drained(replicas=(report.replica,))
+        node = self._node(request.target)
+        if node.node_id == ray.get_runtime_context().get_node_id():
+            raise ConfigError(
+                f"{node.name} runs bora's controller and cannot be drained while it serves; "
+                f"`bora down` stops everything on it"
+            )
+        text = f"bora drain {request.target}"
+        self._drained.add(node.node_id)
+        await asyncio.to_thread(self._drain_node, node.node_id, text, request.timeout_s)
+        self._events.note(
+            time.time(),
+            "drained",
+            f"node {node.name}: draining",
+            node=node.name,
+            reason="asked for",
+        )
+        there = [each.replica for each in self._registry.reports if each.node_id == node.node_id]
+        there += self._retire_gangs(node.node_id, request.timeout_s)
+        return Drained(node_id=node.node_id, replicas=tuple(there))
+
+    def _retire_gangs(self, node_id: str, timeout_s: float) -> list[str]:
+        """Those with a follower on a node: Serve, which moves replicas, knows of leaders only."""
+        gangs = [
+            each
+            for each in self._registry.reports
+            if node_id in {follower.node_id for follower in each.followers}
+        ]
+        for each in gangs:
+            if each.replica not in self._retiring:
+                key = GenerationKey(each.variant, each.version)
+                self._retire(each, key, replaced=True, timeout_s=timeout_s)
+        return [each.replica for each in gangs]
+
+    def _node(self, name: str) -> NodeFacts:
+        nodes = self._nodes().values()
+        found = [node for node in nodes if name in (node.name, node.node_id)]
+        found = found or [node for node in nodes if node.name.rpartition("-")[0] == name]
+        if len(found) > 1:
+            names = ", ".join(node.name for node in found)
+            raise ConfigError(f"{name} could be any of {names}; give one of these names")
+        if not found:
+            known = {node.name for node in nodes} | {r.replica for r in self._registry.reports}
+            raise UnknownName("replica or node", name, known)
+        return found[0]
+
+
+def _business(report: ReplicaReport) -> tuple[int, float]:
+    """The idlest first, of the idle ones the newest: its cache is the coldest."""
+    return report.running + report.waiting, -report.started_s
