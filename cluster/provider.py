@@ -16,18 +16,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shlex
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from ray.autoscaler._private.command_runner import SSHCommandRunner
+import click
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import (
     NODE_KIND_HEAD,
@@ -41,10 +38,22 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.context import made_state_dir
-from cluster.files import write_private
-from cluster.provider_config import checked_cluster
-from cluster.provider_nodes import Node, adopted, host_of, old_nodes, read_nodes
+from cluster.files import replace_private
+from cluster.head_store import is_kept
+from cluster.host_stop import StoppingRunner, stop_command, stop_host
+from cluster.provider_config import checked_cluster, require_files
+from cluster.provider_nodes import (
+    Node,
+    RememberedHosts,
+    adopted,
+    host_of,
+    old_nodes,
+    outside,
+    read_nodes,
+    require_same_head,
+)
 from cluster.ray_node import head_state_file
+from placement.errors import ConfigError
 
 _CONNECT_S = 1.0
 _AT_ONCE = 32
@@ -68,22 +77,25 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         super().__init__(provider_config, cluster_name)
         self._lock = threading.RLock()
         self._on_head = bool(provider_config.get("on_head"))
-        self._file = (
-            head_state_file(cluster_name)
-            if self._on_head
-            else made_state_dir() / f"cluster-{cluster_name}.json"
-        )
-        self._nodes = read_nodes(self._file)
+        self._ask_again_s = 0.0
         self._last_start_s: dict[str, float] = {}
         self._last_failure_s: dict[str, float] = {}
         self._leaving: set[str] = set()
         self._torn_down = False
+        with _told():
+            folder = made_state_dir()
+            self._hosts = RememberedHosts(folder / f"cluster-{cluster_name}-hosts.json")
+            self._file = (
+                head_state_file(cluster_name)
+                if self._on_head
+                else folder / f"cluster-{cluster_name}.json"
+            )
+            kept = read_nodes(self._file)
+            self._nodes = kept or {}
+            if not self._on_head:
+                require_same_head(self._nodes, self._head, self._file)
         if self._on_head:
-            if not self._nodes:  # of a head that took over without its predecessor's disk
-                port = int(provider_config["gcs_port"])
-                old = found(self._head, port)
-                self._nodes = {node_id: adopted(node_id, kind) for node_id, kind in old.items()}
-            self._nodes.setdefault(self._head, Node(self._head, self._head_tags(), answered=True))
+            self._know_old_nodes(kept, found)
 
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
         """Ids of the nodes with these tags."""
@@ -95,11 +107,14 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
             ]
 
     def nodes_for_teardown(self, tag_filters: Mapping[str, str]) -> list[str]:
-        """`ray down`: every host of the file, once; only the head knew which ones ran."""
+        """`ray down`: every host of the file, once; only the head knew which ones ran.
+
+        Those that the file had at an earlier `ray up` are among them.
+        """
         if self._on_head or self._torn_down:
             return self.non_terminated_nodes(tag_filters)
         if tag_filters.get(TAG_RAY_NODE_KIND) == NODE_KIND_WORKER:
-            return [host for hosts in self._pools.values() for host in hosts]
+            return list(dict.fromkeys([*self._pooled(), *self._hosts.read()]))
         return [self._head]
 
     def is_running(self, node_id: str) -> bool:
@@ -110,7 +125,7 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         """
         node = self._nodes.get(node_id)
         if node is not None and not node.answered:
-            node.answered = self._answers(node.host)
+            self._ask_silent()
         return node is not None and node.answered
 
     def is_terminated(self, node_id: str) -> bool:
@@ -118,9 +133,9 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         return node_id not in self._nodes
 
     def node_tags(self, node_id: str) -> dict[str, str]:
-        """A copy of its tags."""
+        """A copy of its tags; none of a node that has just been given up by another thread."""
         with self._lock:
-            return dict(self._nodes[node_id].tags)
+            return dict(self._nodes[node_id].tags) if node_id in self._nodes else {}
 
     def set_node_tags(self, node_id: str, tags: Mapping[str, str]) -> None:
         """Add or change tags; an updater may end after its node was given up."""
@@ -149,7 +164,7 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         answer: the others are taken too, so that the autoscaler sees them fail.
 
         Raises:
-            RuntimeError: the pool has fewer free hosts, which Ray reports.
+            RuntimeError: the pool has fewer free hosts, all of which were taken; Ray reports it.
         """
         del node_config
         if tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD:
@@ -161,8 +176,6 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         with self._lock:
             busy = {node.host for node in self._nodes.values()} | self._leaving
             free = [host for host in self._pools[pool] if host not in busy]
-            if len(free) < count:
-                raise RuntimeError(f"pool {pool}: {count} hosts wanted, {len(free)} are free")
             with ThreadPoolExecutor(_AT_ONCE) as executor:
                 up = dict(zip(free, executor.map(self._answers, free), strict=True))
             order = sorted(free, key=lambda host: (not up[host], self._failed(host)))
@@ -172,6 +185,8 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
                 self._nodes[node_id] = Node(host, dict(tags), answered=up[host])
                 log.info("pool %s: %s %s", pool, node_id, "answers" if up[host] else "is silent")
             self._save()
+            if len(free) < count:
+                raise RuntimeError(f"pool {pool}: {count} hosts wanted, {len(free)} are free")
 
     def terminate_node(self, node_id: str) -> None:
         """As `terminate_nodes`."""
@@ -198,27 +213,42 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
                 threading.Thread(target=self._stop, args=(host,), daemon=True).start()
             return
         with ThreadPoolExecutor(_AT_ONCE) as executor:
-            list(executor.map(self._stop, hosts))
+            stopped = list(executor.map(self._stop, hosts))
+        left = [host for host, done in zip(hosts, stopped, strict=True) if not done]
+        self._hosts.forget(set(hosts) - set(left))
 
     def get_command_runner(self, log_prefix: str, node_id: str, *args: Any, **kwargs: Any) -> Any:
         """Ray's own over ssh, except that `ray stop` means this cluster only, and drained."""
         auth, name, process_runner, use_internal_ip = args[:4]
         del args, kwargs
-        return _Runner(
+        return StoppingRunner(
             log_prefix, node_id, self, auth, name, process_runner, use_internal_ip,
-            stop=self._stop_command(),
+            stop=stop_command(self.provider_config, self.cluster_name),
         )  # fmt: skip
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """Check the file and fill in what follows from it: pool sizes, keys of the head's copy."""
-        return checked_cluster(cluster_config)
+        """Check the file and fill in what follows from it: pool sizes, keys of the head's copy.
+
+        Raises:
+            click.ClickException: something is wrong with it; Ray's commands end with the message.
+        """
+        with _told():
+            checked = checked_cluster(cluster_config)
+            require_files(checked)
+        return checked
 
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The head's copy of the file: there the key has another path."""
+        """The head's copy of the file: there the key has another path, and no proxy is needed.
+
+        It is the same from whichever machine, or a node would be started anew for nothing.
+        """
+        self._hosts.add(self._pooled())
         provider = cluster_config["provider"]
+        provider.pop("_config_cache_path", None)  # Ray's; it depends on paths of this machine
         provider["on_head"] = True
-        provider["ssh"]["key"] = cluster_config["auth"].get("ssh_private_key")
+        key = cluster_config["auth"].get("ssh_private_key")
+        provider["ssh"] = {**provider["ssh"], "key": key, "proxy_command": None}
         return cluster_config
 
     @property
@@ -230,6 +260,20 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
         pools: Mapping[str, Sequence[str]] = self.provider_config["pools"]
         return pools
 
+    def _pooled(self) -> list[str]:
+        return [host for hosts in self._pools.values() for host in hosts]
+
+    def _know_old_nodes(
+        self, kept: dict[str, Node] | None, found: Callable[[str, int], Mapping[str, str]]
+    ) -> None:
+        if kept is None or (not kept and is_kept()):  # a head without its predecessor's disk
+            old = found(self._head, int(self.provider_config["gcs_port"]))
+            self._nodes = {node_id: adopted(node_id, kind) for node_id, kind in old.items()}
+        if taken_out := outside(self._nodes, self._pools, self._head):
+            log.warning("no pool has them any more, they are stopped: %s", ", ".join(taken_out))
+            self.terminate_nodes(taken_out)
+        self._nodes.setdefault(self._head, Node(self._head, self._head_tags(), answered=True))
+
     def _head_tags(self) -> dict[str, str]:
         return {
             TAG_RAY_NODE_KIND: NODE_KIND_HEAD,
@@ -237,6 +281,18 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
             TAG_RAY_NODE_NAME: f"ray-{self.cluster_name}-head",
             TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
         }
+
+    def _ask_silent(self) -> None:
+        """All silent hosts at once and once a second: the autoscaler asks for each node apart."""
+        with self._lock:
+            if time.monotonic() < self._ask_again_s:
+                return
+            silent = [node for node in self._nodes.values() if not node.answered]
+            with ThreadPoolExecutor(_AT_ONCE) as executor:
+                found = executor.map(self._answers, [node.host for node in silent])
+                for node, answers in zip(silent, found, strict=True):
+                    node.answered = answers
+            self._ask_again_s = time.monotonic() + _CONNECT_S
 
     def _answers(self, host: str) -> bool:
         """Whether something listens on the host's ssh port."""
@@ -249,45 +305,24 @@ class OnPremProvider(NodeProvider):  # type: ignore[misc]
     def _failed(self, host: str) -> tuple[float, float]:
         return (self._last_failure_s.get(host, 0.0), self._last_start_s.get(host, 0.0))
 
-    def _stop_command(self) -> str:
-        config = self.provider_config
-        return (
-            f"cd {config['folder']} && {config['python']} -m cluster.ray_node stop "
-            f"--cluster {shlex.quote(self.cluster_name)} --drain-s {config['drain_s']}"
-        )
-
-    def _stop(self, host: str) -> None:
-        ssh = self.provider_config["ssh"]
-        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "LogLevel=ERROR"]
-        command += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        command += ["-i", os.path.expanduser(ssh["key"])] if ssh["key"] else []  # noqa: PTH111
-        shell = f"bash --login -c {shlex.quote(self._stop_command())}"
-        command += [f"{ssh['user']}@{host}", shell]
+    def _stop(self, host: str) -> bool:
+        """Whether it has answered that no process of the cluster is left there."""
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-                timeout=self.provider_config["drain_s"] + 60,
-            )  # fmt: skip
-            log.info("%s: stopped with status %d: %s", host, done.returncode, done.stderr[-500:])
-        except subprocess.TimeoutExpired:
-            log.warning("%s: did not stop in time; it may still run processes", host)
+            return stop_host(host, self.provider_config, self.cluster_name)
         finally:
             with self._lock:
                 self._leaving.discard(host)
 
     def _save(self) -> None:
-        write_private(
+        replace_private(
             self._file, json.dumps({key: asdict(node) for key, node in self._nodes.items()})
         )
 
 
-class _Runner(SSHCommandRunner):  # type: ignore[misc]
-    """ssh, in which `ray stop` (of `ray down`) is replaced."""
-
-    def __init__(self, *args: Any, stop: str) -> None:
-        super().__init__(*args)
-        self._stop = stop
-
-    def run(self, cmd: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As its base class."""
-        return super().run(self._stop if cmd == "ray stop" else cmd, *args, **kwargs)
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Ray's commands end with what is wrong, not with a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
