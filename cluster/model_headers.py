@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from cluster.weight_files import names_it
 from placement.catalogue import ModelSpec, Precision
 from placement.errors import ConfigError
 from placement.fit_checkpoints import Subject
@@ -145,7 +146,8 @@ def _gguf_subject(repo: str, files: list[RemoteFile], precision: Precision | Non
         key=lambda file: file.name,
     )
     if precision is not None:
-        found = [file for file in found if precision in file.name.lower().replace("-", "_")]
+        # The repository's own name may tell a quantisation, or several.
+        found = [file for file in found if names_it(file.name.split("/", 2)[-1], precision)]
     stems = {file.name.rpartition("-of-")[0].rpartition("-")[0] or file.name for file in found}
     if len(stems) != 1:
         have = ", ".join(PurePosixPath(file.name).name for file in found) or "none"

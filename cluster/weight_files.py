@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Literal
@@ -49,14 +50,21 @@ def gguf_files(names: Iterable[str], quantisation: str) -> list[str]:
 
     The vision tower's file (mmproj) is not the model's.
     """
-    wanted = quantisation.lower().replace("-", "_")
     return sorted(
         name
         for name in names
-        if name.endswith(".gguf")
-        and "mmproj" not in name.lower()
-        and wanted in name.lower().replace("-", "_")
+        if name.endswith(".gguf") and "mmproj" not in name.lower() and names_it(name, quantisation)
     )
+
+
+def names_it(file: str, quantisation: str) -> bool:
+    """Whether a GGUF file's name tells this quantisation, as a whole word.
+
+    `Q6_K_L` is another one than `Q6_K`, and `BF16` than `F16`, which fp16 is called in these names.
+    """
+    wanted = quantisation.lower().replace("-", "_").replace("fp", "fp?")
+    pattern = rf"(?<![a-z0-9]){wanted}(?![a-z0-9]|_x*[sml](?![a-z0-9]))"
+    return re.search(pattern, file.lower().replace("-", "_")) is not None
 
 
 def nothing_of(checkpoint_format: CheckpointFormat, precision: str = "") -> str:

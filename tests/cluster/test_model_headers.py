@@ -64,6 +64,15 @@ def test_a_quantisation_is_chosen_among_several_gguf_files():
     assert subject.gguf is not None
 
 
+def test_a_quantisation_is_looked_for_in_whole_words_of_file_names():
+    small, large = a_mistral_gguf(), a_mistral_gguf(layers=4)
+    repo = "org/model-Q6_K-GGUF"
+    with a_hub(repo, {"m-Q6_K.gguf": large, "m-Q6_K_L.gguf": small}) as (endpoint, _):
+        subject = remote_subject(repo, precision="q6_k", endpoint=endpoint)
+
+    assert subject.model.architecture.num_layers == 4
+
+
 @pytest.mark.parametrize(
     ("files", "cause"),
     [

@@ -55,3 +55,26 @@ def test_copies_in_other_folders_and_configurations_without_weights_are_no_check
 )
 def test_files_of_a_quantisation_are_told_from_others_and_from_the_vision_tower(precision, files):
     assert wanted_files(GGUF, "gguf", precision) == files
+
+
+@pytest.mark.parametrize(
+    ("precision", "file"),
+    [
+        ("q2_k", "M-Q2_K.gguf"),
+        ("q2_k_l", "M-Q2_K_L.gguf"),
+        ("q6_k", "M-Q6_K.gguf"),
+        ("q6_k_l", "M-Q6_K_L.gguf"),
+        ("fp16", "M-F16.gguf"),
+        ("bf16", "M-BF16.gguf"),
+        ("fp32", "M.fp32.gguf"),
+        ("iq3_xs", "Q/m-iq3_xs-00001-of-00001.gguf"),
+    ],
+)
+def test_a_quantisation_is_told_from_those_whose_names_hold_its_own(precision: str, file: str):
+    names = (
+        *("M-Q2_K.gguf", "M-Q2_K_L.gguf", "M-UD-Q2_K_XL.gguf", "M-Q6_K.gguf", "M-Q6_K_L.gguf"),
+        *("M-F16.gguf", "M-BF16.gguf", "M.fp32.gguf", "Q/m-iq3_xs-00001-of-00001.gguf"),
+        *("M-UD-Q6_K_XL.gguf", "M-IQ3_XXS.gguf"),
+    )
+
+    assert wanted_files(names, "gguf", precision) == [file]
