@@ -123,17 +123,21 @@ class EngineProcess:
         """Wait until nothing runs, at most `timeout_s`.
 
         Gateways may still send for a moment, until they have the new table: idle means idle twice.
+        An answer that is none says nothing of what runs; only when nobody listens any more, or the
+        engine has ended, is there nothing to wait for.
         """
         idle = 0
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        with contextlib.suppress(TimeoutError, aiohttp.ClientConnectorError):
             async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
-                while idle < 2:
+                while idle < 2 and not self.ended:
                     try:
                         load = await self._metrics(session)
-                    except TimeoutError:  # llama.cpp tells between steps only
+                    except aiohttp.ClientConnectorError:
+                        raise
+                    except (aiohttp.ClientError, TimeoutError):  # llama.cpp: between steps only
                         idle = 0
-                        continue
-                    idle = idle + 1 if load.running + load.waiting == 0 else 0
+                    else:
+                        idle = idle + 1 if load.running + load.waiting == 0 else 0
                     await asyncio.sleep(0.5)
 
     def stop(self) -> None:

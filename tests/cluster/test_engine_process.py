@@ -54,6 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         status = {status} if self.path == "/v1/models" else 200
         self.send_response(status)
+        self.send_header("content-type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps({body}).encode())
 http.server.HTTPServer(("{host}", {port}), Handler).serve_forever()
@@ -92,6 +93,42 @@ async def test_another_server_on_the_port_is_not_taken_for_the_engine(
         process.stop()
         with pytest.raises(EngineFailed, match="before it was ready"):
             await start
+
+
+# Is ready; then its metrics are a fault, a moment of work, and idle again.
+UNSTEADY_SERVER = """
+import http.server, json
+pages = iter([500, 1, 500, 0, 0, 0])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        page = next(pages) if self.path == "/metrics" else 200
+        self.send_response(max(page, 200))
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        metrics = "vllm:num_requests_running " + str(page)
+        models = json.dumps({{"data": [{{"id": "chat"}}]}})
+        self.wfile.write((metrics if self.path == "/metrics" else models).encode())
+        print("told", self.path, page, flush=True)
+http.server.HTTPServer(("{host}", {port}), Handler).serve_forever()
+"""
+
+
+async def test_metrics_that_fail_for_a_moment_do_not_end_a_drain(tmp_path: Path) -> None:
+    async with stopping(a_process(tmp_path, Elsewhere(code=UNSTEADY_SERVER))) as process:
+        await process.start("nowhere")
+
+        await process.drained(60)
+
+        told = [line for line in process.log_tail().splitlines() if line.startswith("told /m")]
+        assert [int(line.split()[-1]) for line in told] == [500, 1, 500, 0, 0]
+
+
+async def test_nothing_is_waited_for_when_the_engine_is_gone(tmp_path: Path) -> None:
+    async with stopping(a_process(tmp_path, SimEngine())) as process:
+        await process.start("nowhere")
+        process.kill()
+
+        await asyncio.wait_for(process.drained(3600), 60)
 
 
 async def test_an_engine_that_ends_while_it_starts_is_told_with_its_log(tmp_path: Path) -> None:
