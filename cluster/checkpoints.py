@@ -44,4 +44,5 @@ def locate(variant: Variant) -> Path | str:
         model, _, file = name.partition("/")
         return nano.ensure_gguf(model, file.removesuffix(".gguf")) if file else nano.ensure(name)
     path = Path(variant.checkpoint)
-    return path.resolve() if path.exists() else variant.checkpoint
+    # Links are not followed: the other parts of a GGUF model lie beside the link to the first.
+    return path.absolute() if path.exists() else variant.checkpoint

@@ -18,6 +18,8 @@ import xllamacpp
 
 from cluster.errors import EngineFailed
 from cluster.host_memory import available_bytes
+from placement.errors import ConfigError
+from placement.headers.model_files import split_parts
 
 GIB = 2**30
 _BUFFER_SIZES = 4  # log level at which llama.cpp tells sizes of weights, cache and buffers
@@ -48,9 +50,9 @@ _LOAD = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal ends this process; the exit status of a start that failed."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        _require_file(options.model)
+        _require_files(options)
         _require_host_memory(options.host_memory_bytes)
         _require_gpus(options)
         server = _start(options)
@@ -60,6 +62,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     while server:  # what it serves with are threads of its own
         signal.pause()
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags: names and meaning are llama-server's."""
+    flags = argparse.ArgumentParser(prog="llamacpp_server", allow_abbrev=False)
+    flags.add_argument("--model", required=True, help="a .gguf file, the first of its parts")
+    flags.add_argument("--alias", required=True, help="the model's name for clients")
+    flags.add_argument("--host", default="127.0.0.1")
+    flags.add_argument("--port", type=int, required=True)
+    flags.add_argument("--host-memory-bytes", type=int, default=0, help="that must be free")
+    for flag, default in (
+        ("--ctx-size", 0), ("--parallel", 1), ("--kv-unified-per-slot", 0), ("--batch-size", 2048),
+        ("--ubatch-size", 512), ("--n-gpu-layers", 0), ("--n-cpu-moe", 0), ("--cache-ram", 0),
+        ("--threads", 0),
+    ):  # fmt: skip
+        flags.add_argument(flag, type=int, default=default)
+    flags.add_argument("--tensor-split", type=_shares, default=(), metavar="N,N...")
+    for flag in ("--mmproj", "--chat-template-file"):
+        flags.add_argument(flag, default="")
+    for flag in ("--kv-unified", "--jinja", "--metrics", "--embeddings"):
+        flags.add_argument(flag, action="store_true")
+    for flag, choices, chosen in (
+        ("--flash-attn", tuple(_FLASH), "on"), ("--split-mode", tuple(_SPLIT), "layer"),
+        ("--cache-type-k", tuple(_CACHE_TYPES), "f16"),
+        ("--cache-type-v", tuple(_CACHE_TYPES), "f16"),
+        ("--fit", ("on", "off"), "off"), ("--load-mode", tuple(_LOAD), "mmap"),
+    ):  # fmt: skip
+        flags.add_argument(flag, choices=choices, default=chosen)
+    return flags
 
 
 def common_params(options: argparse.Namespace) -> xllamacpp.CommonParams:
@@ -76,8 +107,8 @@ def common_params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_batch, params.n_ubatch = options.batch_size, options.ubatch_size
     params.flash_attn_type = _FLASH[options.flash_attn]
     params.n_gpu_layers, params.split_mode = options.n_gpu_layers, _SPLIT[options.split_mode]
-    shares = [float(share) for share in options.tensor_split.split(",") if share]
-    params.tensor_split = shares + [0.0] * (len(params.tensor_split) - len(shares))
+    shares = options.tensor_split
+    params.tensor_split = [*shares, *[0.0] * (len(params.tensor_split) - len(shares))]
     params.tensor_buft_overrides = ",".join(
         _EXPERTS.replace("{layer}", str(layer)) for layer in range(options.n_cpu_moe)
     )
@@ -92,6 +123,11 @@ def common_params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     if options.threads:
         params.cpuparams.n_threads = options.threads
         params.cpuparams_batch.n_threads = options.threads
+    # As OpenAI and vLLM: what a client does not ask for does not change what the model says. A
+    # file's own recommendation (general.sampling.*) still counts, as generation_config.json there.
+    sampling = params.sampling
+    sampling.temp, sampling.top_p, sampling.top_k, sampling.min_p = 1.0, 1.0, 0, 0.0
+    params.sampling = sampling
     params.ui = False
     return params
 
@@ -113,9 +149,17 @@ def _start(options: argparse.Namespace) -> xllamacpp.Server:
     return server
 
 
-def _require_file(path: str) -> None:
-    if not Path(path).is_file():
-        raise EngineFailed(f"{path}: no such file on this node")
+def _require_files(options: argparse.Namespace) -> None:
+    """All that are named, and of a model in parts every part; llama.cpp wants the first."""
+    for flag in ("model", "mmproj", "chat_template_file"):
+        path = getattr(options, flag)
+        if path and not Path(path).is_file():
+            name = flag.replace("_", "-")
+            raise EngineFailed(f"--{name} {path}: no such file on this node")
+    try:
+        options.model = str(split_parts(Path(options.model))[0])
+    except ConfigError as error:
+        raise EngineFailed(f"{error} on this node; copy the others beside it") from None
 
 
 def _require_host_memory(needed: int) -> None:
@@ -130,7 +174,7 @@ def _require_host_memory(needed: int) -> None:
 
 
 def _require_gpus(options: argparse.Namespace) -> None:
-    wanted = max(1, len(options.tensor_split.split(","))) if options.n_gpu_layers > 0 else 0
+    wanted = max(1, len(options.tensor_split)) if options.n_gpu_layers > 0 else 0
     kinds = xllamacpp.ggml_backend_dev_type
     found = [
         device["name"]
@@ -145,31 +189,12 @@ def _require_gpus(options: argparse.Namespace) -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llamacpp_server", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a .gguf file, the first of its parts")
-    parser.add_argument("--alias", required=True, help="the model's name for clients")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host-memory-bytes", type=int, default=0, help="that must be free")
-    for flag, default in (
-        ("--ctx-size", 0), ("--parallel", 1), ("--kv-unified-per-slot", 0), ("--batch-size", 2048),
-        ("--ubatch-size", 512), ("--n-gpu-layers", 0), ("--n-cpu-moe", 0), ("--cache-ram", 0),
-        ("--threads", 0),
-    ):  # fmt: skip
-        parser.add_argument(flag, type=int, default=default)
-    for flag in ("--tensor-split", "--mmproj", "--chat-template-file"):
-        parser.add_argument(flag, default="")
-    for flag in ("--kv-unified", "--jinja", "--metrics", "--embeddings"):
-        parser.add_argument(flag, action="store_true")
-    for flag, choices, chosen in (
-        ("--flash-attn", tuple(_FLASH), "on"), ("--split-mode", tuple(_SPLIT), "layer"),
-        ("--cache-type-k", tuple(_CACHE_TYPES), "f16"),
-        ("--cache-type-v", tuple(_CACHE_TYPES), "f16"),
-        ("--fit", ("on", "off"), "off"), ("--load-mode", tuple(_LOAD), "mmap"),
-    ):  # fmt: skip
-        parser.add_argument(flag, choices=choices, default=chosen)
-    return parser
+def _shares(text: str) -> tuple[float, ...]:
+    """Of each GPU."""
+    try:
+        return tuple(float(share) for share in text.split(",") if share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas between them") from None
 
 
 if __name__ == "__main__":

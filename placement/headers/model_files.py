@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -119,7 +120,7 @@ def split_parts(path: Path) -> list[Path]:
     head, dash, number = stem.rpartition("-")
     if not (separator and dash and number.isdecimal() and total.isdecimal()):
         return [path]
-    parts = sorted(path.parent.glob(f"{head}-*-of-{total}.gguf"))
+    parts = sorted(path.parent.glob(f"{glob.escape(head)}-*-of-{total}.gguf"))
     if len(parts) < int(total):
         raise ConfigError(f"{path}: {len(parts)} of {int(total)} parts are there")
     return parts

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.engines.adapter import EngineFacts, EngineLoad, Launch
 from cluster.engines.llamacpp import LlamacppEngine
-from cluster.engines.llamacpp_server import main
+from cluster.engines.llamacpp_server import common_params, main, parser
 from tests.builders import a_shape, a_variant
 
 ENGINE = LlamacppEngine()
@@ -112,6 +112,49 @@ def test_server_says_which_file_is_missing(capfd: pytest.CaptureFixture[str]) ->
 
     assert status == 1
     assert "/gone/x.gguf: no such file on this node" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--mmproj", "--chat-template-file"])
+def test_server_says_which_other_file_is_missing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, flag: str
+) -> None:
+    file = tmp_path / "x.gguf"
+    file.touch()
+
+    status = main(["--model", str(file), "--alias", "chat", "--port", "1", flag, "/gone/y"])
+
+    assert status == 1
+    assert f"{flag} /gone/y: no such file on this node" in capfd.readouterr().out
+
+
+def test_server_says_that_parts_of_a_model_are_missing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for part in (1, 3):
+        (tmp_path / f"[x]-0000{part}-of-00003.gguf").touch()
+    file = tmp_path / "[x]-00001-of-00003.gguf"
+
+    status = main(["--model", str(file), "--alias", "chat", "--port", "1"])
+
+    assert status == 1
+    assert f"{file}: 2 of 3 parts are there on this node" in capfd.readouterr().out
+
+
+def test_server_says_what_is_wrong_with_a_split(capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", "x.gguf", "--alias", "chat", "--port", "1", "--tensor-split", "1,many"]
+
+    with pytest.raises(SystemExit):
+        main(command)
+
+    assert "--tensor-split: '1,many': numbers with commas" in capfd.readouterr().err
+
+
+def test_sampling_is_openais_where_a_client_says_nothing() -> None:
+    options = parser().parse_args(["--model", "x.gguf", "--alias", "chat", "--port", "1"])
+
+    sampling = common_params(options).sampling
+
+    assert (sampling.temp, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
 
 
 def test_server_says_how_much_host_memory_is_missing(
