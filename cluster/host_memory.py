@@ -12,19 +12,31 @@ def available_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     return min([psutil.virtual_memory().available, *_left_in_groups(cgroups)])
 
 
+def limits_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Of the control groups (a container, a slice) that this process is in; those without have none."""
+    return [limit for limit, _ in _limited(cgroups)]
+
+
 def _left_in_groups(cgroups: Path) -> list[int]:
-    """Of this process's group and those above it (control groups v2; others have no such files)."""
-    left = []
+    return [
+        max(0, limit - int((folder / "memory.current").read_text()) + _given_up(folder))
+        for limit, folder in _limited(cgroups)
+        if (folder / "memory.current").exists()
+    ]
+
+
+def _limited(cgroups: Path) -> list[tuple[int, Path]]:
+    """This process's group and those above it (control groups v2; others have no such files)."""
+    found = []
     group = cgroups / _own_group().lstrip("/")
     for folder in (group, *group.parents):
         if not folder.is_relative_to(cgroups):
             break
-        limit, used = folder / "memory.max", folder / "memory.current"
-        if limit.exists() and used.exists():
-            limit_text = limit.read_text().strip()
-            if limit_text != "max":
-                left.append(max(0, int(limit_text) - int(used.read_text()) + _given_up(folder)))
-    return left
+        limit = folder / "memory.max"
+        text = limit.read_text().strip() if limit.exists() else "max"
+        if text != "max":
+            found.append((int(text), folder))
+    return found
 
 
 def _own_group() -> str:

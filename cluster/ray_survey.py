@@ -17,6 +17,7 @@ from cluster.probes.node import probe, silent
 from cluster.probes.speeds import TIMEOUT_S as SPEEDS_TIMEOUT_S
 from cluster.probes.speeds import with_speeds
 from cluster.ray_inventory import node_name
+from cluster.seat import gpus_of_ray_node
 from placement.node_facts import NodeFacts
 
 LOOK_TIMEOUT_S = 60.0  # a worker starts, the driver answers, the disk is looked at
@@ -149,7 +150,8 @@ def _now() -> float:
 
 def _look(name: str, labels: Mapping[str, str]) -> str:
     pool = labels.get(POOL_LABEL, "")
-    return probe(node=name, pool=pool, labels=labels, measure=False).model_dump_json()
+    facts = probe(node=name, pool=pool, labels=labels, measure=False, listed=gpus_of_ray_node)
+    return facts.model_dump_json()
 
 
 def _measure(facts: str) -> str:

@@ -43,8 +43,11 @@ def raylets(facts: NodeFacts, catalogue: Catalogue, pool: str) -> tuple[Raylet, 
     On a box of several kinds the pools are called POOL-KIND.
     """
     kinds = device_kinds(facts, catalogue)
+    # Ray counts from 0: it would hand out one that is broken, or another's.
+    gapless = [gpu.index for gpu in facts.gpus] == list(range(len(facts.gpus)))
+    alone = len(kinds) == 1 and gapless
     return tuple(
-        Raylet(each, _labels(each), _environment(kinds[each.gpu], alone=len(kinds) == 1))
+        Raylet(each, _labels(each), _environment(kinds[each.gpu], alone=alone))
         for each in pools_of(facts, catalogue, pool)
     )
 

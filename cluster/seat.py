@@ -60,8 +60,8 @@ def with_gpus(seat: Seat, variant: Variant, owner: str, rank: int = 0) -> Seat:
     if not set(given) <= set(identifiers):
         raise EngineFailed(
             f"{seat.node}: Ray gave GPU {', '.join(given)}, but the node's are "
-            f"{', '.join(identifiers)}: it was started with CUDA_VISIBLE_DEVICES; set "
-            f"{GPUS_VARIABLE} to the same (`bora probe` prints the command for mixed boxes)"
+            f"{', '.join(identifiers)}: start it with {GPUS_VARIABLE} and CUDA_VISIBLE_DEVICES "
+            f"alike (`bora probe --ray-start` prints the command)"
         )
     locks = DeviceLocks(seat.node_id, identifiers)
     held = locks.hold(planned_gpus(variant, seat.node, rank), len(given), owner=owner)
@@ -81,9 +81,21 @@ def planned_gpus(variant: Variant, node: str, rank: int = 0) -> list[tuple[int, 
     return here or list(dict.fromkeys(part.gpus for part in places))
 
 
+def gpus_of_ray_node() -> str | None:
+    """What this worker's Ray node was started with: `$BORA_GPUS`, else CUDA_VISIBLE_DEVICES.
+
+    Ray tells the worker itself to see only the GPUs that it was given; None: all of the host's.
+    """
+    if own := os.environ.get(GPUS_VARIABLE):
+        return own
+    worker = ray._private.worker.global_worker  # noqa: SLF001 - it keeps what was set before
+    visible = worker.original_visible_accelerator_ids.get("GPU")
+    return None if visible is None else ",".join(map(str, visible))
+
+
 def _identifiers(node_id: str) -> list[str]:
     """What CUDA calls the GPUs of this Ray node, by their index in plans."""
-    if own := os.environ.get(GPUS_VARIABLE):
+    if own := gpus_of_ray_node():
         return own.split(",")
     [node] = [node for node in ray.nodes() if node["NodeID"] == node_id]
     return [str(index) for index in range(int(node["Resources"].get("GPU", 0)))]

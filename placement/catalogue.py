@@ -157,6 +157,9 @@ class GpuType(Spec):
     nvlink_bytes_per_s: NonNegativeFloat = Field(default=0.0, description="Per direction; 0: none.")
     pcie_bytes_per_s: NonNegativeFloat = 0.0
     peer_to_peer: bool = True
+    mig_compute_slices: PositiveInt | None = Field(
+        default=None, description="Parts that MIG cuts its arithmetic into; None: it has no MIG."
+    )
     power_w: PositiveInt | None = Field(default=None, description="Thermal design power.")
     ray_accelerator_type: str | None = None
     price_per_hour: NonNegativeFloat | None = Field(default=None, description="USD, list price.")

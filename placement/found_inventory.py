@@ -24,11 +24,17 @@ def device_kinds(node: NodeFacts, catalogue: Catalogue) -> dict[str, tuple[str, 
     kinds: dict[str, tuple[str, ...]] = {}
     for gpu in node.gpus:
         known = gpu_type_of(gpu.name, gpu.memory_bytes, catalogue)
-        name = known.name if known else re.sub(r"[^A-Za-z0-9.]+", "-", gpu.name)
+        name = known.name if known else _unknown_name(gpu)
         parts = [(slice_name(name, each.profile), each.uuid) for each in gpu.mig_slices]
         for kind, uuid in parts if gpu.mig else [(name, gpu.uuid)]:
             kinds[kind] = (*kinds.get(kind, ()), uuid)
     return kinds
+
+
+def _unknown_name(gpu: GpuFacts) -> str:
+    """Fit for a label; with the memory, since a known name may be on a card of another size."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", gpu.name).strip("-.") or "GPU"
+    return f"{name}-{gpu.memory_bytes / GIB:.0f}GiB"
 
 
 def with_findings(declared: Inventory, found: Sequence[NodeFacts]) -> Inventory:
@@ -37,12 +43,24 @@ def with_findings(declared: Inventory, found: Sequence[NodeFacts]) -> Inventory:
     Changed are memory per GPU, host memory, the link inside a node, the network between nodes and
     AMX; counts, types and prices stay: where those are wrong, `mismatches` says so.
     """
-    nodes = {name: node for node in found for name in (node.host, node.node)}
     pools = []
     for pool in declared.pools:
-        own = [nodes[name] for name in pool.names() if name in nodes]
+        own = _of_pool(pool, found)
         pools.append(_corrected(pool, own) if len(own) == pool.nodes else pool)
     return declared.model_copy(update={"pools": tuple(pools)})
+
+
+def _of_pool(pool: Pool, found: Sequence[NodeFacts]) -> list[NodeFacts]:
+    """By the nodes' names, else by those of their hosts, where several may be called alike.
+
+    Of Ray nodes that share a host, those count whose label names the pool.
+    """
+    own = []
+    for name in pool.names():
+        exact = [node for node in found if node.node == name]
+        hosts = [node for node in found if node.host == name and node.pool in ("", pool.name)]
+        own += exact or hosts
+    return own
 
 
 def _corrected(pool: Pool, nodes: Sequence[NodeFacts]) -> Pool:

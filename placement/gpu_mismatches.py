@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from placement import speed_mismatches
+from placement import link_mismatches, speed_mismatches
 from placement.catalogue import Catalogue
 from placement.gpu_names import gpu_type_of
 from placement.mig import MARK, slice_name
 from placement.mismatch import GIB, Expected, Mismatch
-from placement.node_facts import GpuFacts, NodeFacts, PairFacts
+from placement.node_facts import GpuFacts, NodeFacts
 
 # Bytes/s of one PCIe lane by generation, one direction.
 _LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 _HALF = 0.6  # of the declared bandwidth: below it a plan's transfer times are wrong
 _QUARTER = 0.3
-_LINKS_LOST = (
-    0.5  # of NVLink's bandwidth: a copy that is timed reaches 80 %, over half the links 40 %
-)
 _MEMORY_TOLERANCE = 0.02  # between drivers, torch-visible memory differs by less
 _DRIVER_TOLERANCE = 0.05  # nvidia-smi's figure is up to 4 % above torch's
 
@@ -29,7 +26,7 @@ def of_node(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> list[M
         return []
     if MARK in expected.gpu.name:
         return list(_slices(expected, node, catalogue))
-    own = own_gpus(expected.gpu.name, node.gpus, catalogue)
+    own = own_gpus(expected.gpu.name, node.gpus, catalogue, expected.pool.gpus_per_node)
     answer = [*_count_and_type(expected, node, own, catalogue), *_mig(expected, node, own)]
     other_card = any(lie.rule in ("gpu-type", "gpu-memory") for lie in answer)
     for gpu in own:
@@ -41,18 +38,25 @@ def of_node(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> list[M
     inside = [pair for pair in node.pairs if {pair.first, pair.second} <= indices]
     return [
         *answer,
-        *_links(expected, node, inside),
+        *link_mismatches.of_pairs(expected, node, inside),
         *speed_mismatches.of_node(expected, node, () if other_card else own),
     ]
 
 
-def own_gpus(declared: str, gpus: Sequence[GpuFacts], catalogue: Catalogue) -> tuple[GpuFacts, ...]:
-    """In a mixed box those of the declared type; where none is, all."""
+def own_gpus(
+    declared: str, gpus: Sequence[GpuFacts], catalogue: Catalogue, count: int
+) -> tuple[GpuFacts, ...]:
+    """In a mixed box those of the declared type; where none is, all.
+
+    Cards that MIG cuts are another pool's where `count` others are there.
+    """
     types = [gpu_type_of(gpu.name, gpu.memory_bytes, catalogue) for gpu in gpus]
     own = tuple(
         gpu for gpu, kind in zip(gpus, types, strict=True) if kind and kind.name == declared
     )
-    return own or tuple(gpus)
+    own = own or tuple(gpus)
+    whole = tuple(gpu for gpu in own if not gpu.mig)
+    return whole if len(whole) >= count else own
 
 
 def _count_and_type(
@@ -60,15 +64,7 @@ def _count_and_type(
 ) -> Iterator[Mismatch]:
     wanted = expected.pool.gpus_per_node
     if not own:
-        driver = f"driver {node.driver}" if node.driver else "no NVIDIA driver that answers"
-        yield expected.mismatch(
-            "gpu-count",
-            node.host,
-            declared=f"{wanted} x {expected.gpu.name}",
-            found=f"no GPU ({driver})",
-            cure="`nvidia-smi` must list them on the host: install or reload the driver, pass "
-            "the devices into the container; or take the node out of the pool",
-        )
+        yield _no_gpu(expected, node)
         return
     if node.measured and node.measured.device == "cpu" and not node.measured.problem:
         yield expected.mismatch(
@@ -82,13 +78,14 @@ def _count_and_type(
         )
     if len(own) != wanted:
         present = ", ".join(str(gpu.index) for gpu in own)
+        lost = "".join(f"; {problem}" for problem in node.problems) if len(own) < wanted else ""
         fallen = "look in `dmesg` for Xid errors (a GPU that fell off the bus), reseat or reset it"
         advice = fallen if len(own) < wanted else "give the rest to another pool"
         yield expected.mismatch(
             "gpu-count",
             node.host,
             declared=f"{wanted} GPUs",
-            found=f"{len(own)} (index {present})",
+            found=f"{len(own)} (index {present}){lost}",
             cure=f"{advice}; or set gpus_per_node: {len(own)}",
             severity="error" if len(own) < wanted else "warning",
         )
@@ -106,6 +103,18 @@ def _count_and_type(
             found=f"{count} x {name} ({memory / GIB:.1f} GiB)",
             cure=cure,
         )
+
+
+def _no_gpu(expected: Expected, node: NodeFacts) -> Mismatch:
+    driver = f"driver {node.driver}" if node.driver else "no NVIDIA driver that answers"
+    return expected.mismatch(
+        "gpu-count",
+        node.host,
+        declared=f"{expected.pool.gpus_per_node} x {expected.gpu.name}",
+        found=f"no GPU ({'; '.join(node.problems) or driver})",
+        cure="`nvidia-smi` must list them on the host: install or reload the driver, pass "
+        "the devices into the container; or take the node out of the pool",
+    )
 
 
 def _capability(expected: Expected, node: NodeFacts, gpu: GpuFacts) -> Iterator[Mismatch]:
@@ -199,13 +208,18 @@ def _mig(expected: Expected, node: NodeFacts, own: Sequence[GpuFacts]) -> Iterat
 
 
 def _slices(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> Iterator[Mismatch]:
-    present = Counter(
-        slice_name(kind.name, each.profile)
+    if not node.gpus:
+        yield _no_gpu(expected, node)
+        return
+    cut = [
+        (slice_name(kind.name, each.profile), each, gpu)
         for gpu in node.gpus
         if (kind := gpu_type_of(gpu.name, gpu.memory_bytes, catalogue))
         for each in gpu.mig_slices
-    )
-    if present[expected.gpu.name] != expected.pool.gpus_per_node:
+    ]
+    present = Counter(name for name, _, _ in cut)
+    own = [(each, gpu) for name, each, gpu in cut if name == expected.gpu.name]
+    if len(own) != expected.pool.gpus_per_node:
         listed = ", ".join(f"{count} x {name}" for name, count in sorted(present.items()))
         yield expected.mismatch(
             "gpu-count",
@@ -215,63 +229,14 @@ def _slices(expected: Expected, node: NodeFacts, catalogue: Catalogue) -> Iterat
             cure="make the slices (`nvidia-smi mig -cgi PROFILE -C`), or set gpu and "
             "gpus_per_node to what is there",
         )
-
-
-def _links(expected: Expected, node: NodeFacts, pairs: Sequence[PairFacts]) -> Iterator[Mismatch]:
-    if expected.link not in ("nvlink", "pcie"):
-        return
-    apart = [pair for pair in pairs if pair.path and not pair.path.startswith("NV")]
-    if expected.link == "nvlink" and apart:
+    least = min((each.memory_bytes for each, _ in own), default=expected.memory_bytes)
+    if expected.pool.memory_gib_per_gpu is not None and least < expected.memory_bytes:
         yield expected.mismatch(
-            "nvlink-missing",
+            "gpu-memory",
             node.host,
-            declared="NVLink between all GPUs",
-            found=f"{_listed(apart)}: {apart[0].path}, over PCIe",
-            cure="check bridges and `nvidia-smi nvlink --status` (on HGX boards the "
-            "fabric manager must run); or set links: {intra: pcie}",
+            declared=f"{expected.memory_bytes / GIB:.2f} GiB per slice",
+            found=f"{least / GIB:.2f} GiB",
+            cure=f"set memory_gib_per_gpu: {least // (GIB // 10) / 10:.1f}",
         )
-    else:
-        barred = [pair for pair in pairs if pair.peer and pair.peer != "OK"]
-        if barred:
-            yield expected.mismatch(
-                "p2p-unavailable",
-                node.host,
-                declared=f"peer access ({expected.link})",
-                found=f"{_listed(barred)}: {barred[0].peer}, copies go through host memory",
-                cure="set links: {intra: pcie-no-p2p}; or allow it: IOMMU and ACS off, a driver "
-                "that does not bar it",
-            )
-    yield from _copies(expected, node, pairs)
-
-
-def _copies(expected: Expected, node: NodeFacts, pairs: Sequence[PairFacts]) -> Iterator[Mismatch]:
-    wrong = [pair for pair in pairs if pair.copy_correct is False]
-    if wrong:
-        yield expected.mismatch(
-            "p2p-wrong-copies",
-            node.host,
-            declared=f"peer access ({expected.link})",
-            found=f"{_listed(wrong)}: what arrives differs from what was sent",
-            cure="turn IOMMU and PCIe ACS off (`iommu=off`), or set NCCL_P2P_DISABLE=1 and "
-            "links: {intra: pcie-no-p2p}; until then answers would be wrong",
-        )
-    declared = expected.gpu.pcie_bytes_per_s
-    if expected.link == "nvlink":
-        declared = expected.gpu.nvlink_bytes_per_s
-    least = (_LINKS_LOST if expected.link == "nvlink" else _QUARTER) * declared
-    slow = [pair for pair in pairs if (pair.copy_bytes_per_s or declared) < least]
-    if slow and not wrong:
-        yield expected.mismatch(
-            "link-slow",
-            node.host,
-            declared=f"{declared / 1e9:.0f} GB/s between GPUs ({expected.link})",
-            found=f"{_listed(slow)}: {(slow[0].copy_bytes_per_s or 0) / 1e9:.1f} GB/s",
-            cure="see that nothing else used the GPUs; then `nvidia-smi nvlink --status` (links that "
-            "are inactive), `nvidia-smi topo -m` and the cables",
-            severity="warning",
-        )
-
-
-def _listed(pairs: Sequence[PairFacts]) -> str:
-    shown = ", ".join(f"GPU {pair.first} and {pair.second}" for pair in pairs[:3])
-    return shown if len(pairs) <= 3 else f"{shown} and {len(pairs) - 3} more pairs"
+    for gpu in {gpu.index: gpu for _, gpu in own}.values():
+        yield from _ecc(expected, node, gpu)

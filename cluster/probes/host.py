@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.host_memory import limits_bytes
 from placement.node_facts import DiskFacts, NicFacts
 
 _FEATURES = (
@@ -28,19 +29,15 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 _SAMPLE_BYTES = 64 * 2**20
 _BLOCK = 4 * 2**20
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+_CGROUP_V1_LIMIT = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def host_memory_bytes() -> int:
-    """Of the machine; in a container its limit, if that is less."""
-    total = int(psutil.virtual_memory().total)
-    for limit in _CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            return min(total, int(limit.read_text()))
-    return total
+    """Of the machine; in a container, or under another control group, its limit, if that is less."""
+    limits = limits_bytes()
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(_CGROUP_V1_LIMIT.read_text()))
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
 def cpu() -> tuple[str, tuple[str, ...]]:
@@ -67,6 +64,9 @@ def disk(folder: Path, *, measure: bool) -> DiskFacts:
     """Room, speed and checkpoints there; of a folder that is not there yet, of what it would be in.
 
     `measure` writes 64 MiB, reads them back past the page cache, and removes them.
+
+    Raises:
+        OSError: the folder may not be looked into, or its file system is away.
     """
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     usage = shutil.disk_usage(existing)
@@ -80,17 +80,29 @@ def disk(folder: Path, *, measure: bool) -> DiskFacts:
 
 
 def nics(root: Path = Path("/sys/class")) -> tuple[NicFacts, ...]:
-    """Physical network interfaces and InfiniBand ports that are up."""
-    found = []
+    """Physical network interfaces and InfiniBand ports that are up, each link once.
+
+    A card's port may be both an interface and an InfiniBand port (RoCE, IPoIB).
+    """
+    found, devices = [], set[Path]()
     for entry in sorted((root / "net").glob("*")):
-        # Bridges, tunnels and the loopback have no device behind them.
-        if (entry / "device").exists() and _text(entry / "operstate") in ("up", "unknown"):
+        device = entry / "device"
+        # Bridges, tunnels and the loopback have no device behind them; a virtual function shares
+        # the link of its physical one.
+        if not device.exists() or (device / "physfn").exists():
+            continue
+        if _text(entry / "operstate") in ("up", "unknown"):
             speed = _text(entry / "speed")
-            gbps = int(speed) / 1000 if speed.isdigit() and int(speed) else None
+            gbps = int(speed) / 1000 if speed.isdecimal() and int(speed) else None
             found.append(NicFacts(name=entry.name, gbps=gbps))
+            if gbps is not None:
+                devices.add(device.resolve())
     for entry in sorted((root / "infiniband").glob("*/ports/*")):
+        device = entry.parents[1] / "device"
         rate = _text(entry / "rate").partition(" ")[0]  # `400 Gb/sec (4X NDR)`
-        if _text(entry / "state").endswith("ACTIVE") and rate.isdigit():
+        up = _text(entry / "state").endswith(": ACTIVE") and rate.isdecimal()
+        virtual = (device / "physfn").exists()
+        if up and not virtual and device.resolve() not in devices:
             found.append(NicFacts(name=f"{entry.parts[-3]}/{entry.name}", gbps=float(rate)))
     return tuple(found)
 

@@ -24,17 +24,32 @@ def with_speeds(
     facts: NodeFacts, progress: Callable[[str], None], timeout_s: float = TIMEOUT_S
 ) -> NodeFacts:
     """`facts`, with what a short run on the devices showed; with a problem where it failed."""
-    # A worker without GPUs of its own is told by Ray to see none; the probe looks at all.
+    # A worker without GPUs of its own is told by Ray to see none; the probe looks at all it found.
     environment = {key: value for key, value in os.environ.items() if "VISIBLE_DEVICES" not in key}
-    if own := os.environ.get(GPUS_VARIABLE):
-        environment["CUDA_VISIBLE_DEVICES"] = own
+    if facts.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(_uuids(facts))
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's order, as nvidia-smi's
     status, output, said = _run(environment, progress, timeout_s)
     if status is None:
         return _unmeasured(facts, f"not done within {timeout_s:.0f} s; it was at: {said}")
     if status != 0:
         return _unmeasured(facts, f"ended with {status}: {said}")
-    return merged(facts, json.loads(output.splitlines()[-1]))
+    return read(facts, output, said)
+
+
+def read(facts: NodeFacts, output: str, said: str) -> NodeFacts:
+    """`facts` with the figures in the last line of `output`, or with a problem where none are."""
+    try:
+        answer = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        return _unmeasured(facts, f"printed no figures but {output[-_LAST_WORDS:]!r}: {said}")
+    return merged(facts, answer)
+
+
+def _uuids(facts: NodeFacts) -> list[str]:
+    """Of the whole GPUs; where all are cut, of the slices: CUDA shows a process one of them."""
+    whole = [gpu.uuid for gpu in facts.gpus if not gpu.mig]
+    return whole or [each.uuid for gpu in facts.gpus for each in gpu.mig_slices]
 
 
 def merged(facts: NodeFacts, answer: Mapping[str, Any]) -> NodeFacts:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from cluster.probes import host
-from cluster.probes.node import silent
-from cluster.probes.speeds import merged, with_speeds
+from cluster.probes.node import probe, silent
+from cluster.probes.speeds import merged, read, with_speeds
 from placement.node_facts import PairFacts
 from tests.placement.nodes import a_4090, a_gpu, a_node
 
@@ -114,6 +116,44 @@ def test_only_interfaces_with_a_device_count_and_infiniband_ports_that_are_activ
     found = {nic.name: nic.gbps for nic in host.nics(tmp_path)}
 
     assert found == {"eth0": 25.0, "virtio": None, "mlx5_0/1": 400.0}
+
+
+def test_a_link_is_counted_once_whatever_shows_it(tmp_path):
+    """100 Gbit/s are not 200 because a port is an interface and an InfiniBand port, or has VFs."""
+    card, part = tmp_path / "pci" / "card", tmp_path / "pci" / "part"
+    for folder in (card, part / "physfn"):
+        folder.mkdir(parents=True)
+    for name, device, files in (
+        ("net/eth0", card, {"speed": "100000", "operstate": "up"}),
+        ("net/eth0v0", part, {"speed": "100000", "operstate": "up"}),
+        ("infiniband/mlx5_0", card, {}),
+        ("infiniband/mlx5_0/ports/1", None, {"rate": "100 Gb/sec (4X EDR)", "state": "4: ACTIVE"}),
+    ):
+        folder = tmp_path / "class" / name
+        folder.mkdir(parents=True)
+        if device:
+            (folder / "device").symlink_to(device)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+
+    assert [(nic.name, nic.gbps) for nic in host.nics(tmp_path / "class")] == [("eth0", 100.0)]
+
+
+@pytest.mark.parametrize("output", ["", "goodbye"])
+def test_figures_that_do_not_come_are_a_problem(output: str):
+    facts = read(a_node(), output, "all-reduce")
+
+    assert facts.measured is not None
+    assert facts.measured.problem == f"printed no figures but {output!r}: all-reduce"
+
+
+def test_a_cache_that_cannot_be_looked_into_is_a_problem_and_not_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / ("long" * 100)))
+
+    facts = probe(measure=False)
+
+    assert facts.disk is None
+    assert "the model cache (HF_HOME)" in facts.problems[-1]
 
 
 def test_a_cache_that_is_not_there_yet_has_the_room_of_where_it_will_be(tmp_path):

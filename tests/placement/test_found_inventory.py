@@ -139,7 +139,10 @@ def test_a_slice_has_its_share_of_the_card():
         ("H100-SXM", "7g.80gb", 8),
         ("H100-SXM", "1g.10gb+me", 1),
         ("H200-SXM", "1g.18gb", 1),
-        ("H100-SXM", "1c.3g.40gb", 4),
+        ("H100-NVL", "3g.47gb", 4),
+        ("B200", "1g.23gb", 1),
+        ("B300", "1g.34gb", 1),
+        ("RTX-PRO-6000", "1g.24gb-me", 2),
     ],
 )
 def test_memory_is_cut_in_eighths(gpu: str, profile: str, eighths: int):
@@ -148,10 +151,59 @@ def test_memory_is_cut_in_eighths(gpu: str, profile: str, eighths: int):
     assert part.memory_bytes == int((whole.memory_bytes or 0) * eighths / 8)
 
 
-@pytest.mark.parametrize("name", ["H100-SXM-MIG-half", "H1000-MIG-3g.40gb", "cpu-MIG-1g.5gb"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "H100-SXM-MIG-half", "H1000-MIG-3g.40gb", "cpu-MIG-1g.5gb",
+        "H200-SXM-MIG-1g.10gb", "B200-MIG-1g.10gb",  # other cards' profiles
+        "H100-SXM-MIG-9g.80gb", "H100-SXM-MIG-0g.10gb",
+        "RTX-4090-MIG-1g.3gb",  # it has no MIG
+        "H100-SXM-MIG-1c.3g.40gb",  # shares its memory with other compute instances
+    ],
+)  # fmt: skip
 def test_what_is_no_slice_of_a_known_card_is_unknown(name: str):
     with pytest.raises(UnknownName):
         CATALOGUE.gpu(name)
+
+
+def test_a_card_that_is_cut_in_four_is_whole_with_four_parts():
+    card, whole = CATALOGUE.gpu("rtx-pro-6000"), CATALOGUE.gpu("rtx-pro-6000-MIG-4g.96gb+gfx")
+
+    assert whole.bf16_flops == card.bf16_flops
+    assert whole.memory_bytes == card.memory_bytes
+
+
+def test_a_slice_is_called_alike_however_it_is_written():
+    assert CATALOGUE.gpu("H100-SXM-MIG-3G.40GB").name == "H100-SXM-MIG-3g.40gb"
+
+
+def test_of_ray_nodes_that_share_a_host_each_pool_gets_its_own_figures():
+    """Its cards are of the other kind, whichever was probed last."""
+    rtx = a_node("box", node="box-1", pool="rtx", gpus=(a_4090(0), a_4090(1)), pairs=())
+    h100 = a_node("box", node="box-2", gpus=(a_gpu(2), a_gpu(3)), pairs=())
+    inventory = declared(name="rtx", gpu="RTX-4090", gpus_per_node=2, node_names=("box",))
+
+    [pool] = with_findings(inventory, [rtx, h100]).pools
+
+    assert pool.memory_gib_per_gpu == 23.5
+
+
+def test_a_known_name_on_a_card_of_another_size_is_not_taken_for_the_known_card():
+    box = a_node(gpus=(a_4090(0), a_4090(1, memory_bytes=48 * GIB)), pairs=())
+
+    kinds = device_kinds(box, CATALOGUE)
+
+    assert kinds == {
+        "RTX-4090": ("GPU-0",), "NVIDIA-GeForce-RTX-4090-48GiB": ("GPU-1",),
+    }  # fmt: skip
+    assert len(pools_of(box, CATALOGUE, "box")) == 2
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 (engineering sample)", "GRID A100X-40C", "(?)"])
+def test_any_name_of_a_card_makes_a_pool(name: str):
+    [pool] = pools_of(a_node(gpus=(a_gpu(0, name=name),), pairs=()), CATALOGUE, "box")
+
+    assert pool.gpu.endswith("-80GiB")
 
 
 def test_only_weights_that_are_downloaded_need_disk():

@@ -100,6 +100,36 @@ PLANTED = [
         "GPU 0 and 1: what arrives differs", "NCCL_P2P_DISABLE",
     ),
     (
+        "gpu-count", h100_pool(),
+        a_node(
+            gpus=eight()[1:], pairs=(),
+            problems=("GPU 0 (00000000:1B:00.0) cannot be used: product_name 'ERR!'",),
+        ),
+        "7 (index 1, 2, 3, 4, 5, 6, 7); GPU 0 (00000000:1B:00.0) cannot be used", "dmesg",
+    ),
+    (
+        "gpu-count", h100_pool(),
+        a_node(gpus=(), pairs=(), driver="", problems=("`nvidia-smi -q -x` hangs",)),
+        "no GPU (`nvidia-smi -q -x` hangs)", "reload",
+    ),
+    (
+        "gpu-count", h100_pool(gpu="H100-SXM-MIG-3g.40gb", links=Links()),
+        a_node(gpus=(), pairs=(), driver=""), "no NVIDIA driver that answers", "install",
+    ),
+    (
+        "gpu-memory",
+        h100_pool(
+            gpu="H100-SXM-MIG-3g.40gb", gpus_per_node=2, memory_gib_per_gpu=60, links=Links()
+        ),
+        a_node(gpus=(a_gpu(mig=True, mig_slices=MIG_SLICES),), pairs=()),
+        "40.00 GiB", "memory_gib_per_gpu: 40.0",
+    ),
+    (
+        "ecc-errors", h100_pool(gpu="H100-SXM-MIG-3g.40gb", gpus_per_node=2, links=Links()),
+        a_node(gpus=(a_gpu(mig=True, mig_slices=MIG_SLICES, remapping="failed"),), pairs=()),
+        "remapping failed", "replaced",
+    ),
+    (
         "p2p-unavailable", PCIE_POOL,
         a_node(gpus=PCIE_GPUS, pairs=pairs(2, path="PHB", peer="CNS")), "CNS", "pcie-no-p2p",
     ),
@@ -287,6 +317,16 @@ def test_in_a_mixed_box_each_pool_looks_at_its_own_cards():
     )  # fmt: skip
 
     assert mismatches(both, [box], catalogue=CATALOGUE) == ()
+
+
+def test_the_whole_cards_of_a_box_are_not_accused_of_the_slices_of_others():
+    box = a_node(
+        gpus=(a_gpu(0, mig=True, mig_slices=MIG_SLICES), a_gpu(1), a_gpu(2)), pairs=pairs(3)[2:]
+    )
+
+    assert lies(h100_pool(gpus_per_node=2), box) == ()
+    [lie] = lies(h100_pool(gpus_per_node=3), box)
+    assert (lie.rule, lie.found) == ("mig-on", "GPU 0 is cut by MIG: 3g.40gb, 3g.40gb")
 
 
 def test_declared_slices_are_counted_not_their_cards():
