@@ -36,12 +36,14 @@ from cluster.messages import (
     NodeList,
     ScaleRequest,
 )
+from cluster.sync_desk import SyncText
 from gateway.endpoints import SyncRequest, SyncResponse
 from placement.errors import PlacementError, UnknownName
 from placement.inventory import Inventory
 from placement.plan import Plan
 
 Body = TypeVar("Body", bound=BaseModel)
+Told = TypeVar("Told", bound=BaseModel | None)
 log = logging.getLogger("bora.control_api")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -141,7 +143,7 @@ async def serve_control_api(control: Control, host: str, port: int, token: str) 
     app = web.Application(middlewares=[_errors, _guard(token)], client_max_size=16 * 2**20)
     app.add_routes(
         [
-            web.post("/v1/sync", _on_body(SyncRequest, control.sync)),
+            web.post("/v1/sync", _on_body(SyncRequest, control.sync, SyncText().of)),
             web.post("/v1/apply", _on_body(Plan, control.fleet.apply)),
             web.post(
                 "/v1/scale",
@@ -199,13 +201,21 @@ def _guard(token: str) -> Any:
     return guard
 
 
-def _on_body(form: type[Body], act: Callable[[Body], Awaitable[BaseModel | None]]) -> Handler:
+def _text(value: BaseModel | None) -> str:
+    return "{}" if value is None else value.model_dump_json()
+
+
+def _on_body(
+    form: type[Body],
+    act: Callable[[Body], Awaitable[Told]],
+    text: Callable[[Told], str] = _text,
+) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         try:
             body = form.model_validate_json(await request.read())
         except ValidationError as error:
             return _refusal(400, str(error))
-        return _answer(await act(body))
+        return _answer(text(await act(body)))
 
     return handler
 
@@ -213,7 +223,7 @@ def _on_body(form: type[Body], act: Callable[[Body], Awaitable[BaseModel | None]
 def _no_body(act: Callable[[], Awaitable[BaseModel | None]]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         del request
-        return _answer(await act())
+        return _answer(_text(await act()))
 
     return handler
 
@@ -222,15 +232,14 @@ def _refusal(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
 
 
-def _answer(value: BaseModel | None) -> web.Response:
-    text = "{}" if value is None else value.model_dump_json()
+def _answer(text: str) -> web.Response:
     return web.Response(text=text, content_type="application/json")
 
 
 def _at_once(tell: Callable[[], BaseModel]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
         del request
-        return _answer(tell())
+        return _answer(_text(tell()))
 
     return handler
 
@@ -240,7 +249,7 @@ def _events(control: Control) -> Handler:
         after = request.query.get("after", "0")
         if not after.isdecimal():
             return _refusal(400, f"after={after!r}: expected the number of an event")
-        return _answer(control.events(int(after)))
+        return _answer(_text(control.events(int(after))))
 
     return handler
 

@@ -167,11 +167,10 @@ class Fleet:
         await self.plans.forget()
         await self._deployer.stop()
 
-    def table(self, version: int, changed_s: float) -> EndpointTable:
+    def table(self, version: int) -> EndpointTable:
         """What gateways route to now."""
         outgoing = self._lifecycle.outgoing()
-        table = self._registry.table(self.plans.variants(), version, outgoing=outgoing)
-        return table.model_copy(update={"changed_s": changed_s})
+        return self._registry.table(self.plans.variants(), version, outgoing=outgoing)
 
     def settling(self) -> bool:
         """Whether replicas may live that a restarted controller has not heard yet."""

@@ -17,12 +17,12 @@ PAUSE_S = 0.1  # between two tables; the first change after a quiet while goes o
 
 
 class Publisher:
-    """`table(version, changed_s)` is what there is to tell. Lives on the running event loop."""
+    """`table(version)` is what there is to tell. Lives on the running event loop."""
 
     def __init__(
         self,
         desk: SyncDesk,
-        table: Callable[[int, float], EndpointTable],
+        table: Callable[[int], EndpointTable],
         pause_s: float = PAUSE_S,
     ) -> None:
         self._desk = desk
@@ -49,5 +49,5 @@ class Publisher:
         changed_s, self._changed_s = self._changed_s or time.time(), None
         # Milliseconds since the epoch keep growing over a restart of the controller.
         version = max(self._desk.table.version + 1, int(time.time() * 1000))
-        self._desk.publish(self._table(version, changed_s))
+        self._desk.publish(self._table(version), changed_s)
         self._told_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from cluster.generations import GenerationKey, key_of
 from cluster.messages import ReplicaReport
@@ -21,6 +22,7 @@ class Registry:
         self._heard_s: dict[str, float] = {}
         self._first_s: dict[str, float] = {}
         self._retired: set[str] = set()
+        self._listed: dict[str, _Listed] = {}
         self._gone_s: dict[str, float] = {}  # lost, with when they were heard last all the same
 
     def report(self, report: ReplicaReport, now_s: float) -> bool:
@@ -66,6 +68,7 @@ class Registry:
     def _forget(self, replica: str) -> ReplicaReport:
         del self._heard_s[replica], self._first_s[replica]
         self._retired.discard(replica)
+        self._listed.pop(replica, None)
         report = self._reports.pop(replica)
         del self._of_variant[report.variant][replica]
         return report
@@ -139,12 +142,30 @@ class Registry:
         names |= {variant.variant: variant for variant in variants}
         shapes |= {key_of(variant): variant for variant in variants}
         endpoints = tuple(
-            _endpoint(shapes.get(GenerationKey(name, report.version), variant), report)
+            self._endpoint(shapes.get(GenerationKey(name, report.version), variant), report)
             for name, variant in names.items()
             for report in self.of(name)
             if report.state in ("ready", "draining")
         )
         return EndpointTable(version=version, models=tuple(models.values()), endpoints=endpoints)
+
+    def _endpoint(self, variant: Variant, report: ReplicaReport) -> Endpoint:
+        """The same object as in the last table, if nothing about it is new."""
+        told = (report.url, report.api_key, report.state, report.adapters)
+        last = self._listed.get(report.replica)
+        if last is None or last.variant is not variant or last.told != told:
+            last = _Listed(variant, told, _endpoint(variant, report))
+            self._listed[report.replica] = last
+        return last.endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """An endpoint of the last table, and what it was made of."""
+
+    variant: Variant
+    told: tuple[object, ...]  # of the replica's report
+    endpoint: Endpoint
 
 
 def _is_late(report: ReplicaReport, before: ReplicaReport) -> bool:

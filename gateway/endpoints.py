@@ -90,9 +90,6 @@ class EndpointTable(Spec):
     version: NonNegativeInt = 0
     models: tuple[ServedModel, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
-    changed_s: NonNegativeFloat = Field(
-        0.0, description="When the controller heard of the first change in it, epoch seconds."
-    )
 
 
 class EndpointsFile(Spec):
@@ -126,6 +123,11 @@ class SyncResponse(Spec):
     """The newest tables, or None for what did not change within `wait_s`."""
 
     table: EndpointTable | None = None
+    changed_s: NonNegativeFloat = Field(
+        0.0,
+        description="When the controller heard of the first change that the gateway's own table"
+        " lacks, epoch seconds; 0: it has none, or the controller no longer knows.",
+    )
     keys: KeyTable | None = None
     usage_sequence: int | None = Field(None, description="Of the usage report that was taken.")
     spent: Mapping[str, Spent] = Field(

@@ -100,16 +100,19 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def apply(self, table: EndpointTable) -> None:
-        """Route by `table` from now on."""
+    def apply(self, table: EndpointTable, changed_s: float = 0.0) -> None:
+        """Route by `table` from now on.
+
+        `changed_s`: epoch seconds of the first change that was not routed by yet; 0: not known.
+        """
         table = with_adapters(table)
         self.admission.apply(table)
         router = self.admission.router
         ready = {model.name: router.num_ready(model.name) for model in router.models}
         self.meter.table_applied(table.version, ready.items())
         self.meter.endpoints_listed(table.endpoints)
-        if table.changed_s:
-            self.meter.table_delayed(time.time() - table.changed_s)
+        if changed_s:
+            self.meter.table_delayed(time.time() - changed_s)
         _log.info("endpoint table %d: %s", table.version, ready)
         self._tell_health()
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 from pydantic import ValidationError
@@ -25,14 +26,17 @@ from placement.errors import ConfigError, nearest
 from placement.spec import load_yaml, place
 
 _log = logging.getLogger(__name__)
-_Apply = Callable[[EndpointTable], None]
-
 _SYNC_WAIT_S = 0.5
 _SYNC_TIMEOUT_S = 10.0
 _FASTEST_SYNC_S = 0.05
 _BACKOFF_S = (0.1, 2.0)
 _LAST_REPORT_S = 3.0
 _LAST_REPORTS = 2  # one that was not confirmed, and what came after it
+
+
+class _Apply(Protocol):
+    def __call__(self, table: EndpointTable, changed_s: float = 0.0) -> None:
+        """Route by `table`; `changed_s` is that of `SyncResponse`."""
 
 
 def table_from_file(path: Path, version: int) -> EndpointTable:
@@ -155,8 +159,12 @@ class ControllerFeed:
     async def follow(self, apply: _Apply) -> None:
         """Sync for ever. While the controller is away the last table stays in force."""
         timeout = aiohttp.ClientTimeout(total=_SYNC_TIMEOUT_S, sock_connect=2.0)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            await self._every_sync(lambda: self._sync(session), apply)
+        try:
+            async with aiohttp.ClientSession(timeout=timeout) as session:
+                await self._every_sync(lambda: self._sync(session), apply)
+        finally:
+            if self._kept:
+                await self._kept.written()
 
     async def _every_sync(self, sync: Callable[[], Awaitable[SyncResponse]], apply: _Apply) -> None:
         backoff_s, failed = _BACKOFF_S[0], False
@@ -174,12 +182,12 @@ class ControllerFeed:
             if failed:
                 _log.info("%s answers again", self._url)
             backoff_s, failed = _BACKOFF_S[0], False
-            if self._kept and (answer.table or answer.keys):
-                await asyncio.to_thread(self._kept.keep, answer)
             if answer.table:
-                apply(answer.table)
+                apply(answer.table, answer.changed_s)
                 self._version = answer.table.version
-            else:
+            if self._kept:
+                self._kept.keep(answer)
+            if answer.table is None:
                 await asyncio.sleep(_FASTEST_SYNC_S)
 
     def _recall(self, apply: _Apply) -> None:

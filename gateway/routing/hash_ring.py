@@ -6,13 +6,14 @@ a name comes or goes only the keys next to its points move.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from zlib import crc32
 
 _POINTS = 64  # of a name of mean weight: shares within about 12 %
 _MASK = 2**32 - 1
 _MIX = 0x9E3779B1
+_FEW = 16  # as long as less than 1/16 of the points change, one by one is faster than all anew
 
 
 def spread(number: int) -> int:
@@ -23,19 +24,48 @@ def spread(number: int) -> int:
 
 
 class HashRing:
-    """Of names with weights."""
+    """Of names with weights. What is on it depends on these alone, not on what was there before."""
 
-    __slots__ = ("_names", "_points")
+    __slots__ = ("_counts", "_names", "_points")
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        mean = sum(weights.values()) / max(len(weights), 1)
-        placed = sorted(
-            (spread(crc32(f"{name}#{number}".encode())), name)
-            for name, weight in weights.items()
-            for number in range(max(1, round(_POINTS * weight / mean)) if mean else 1)
-        )
-        self._points = [point for point, _ in placed]
-        self._names = [name for _, name in placed]
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self._counts: dict[str, int] = {}
+        self._points: list[int] = []
+        self._names: list[str] = []
+        self.weigh(weights or {})
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Be the ring of these. Costs little when few of them come, go or change."""
+        counts, before = _counts(weights), self._counts
+        changes = {
+            name: (before.get(name, 0), counts.get(name, 0))
+            for name in before.keys() | counts.keys()
+            if before.get(name) != counts.get(name)
+        }
+        self._counts = counts
+        if sum(abs(new - old) for old, new in changes.values()) * _FEW > len(self._points):
+            placed = sorted(
+                (point, name) for name, count in counts.items() for point in _points(name, 0, count)
+            )
+            self._points = [point for point, _ in placed]
+            self._names = [name for _, name in placed]
+            return
+        for name, (old, new) in changes.items():
+            for point in _points(name, new, old):
+                at = self._place(point, name)
+                del self._points[at], self._names[at]
+            for point in _points(name, old, new):
+                at = self._place(point, name)
+                self._points.insert(at, point)
+                self._names.insert(at, name)
+
+    def _place(self, point: int, name: str) -> int:
+        """Where it stands, or would: by points, and where these are the same by names."""
+        points, names = self._points, self._names
+        at = bisect_left(points, point)
+        while at < len(points) and points[at] == point and names[at] < name:
+            at += 1
+        return at
 
     def home(self, key: int) -> str | None:
         """Where `key` belongs; None: the ring is empty."""
@@ -54,3 +84,19 @@ class HashRing:
             if name not in seen:
                 seen.add(name)
                 yield name
+
+
+def _counts(weights: Mapping[str, float]) -> dict[str, int]:
+    """How many points each has."""
+    mean = sum(weights.values()) / max(len(weights), 1)
+    return {
+        name: max(1, round(_POINTS * weight / mean)) if mean else 1
+        for name, weight in weights.items()
+    }
+
+
+def _points(name: str, first: int, end: int) -> Iterator[int]:
+    """Those with the numbers from `first` to before `end`."""
+    beginning = crc32(f"{name}#".encode())
+    for number in range(first, end):
+        yield spread(crc32(b"%d" % number, beginning))

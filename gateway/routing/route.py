@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.call import Call
-from gateway.endpoints import ServedModel
+from gateway.endpoints import Endpoint, ServedModel
 from gateway.routing.breaker import Fault
 from gateway.routing.features import Features
 from gateway.routing.hash_ring import HashRing
@@ -43,9 +43,14 @@ class Route:
     usual_work: int = int(_FIRST_GUESS_TOKENS) * (OUTPUT_TOKEN_WORK + 1)
     reviewed_at: float = 0.0
     by_bit: dict[int, EndpointState] = field(default_factory=dict)
+    by_key: dict[str, EndpointState] = field(default_factory=dict)
     all_bits: int = 0
-    _ring: HashRing | None = None
-    _by_key: dict[str, EndpointState] = field(default_factory=dict)
+    _ring: HashRing = field(default_factory=HashRing)
+    _ring_is_old: bool = False
+
+    def serves(self, model: ServedModel, endpoints: Sequence[Endpoint]) -> bool:
+        """Whether it was settled with just these."""
+        return self.model == model and [state.endpoint for state in self.states] == endpoints
 
     def settle(self, states: list[EndpointState]) -> None:
         """Serve the model with these states from now on."""
@@ -53,10 +58,10 @@ class Route:
         if gone:
             self.index.forget(sum(gone))
         self.states = states
-        self._by_key = {state.endpoint.key: state for state in states}
+        self.by_key = {state.endpoint.key: state for state in states}
         self.by_bit = {state.bit: state for state in states}
         self.all_bits = sum(state.bit for state in answering(states))
-        self._ring = None
+        self._ring_is_old = True
         self.is_clear = False  # to be found out
         self.split.weigh(self.model.routing.weights)
         self.policy = self.model.routing.policy
@@ -83,30 +88,28 @@ class Route:
         """What is known of them; empty: nothing."""
         return state.endpoint.capabilities or self.model.capabilities
 
-    def unused_bit(self, taken: Iterable[EndpointState]) -> int:
-        """The lowest bit that none of these has."""
-        used = 0
-        for state in taken:
-            used |= state.bit
-        return ~used & (used + 1)
+    def used_bits(self) -> int:
+        """Those of all states."""
+        return sum(state.bit for state in self.states)
 
     def ring(self) -> HashRing:
         """Of all that answer requests by planned speed, so that gateways with one table agree."""
-        if self._ring is None:
-            weights = dict(zip(self._by_key, self._planned(), strict=True))
+        if self._ring_is_old:
+            weights = dict(zip(self.by_key, self._planned(), strict=True))
             names = [state.endpoint.key for state in answering(self.states)]
-            self._ring = HashRing({name: weights[name] for name in names})
+            self._ring.weigh({name: weights[name] for name in names})
+            self._ring_is_old = False
         return self._ring
 
     def home(self, key: int) -> EndpointState | None:
         """The endpoint that a prompt or a session belongs to when nothing is known of it."""
-        ring = self._ring or self.ring()
+        ring = self.ring() if self._ring_is_old else self._ring
         name = ring.home(key)
-        return None if name is None else self._by_key[name]
+        return None if name is None else self.by_key[name]
 
     def homes(self, key: int) -> Iterable[EndpointState]:
         """Its home, then where it goes when that is overloaded."""
-        return map(self._by_key.__getitem__, self.ring().walk(key))
+        return map(self.by_key.__getitem__, self.ring().walk(key))
 
     def work_of(self, call: Call, features: Features) -> int:
         """What a request costs an engine that has seen nothing of it."""

@@ -58,19 +58,22 @@ class Router:
     def apply(self, table: EndpointTable) -> None:
         """Route by `table` from now on. Leases stay valid, endpoints that stay keep their counts."""
         models = {model.name: model for model in table.models}
+        listed: dict[str, list[Endpoint]] = {name: [] for name in models}
         for endpoint in table.endpoints:
-            models.setdefault(endpoint.model, ServedModel(name=endpoint.model, scalable=False))
+            name = endpoint.model
+            if name not in listed:
+                models[name], listed[name] = ServedModel(name=name, scalable=False), []
+            listed[name].append(endpoint)
         old_routes, old_states = self._routes, self._states
         count_apart(old_states.values())
         self._routes, self._states = {}, {}
-        listed: dict[str, list[Endpoint]] = {name: [] for name in models}
-        for endpoint in table.endpoints:
-            listed[endpoint.model].append(endpoint)
         for name, model in models.items():
-            route = old_routes.get(name) or Route(model)
+            route = self._routes[name] = old_routes.get(name) or Route(model)
+            if name in old_routes and route.serves(model, listed[name]):
+                self._states |= {(name, key): state for key, state in route.by_key.items()}
+                continue  # most models are as they were
             route.model = model
             route.settle(self._states_of(route, listed[name], old_states))
-            self._routes[name] = route
             self._pickers[name] = picker(model.routing.policy, self._random)
         for identity, state in old_states.items():
             if state.in_flight and identity not in self._states:
@@ -89,7 +92,7 @@ class Router:
         old: dict[tuple[str, str], EndpointState],
     ) -> list[EndpointState]:
         states: list[EndpointState] = []
-        staying = set(route.states)
+        staying, used = set(route.states), route.used_bits()
         for endpoint in endpoints:
             identity = (endpoint.model, endpoint.key)
             if identity in self._states:
@@ -103,7 +106,8 @@ class Router:
             state.endpoint = endpoint
             state.max_in_flight = -(-endpoint.max_in_flight // self._workers)
             if state not in staying:
-                state.bit = route.unused_bit([*route.states, *states])
+                state.bit = ~used & (used + 1)  # the lowest that is free
+                used |= state.bit
             self._states[identity] = state
             states.append(state)
         return states

@@ -11,6 +11,8 @@ from gateway.routing.state import EndpointState
 def count_apart(states: Iterable[EndpointState]) -> None:
     """Each state counts its own requests only, and has no siblings."""
     for state in states:
+        if not state.siblings:
+            continue
         state.in_flight -= state.others_in_flight
         state.work -= state.others_work
         state.others_in_flight = state.others_work = 0
@@ -22,11 +24,19 @@ def count_together(routes: Iterable[Route]) -> None:
 
     They were counted apart before.
     """
-    engines: dict[tuple[str, str], list[EndpointState]] = {}
+    families: dict[str, list[Route]] = {}
     for route in routes:
-        model = route.model.parent or route.model.name
-        for state in route.states:
-            engines.setdefault((model, state.endpoint.key), []).append(state)
+        families.setdefault(route.model.parent or route.model.name, []).append(route)
+    for family in families.values():
+        if len(family) > 1:
+            _count_together(family)
+
+
+def _count_together(family: Iterable[Route]) -> None:
+    engines: dict[str, list[EndpointState]] = {}
+    for route in family:
+        for key, state in route.by_key.items():
+            engines.setdefault(key, []).append(state)
     for states in engines.values():
         if len(states) == 1:
             continue

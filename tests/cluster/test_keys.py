@@ -184,7 +184,7 @@ async def a_controller(
     [port] = free_ports(1)
     desk = SyncDesk(folder, lambda: False)
     if table:
-        desk.publish(table)
+        desk.publish(table, changed_s=1.0)
     control = RememberingControl(folder)
     control.keys, control.sync = desk.keys, desk.answer
     runner = await serve_control_api(control, "127.0.0.1", port, TOKEN)

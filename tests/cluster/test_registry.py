@@ -37,6 +37,23 @@ def test_an_endpoint_carries_what_the_gateway_needs():
     assert endpoint.max_model_len == 4096
 
 
+def test_endpoints_of_which_nothing_is_new_are_not_made_anew():
+    registry, variants = Registry(), [a_variant()]
+    for number in range(3):
+        registry.report(a_report(replica=f"r{number}"), now_s=0)
+    before = registry.table(variants, version=1).endpoints
+
+    registry.report(a_report(replica="r0", running=5, number=1), now_s=1)
+    registry.report(a_report(replica="r1", state="draining", number=1), now_s=1)
+    registry.report(a_report(replica="r2", adapters={"a": "b"}, number=1), now_s=1)
+    after = registry.table(variants, version=2).endpoints
+    other = registry.table([a_variant(shape=a_shape(max_num_seqs=7))], version=3).endpoints
+
+    assert [old is new for old, new in zip(before, after, strict=True)] == [True, False, False]
+    assert (after[1].state, after[2].adapters) == ("draining", {"a": "b"})
+    assert {endpoint.max_in_flight for endpoint in other} == {14}
+
+
 def test_an_endpoint_says_which_engine_it_is_and_how_fast_it_should_be():
     registry = Registry()
     registry.report(a_report(), now_s=0)

@@ -46,6 +46,53 @@ def a_record(status: int = 200, *, out: int = 10) -> Record:
     return record
 
 
+# The table
+
+
+_TABLES = st.lists(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.sampled_from("123"), st.sampled_from(["ready", "draining"])
+        ),
+        max_size=5,
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(_TABLES)
+def test_a_router_that_saw_other_tables_serves_by_the_last(
+    tables: list[list[tuple[str, str, str]]],
+) -> None:
+    def endpoints(rows: list[tuple[str, str, str]]) -> list[Endpoint]:
+        return [an_endpoint(f"http://{at}", model=name, state=state) for name, at, state in rows]
+
+    router, anew = Router(), Router()
+    for rows in tables:
+        router.apply(a_table(*endpoints(rows)))
+    anew.apply(a_table(*endpoints(tables[-1])))
+
+    assert router.snapshot(0) == anew.snapshot(0)
+    assert router.urls() == anew.urls()
+    assert router.models == anew.models
+
+
+def test_a_table_leaves_models_alone_of_which_it_tells_nothing_new() -> None:
+    chat = some_endpoints(2)
+    router = Router()
+    router.apply(a_table(*chat, an_endpoint("http://x", model="code")))
+    router.reserve("chat", now=0)
+    [route] = [each for each in router._routes.values() if each.model.name == "chat"]
+    assert route.is_clear
+
+    router.apply(a_table(*chat, an_endpoint("http://y", model="code")))
+    assert route.is_clear
+
+    router.apply(a_table(*chat, an_endpoint("http://z")))
+    assert not route.is_clear
+
+
 # Load
 
 

@@ -188,6 +188,36 @@ def test_a_key_moves_only_when_its_home_goes(names: set[str], key: int) -> None:
     assert len(walked) == len(names)
 
 
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from("abcdefghij"), st.sampled_from([0.5, 1.0, 1.0, 7.0])),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_a_ring_that_was_changed_is_the_one_that_is_made_anew(
+    weights: list[dict[str, float]],
+) -> None:
+    ring = HashRing()
+    for each in weights:
+        ring.weigh(each)
+
+    anew = HashRing(weights[-1])
+    assert [list(ring.walk(key)) for key in range(50)] == [
+        list(anew.walk(key)) for key in range(50)
+    ]
+
+
+def test_who_comes_to_a_large_ring_stands_where_it_would_have_stood_from_the_start() -> None:
+    names = [f"replica-{number}" for number in range(60)]
+    ring = HashRing(dict.fromkeys(names, 1.0))
+    for left in (names[1:], names, names[:-1]):
+        ring.weigh(dict.fromkeys(left, 1.0))
+
+        anew = HashRing(dict.fromkeys(left, 1.0))
+        assert [ring.home(key) for key in range(500)] == [anew.home(key) for key in range(500)]
+
+
 def test_keys_spread_in_proportion_to_weights() -> None:
     ring = HashRing({"a": 1.0, "b": 3.0})
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,10 +15,12 @@ from aiohttp import web
 
 from gateway.endpoints import EndpointTable, SyncRequest, SyncResponse
 from gateway.errors import StartupFailed
+from gateway.kept_answer import KeptAnswer
 from gateway.table_feed import table_from_file
 from placement.errors import ConfigError
 from tests.gateway.engines import (
     CHAT,
+    PATIENCE_S,
     a_chat,
     a_client,
     a_gateway,
@@ -34,6 +38,7 @@ class FakeController:
     """Answers as the real one does: at once with a newer table, else after `wait_s`."""
 
     table: EndpointTable | None = None
+    changed_s: float = 0.0
     away: bool = False
     nonsense: bool = False
     asked: list[SyncRequest] = field(default_factory=list)
@@ -52,7 +57,8 @@ class FakeController:
             if asyncio.get_running_loop().time() > deadline:
                 return web.Response(text=SyncResponse().model_dump_json())
             await asyncio.sleep(0.01)
-        return web.Response(text=SyncResponse(table=self.table).model_dump_json())
+        answer = SyncResponse(table=self.table, changed_s=self.changed_s)
+        return web.Response(text=answer.model_dump_json())
 
 
 @asynccontextmanager
@@ -144,6 +150,43 @@ async def test_a_gateway_that_starts_while_the_controller_is_away_serves_by_what
             controller.away = False
             controller.table = a_table(an_endpoint(engine), version=2)
             await until(lambda: gateway.admission.table.version == 2)
+
+
+async def test_only_what_the_controller_tells_counts_as_delay(tmp_path: Path) -> None:
+    kept, name = tmp_path / "gateway.kept", "bora_gateway_endpoint_table_delay_seconds"
+    async with an_engine() as engine, a_controller() as (controller, url):
+        controller.table = a_table(an_endpoint(engine))
+        controller.changed_s = time.time() - 1000.0
+        async with a_gateway(controller_url=url, kept_file=kept) as gateway:
+            await until(lambda: gateway.is_ready)
+            async with a_client(gateway) as client:
+                assert await metric(client, f"{name}_sum") == pytest.approx(1000.0, abs=PATIENCE_S)
+        controller.away = True
+
+        async with (
+            a_gateway(controller_url=url, kept_file=kept) as gateway,
+            a_client(gateway) as client,
+        ):
+            await until(lambda: gateway.is_ready)
+
+            assert await metric(client, f"{name}_count") == 0
+
+
+async def test_a_table_is_in_force_also_while_the_disk_is_slow(tmp_path: Path) -> None:
+    kept = tmp_path / "gateway.kept"
+    slow = kept.with_suffix(f".{os.getpid()}.new")
+    os.mkfifo(slow)  # who writes there waits until somebody reads
+    async with an_engine() as engine, a_controller() as (controller, url):
+        controller.table = a_table(an_endpoint(engine))
+        async with a_gateway(controller_url=url, kept_file=kept) as gateway:
+            try:
+                await until(lambda: gateway.is_ready)
+                controller.table = a_table(an_endpoint(engine), version=2)
+                await until(lambda: gateway.admission.table.version == 2)
+            finally:
+                await asyncio.to_thread(slow.read_bytes)
+
+    assert KeptAnswer(kept).read() == SyncResponse(table=controller.table)
 
 
 async def test_a_kept_answer_that_is_broken_is_told_and_left_alone(
