@@ -7,6 +7,7 @@ ClusterError
 │   └── HubUnreachable   nothing answers where the model hub should be
 ├── AdapterFailed        a LoRA adapter could not be loaded; its engine serves on
 ├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
+├── StateKept            what a head kept in Redis could not be deleted (4)
 ├── PortInUse            (2)
 └── AlreadyRunning       a bora of this user already runs here (2)
 """
@@ -50,6 +51,12 @@ class InventoryDiffers(ClusterError):
     """What was planned for is not there."""
 
     exit_code = 3
+
+
+class StateKept(ClusterError):
+    """A head's state outlived the cluster that was stopped."""
+
+    exit_code = 4
 
 
 class PortInUse(ClusterError):

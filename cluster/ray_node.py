@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,14 +21,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from cluster.context import made_state_dir
-from cluster.files import write_private
+from cluster.errors import ClusterError
 from cluster.head_store import HeadStore, is_kept, store_of
+from cluster.node_record import NodeRecord, boot_id, needed, read_record, write_record
 from cluster.priority import NORMAL_PRIORITY
+from placement.errors import PlacementError
 
 CLUSTER_VARIABLE = "BORA_CLUSTER"
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
@@ -44,7 +46,7 @@ _TERM_GRACE_S = 4.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: that of `ray start`, or 0."""
+    """The exit status: that of `ray start`, 0, or an error's own."""
     parser = argparse.ArgumentParser(prog="ray_node")
     parser.add_argument("action", choices=("start", "stop"))
     parser.add_argument("--cluster", required=True, help="its name")
@@ -55,14 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at = given.index("--")
         given, command = given[:at], given[at + 1 :]
     options = parser.parse_args(given)
-    if options.action == "stop":
-        store = _store(options.cluster)
-        stop(options.cluster, drain_s=options.drain_s)
-        head_state_file(options.cluster).unlink(missing_ok=True)
-        if store is not None:  # otherwise the next head would take up what was just stopped
-            store.forget()
-        return 0
-    return start(options.cluster, command)
+    try:
+        with _one_at_a_time(options.cluster):
+            if options.action == "start":
+                return start(options.cluster, command)
+            stop_for_good(options.cluster, drain_s=options.drain_s)
+    except (ClusterError, PlacementError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
 
 
 def start(cluster: str, command: Sequence[str]) -> int:
@@ -70,8 +73,9 @@ def start(cluster: str, command: Sequence[str]) -> int:
 
     A node that was started otherwise is stopped first.
     """
-    wanted, record = _digest(command, os.environ), _record_file(cluster)
-    if _running(record) == wanted:
+    wanted, file = _digest(command, os.environ), _record_file(cluster)
+    before = read_record(file)
+    if before is not None and before.digest == wanted and before.runs:
         _say("Ray runs here as it should: nothing changed")
         return 0
     stop(cluster, drain_s=0)
@@ -87,13 +91,15 @@ def start(cluster: str, command: Sequence[str]) -> int:
     here = _of_cluster(cluster)
     raylet = next(_like(here, _RAYLET), None)
     if status == 0 and raylet is not None:
-        needed = [raylet, *_like(here, _GCS)]
-        node = {
-            "digest": wanted,
-            "needed": [(process.pid, process.create_time()) for process in needed],
-            "session": _option(raylet.cmdline(), "session-dir"),
-        }
-        write_private(record, json.dumps(node))
+        living = [needed(process.pid) for process in (raylet, *_like(here, _GCS))]
+        record = NodeRecord(
+            digest=wanted,
+            boot=boot_id(),
+            needed=tuple(process for process in living if process is not None),
+            session=_option(raylet.cmdline(), "session-dir"),
+            store=_store(cluster),
+        )
+        write_record(file, record)
     return status
 
 
@@ -122,8 +128,36 @@ def stop(cluster: str, *, drain_s: float) -> None:
         return _alive(known)
 
     _end(left)
-    _record_file(cluster).unlink(missing_ok=True)
     _say(f"{len(found)} processes of {cluster} were running here, none is left")
+
+
+def stop_for_good(cluster: str, *, drain_s: float) -> None:
+    """As `stop`, and what a head keeps in Redis is forgotten, also of one that has died before.
+
+    Otherwise the next head would take up what was just stopped.
+
+    Raises:
+        StateKept: Redis cannot be told.
+    """
+    record = read_record(_record_file(cluster))
+    store = _store(cluster) or (record.store if record else None)
+    stop(cluster, drain_s=drain_s)
+    head_state_file(cluster).unlink(missing_ok=True)
+    if store is not None:
+        store.forget()
+    _record_file(cluster).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(cluster: str) -> Iterator[None]:
+    """Of two starts at once each would end the other's processes."""
+    with (made_state_dir() / f"cluster-{cluster}-node.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"another start or stop of {cluster} goes on here: waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _store(cluster: str) -> HeadStore | None:
@@ -185,7 +219,8 @@ def _end(left: Callable[[], set[psutil.Process]]) -> None:
 def _of_cluster(cluster: str) -> set[psutil.Process]:
     """Live processes of the cluster, this one and those above it not among them."""
     marker = f"{CLUSTER_VARIABLE}={cluster}".encode()
-    session = _recorded(_record_file(cluster)).get("session") or "-"
+    record = read_record(_record_file(cluster))
+    session = (record.session if record else "") or "-"
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
@@ -235,27 +270,6 @@ def _digest(command: Sequence[str], environment: Mapping[str, str]) -> str:
     if "--head" in command and config.exists():
         text += config.read_text(encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _running(record: Path) -> str:
-    """What the node was started with, if its raylet lives, and on the head the GCS."""
-    node = _recorded(record)
-    with contextlib.suppress(KeyError, psutil.NoSuchProcess):
-        if all(_is(psutil.Process(pid), started_s) for pid, started_s in node["needed"]):
-            return str(node["digest"])
-    return ""
-
-
-def _is(process: psutil.Process, started_s: float) -> bool:
-    """Whether it lives and is the one of then: numbers are given out again."""
-    return abs(process.create_time() - started_s) < 1 and bool(_alive([process]))
-
-
-def _recorded(record: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        node: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return node
-    return {}
 
 
 def _record_file(cluster: str) -> Path:

@@ -9,6 +9,10 @@ LOCK=requirements/$KIND.txt
 STAMP=$VENV/installed-$KIND-$(cat "$LOCK" pyproject.toml | sha256sum | cut -c1-16)
 
 [ -e "$STAMP" ] && exit 0
+exec 9<"$LOCK" # of two at once the second waits, and then finds all done
+flock 9
+[ -e "$STAMP" ] && exit 0
+rm -f "$VENV"/installed-* # of what is about to be replaced, or it would pass for installed later
 if [ "$KIND" = cpu ]; then
     PYTHON="$PYTHON" VENV="$VENV" sh requirements/install.sh
 else
@@ -16,7 +20,12 @@ else
         echo "bora needs Python 3.11 or newer on every node; set PYTHON" >&2
         exit 1
     }
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        # One that was half-made is made anew; another folder of that name is not emptied.
+        CLEAR=
+        if [ -e "$VENV/pyvenv.cfg" ] || [ -L "$VENV/bin/python" ]; then CLEAR=--clear; fi
+        "$PYTHON" -m venv $CLEAR "$VENV"
+    fi
     "$VENV/bin/python" -m pip --disable-pip-version-check -qq install --require-hashes -r "$LOCK"
     "$VENV/bin/python" -m pip --disable-pip-version-check -qq install hatchling editables
     "$VENV/bin/python" -m pip --disable-pip-version-check -qq install \

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -27,6 +29,7 @@ from cluster.priority import VARIABLE
 from cluster.provider_config import checked_cluster
 from placement.catalogue import CONFIGS, load_catalogue
 from placement.errors import ConfigError, UnknownName
+from tests.system.harness import eventually
 
 CATALOGUE = load_catalogue()
 FOLDER = CONFIGS / "clusters"
@@ -215,21 +218,71 @@ def test_init_does_not_replace_a_file(tmp_path: Path):
     assert (tmp_path / "c.yaml").read_text() == "mine"
 
 
+def a_node(folder: Path, lock: str = "ray==2.60.0\n") -> Path:
+    """A folder as `requirements/node.sh` finds it; returns the stamp of its lock file."""
+    (folder / "requirements").mkdir(exist_ok=True)
+    (folder / "requirements" / "gpu.txt").write_text(lock)
+    (folder / "pyproject.toml").touch()
+    (folder / ".venv").mkdir(exist_ok=True)
+    return folder / ".venv" / f"installed-gpu-{hashlib.sha256(lock.encode()).hexdigest()[:16]}"
+
+
+def installing(folder: Path, python: str = "no-python") -> subprocess.Popen[bytes]:
+    script = (CONFIGS.parent / "requirements" / "node.sh").read_text()
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": python}
+    return subprocess.Popen(
+        ["sh", "-c", script, "node.sh", "gpu"], cwd=folder, env=env, stderr=subprocess.DEVNULL
+    )
+
+
 def test_a_node_whose_lock_file_is_installed_is_left_alone(tmp_path: Path):
     """`requirements/node.sh` ends before it looks for a Python."""
-    (tmp_path / "requirements").mkdir()
-    (tmp_path / "requirements" / "gpu.txt").write_text("ray==2.60.0\n")
-    (tmp_path / "pyproject.toml").write_text("")
-    (tmp_path / ".venv").mkdir()
-    digest = "sha256sum requirements/gpu.txt | cut -c1-16"
-    stamp = subprocess.check_output(digest, shell=True, cwd=tmp_path, text=True).strip()  # noqa: S602
-    script = (CONFIGS.parent / "requirements" / "node.sh").read_text()
-    command = ["sh", "-c", script, "node.sh", "gpu"]
-    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable + "-missing"}
+    stamp = a_node(tmp_path)
 
-    before = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
-    (tmp_path / ".venv" / f"installed-gpu-{stamp}").touch()
-    after = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+    before = installing(tmp_path).wait(60)
+    stamp.touch()
+    after = installing(tmp_path).wait(60)
 
-    assert before.returncode != 0
-    assert after.returncode == 0
+    assert before != 0
+    assert after == 0
+
+
+def test_a_lock_file_of_before_is_installed_again(tmp_path: Path):
+    """Its stamp must not outlive what was installed over it."""
+    a_node(tmp_path).touch()
+    a_node(tmp_path, "ray==2.61.0\n")
+    assert installing(tmp_path).wait(60) != 0
+
+    a_node(tmp_path)
+    assert installing(tmp_path).wait(60) != 0
+
+
+def test_an_environment_that_was_half_made_is_made_anew(tmp_path: Path):
+    """`ray up` may be ended between making it and giving it a pip."""
+    a_node(tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir()
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("/bin/false")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    python.chmod(0o755)
+
+    installing(tmp_path, str(python)).wait(60)
+
+    assert "-m venv --clear .venv" in (tmp_path / "asked").read_text()
+
+
+def test_of_two_that_install_at_once_the_second_finds_all_done(tmp_path: Path):
+    stamp = a_node(tmp_path)
+    with (tmp_path / "requirements" / "gpu.txt").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the first one
+        second = installing(tmp_path)
+        eventually(lambda: _waits_for_a_lock(second.pid) or second.poll() is not None)
+        stamp.touch()
+
+    assert second.wait(60) == 0
+
+
+def _waits_for_a_lock(pid: int) -> bool:
+    """Whether it has come to `flock`."""
+    children = psutil.Process(pid).children()
+    return any(child.name() == "flock" for child in children)
