@@ -54,9 +54,19 @@ def look(nodes: Sequence[Mapping[str, Any]], progress: Callable[[str], None] = s
     tasks = {node_name(node): _on(node, _look, node_name(node), node["Labels"]) for node in nodes}
     survey = _gather(tasks, LOOK_TIMEOUT_S, progress)
     by_name = {node_name(node): node for node in nodes}
-    return Survey(
-        tuple(_with_clock(facts, by_name[facts.node]) for facts in survey.found), survey.unheard
-    )
+    found = (_with_clock(facts, by_name[facts.node]) for facts in survey.found)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Survey(tuple(told_apart(facts, alive) for facts in found), survey.unheard)
+
+
+def told_apart(facts: NodeFacts, nodes: Sequence[Mapping[str, Any]]) -> NodeFacts:
+    """`facts`, the host called with its address too where another of `nodes` has the same name."""
+    addresses = {
+        node["NodeManagerAddress"] for node in nodes if node["NodeManagerHostname"] == facts.host
+    }
+    if len(addresses) < 2 or not facts.address:
+        return facts
+    return facts.model_copy(update={"host": f"{facts.host} ({facts.address})"})
 
 
 def measure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import ray
 from cluster.facts_file import keep_facts, kept_facts
 from cluster.messages import EventKind, NodeList
 from cluster.names import POOL_LABEL
-from cluster.ray_inventory import node_name, ray_inventory
+from cluster.ray_inventory import node_name, pool_of, pooled, unlabelled
 from cluster.ray_survey import Survey
 from placement.catalogue import Catalogue
 from placement.errors import PlacementError
@@ -63,6 +62,7 @@ class Surveyor:
         self._pending = {"nodes"}  # until the first look
         self._probing: asyncio.Task[None] | None = None
         self._told: set[tuple[str, str, str]] = set()
+        self._label_problems: tuple[str, ...] = ()
 
     async def run_forever(self) -> None:
         """Look for new nodes every two seconds; while the head is away, wait for it."""
@@ -75,11 +75,11 @@ class Surveyor:
 
     def nodes(self) -> NodeList:
         """All that is known of the nodes that are up."""
-        declared = self._declared()
+        declared, problems = self._declared()
         return NodeList(
             nodes=tuple(self._facts[name] for name in sorted(self._facts)),
             pending=tuple(sorted(self._pending)),
-            declared=declared,
+            declared=None if problems else declared,
         )
 
     def corrected(self, declared: Inventory) -> Inventory:
@@ -108,7 +108,10 @@ class Surveyor:
         for name in gone:
             del self._facts[name]
         self._pending = set()
-        await asyncio.to_thread(keep_facts, self._file, self._facts.values())
+        try:
+            await asyncio.to_thread(keep_facts, self._file, self._facts.values())
+        except OSError as error:  # the next controller probes again
+            log.warning("what was found on the nodes is not kept: %s", error)
         self._say_lies()
 
     async def _probe(self, new: Mapping[str, Mapping[str, Any]]) -> None:
@@ -130,9 +133,12 @@ class Surveyor:
 
     def _probed_before(self, name: str, node: Mapping[str, Any]) -> NodeFacts | None:
         """By an earlier controller, or a moment ago by the command that started this cluster."""
+        host = node["NodeManagerHostname"]
+        # Another host may be called alike, or the host be shared by several Ray nodes.
+        alone = sum(each["NodeManagerHostname"] == host for each in self._alive.values()) == 1
         for facts in self._kept:
             fresh = time.time() - facts.probed_at_s < _RECENT_S
-            here = facts.node == facts.host == node["NodeManagerHostname"]
+            here = alone and facts.node == facts.host == host
             if facts.node == name or (here and fresh):
                 labels = dict(node["Labels"])
                 changes = {"node": name, "pool": labels.get(POOL_LABEL, ""), "labels": labels}
@@ -142,15 +148,26 @@ class Surveyor:
     def _come_and_gone(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         for name in sorted(nodes.keys() - self._alive.keys()):
             self._note("node-joined", name, f"node {name} joined")
+            if why := unlabelled(nodes[name]):
+                self._note("mismatch", name, why)
         for name in sorted(self._alive.keys() - nodes.keys()):
             self._note("node-lost", name, f"node {name} is gone")
-            self._facts.pop(name, None)
+            gone = self._facts.pop(name, None)
             self._failures.pop(name, None)
-            self._told = {told for told in self._told if told[0] != name}
+            self._told = {told for told in self._told if gone is None or told[0] != gone.host}
         self._alive = dict(nodes)
+        self._say_labels()
+
+    def _say_labels(self) -> None:
+        """Contradictions, when they are new: no plan can be made until they are cured."""
+        _, problems = self._declared()
+        for problem in problems:
+            if problem not in self._label_problems:
+                self._note("mismatch", "", problem)
+        self._label_problems = problems
 
     def _say_lies(self) -> None:
-        declared = self._declared()
+        declared, _ = self._declared()
         if declared is None:
             return
         found = tuple(self._facts.values())
@@ -160,11 +177,14 @@ class Surveyor:
                 self._told.add(key)
                 self._note("mismatch", lie.host, str(lie))
 
-    def _declared(self) -> Inventory | None:
-        """What the nodes' labels say; None where they contradict each other or are not there."""
-        with contextlib.suppress(PlacementError):
-            declared = ray_inventory(list(self._alive.values()))
-            for pool in declared.pools:
+    def _declared(self) -> tuple[Inventory | None, tuple[str, ...]]:
+        """What the nodes' labels say (None: nothing), and of which pools they make no sense."""
+        pools, problems = [], []
+        for name, nodes in pooled(list(self._alive.values())).items():
+            try:
+                pool = pool_of(name, nodes)
                 self._catalogue.gpu(pool.gpu)
-            return declared
-        return None
+                pools.append(pool)
+            except PlacementError as error:
+                problems.append(f"pool {name}: {error}")
+        return (Inventory(pools=tuple(pools)) if pools else None), tuple(problems)

@@ -129,17 +129,34 @@ def _clock(expected: Expected, node: NodeFacts) -> Iterator[Mismatch]:
 
 def _labels(expected: Expected, node: NodeFacts) -> Iterator[Mismatch]:
     for key, declared in sorted(expected.pool.labels.items()):
+        if key == "amx":
+            yield from _amx(expected, node, declared)
+            continue
         keys = _ZONE_LABELS if key == "zone" else (key,)
         there = next((node.labels[each] for each in keys if each in node.labels), None)
-        if there is not None and there != declared:
+        # A host that was asked without Ray has no labels at all.
+        if there != declared and node.labels:
+            move = f"move the node to a pool with {key}: {there}, or " if there else ""
             yield expected.mismatch(
                 "label-wrong",
                 node.host,
                 declared=f"{key}: {declared}",
-                found=f"{key}: {there}",
-                cure=f"move the node to a pool with {key}: {there}, or restart its Ray node with "
-                f"`--labels {key}={declared}`",
+                found=f"{key}: {there}" if there else f"no label {key}",
+                cure=f"{move}restart its Ray node with `--labels {key}={declared}`",
+                severity="error" if there else "warning",
             )
+
+
+def _amx(expected: Expected, node: NodeFacts, declared: str) -> Iterator[Mismatch]:
+    """What a plan takes for the speed of slots."""
+    if declared.lower() == "true" and "amx_bf16" not in node.cpu_features and node.cpu:
+        yield expected.mismatch(
+            "label-wrong",
+            node.host,
+            declared="amx: true",
+            found=f"{node.cpu}, which does not show amx_bf16",
+            cure="take the label amx out of the pool; in a virtual machine pass the CPU through",
+        )
 
 
 def _network(expected: Expected, node: NodeFacts) -> Iterator[Mismatch]:

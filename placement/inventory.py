@@ -61,10 +61,14 @@ class Pool(Spec):
         if self.node_names is not None and len(self.node_names) != self.nodes:
             names = f"{len(self.node_names)} names for {self.nodes} nodes"
             raise mistake(f"{names}; give a name for each, or leave node_names out", "node_names")
-        if self.gpu.lower() == "cpu" and (
-            self.memory_gib_per_gpu is None or self.kv_cache_gib_per_gpu is None
-        ):
+        if self.gpu.lower() != "cpu":
+            return self
+        memory, cache = self.memory_gib_per_gpu, self.kv_cache_gib_per_gpu
+        if memory is None or cache is None:
             raise ValueError("a pool of `cpu` needs memory_gib_per_gpu and kv_cache_gib_per_gpu")
+        if cache >= memory:
+            why = f"{cache:g} GiB leave no room for weights in memory_gib_per_gpu: {memory:g}"
+            raise mistake(f"{why}; set less", "kv_cache_gib_per_gpu")
         return self
 
     def names(self) -> tuple[str, ...]:

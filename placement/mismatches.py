@@ -27,7 +27,7 @@ def mismatches(
     for pool in declared.pools:
         nodes = _nodes_of(pool, declared, found)
         expected = Expected.of(pool, catalogue, (checkpoints or {}).get(pool.name, {}))
-        answer += _missing(pool, nodes)
+        answer += [*_missing(pool, nodes), *_undeclared(pool, nodes)]
         for node in nodes:
             answer += gpu_mismatches.of_node(expected, node, catalogue)
             answer += host_mismatches.of_node(expected, node)
@@ -62,6 +62,23 @@ def _nodes_of(pool: Pool, declared: Inventory, found: Sequence[NodeFacts]) -> li
         if own & {node.node, node.host}
         or (node.pool == pool.name and not named & {node.node, node.host})
     ]
+
+
+def _undeclared(pool: Pool, nodes: Sequence[NodeFacts]) -> Iterator[Mismatch]:
+    """Nodes that carry the pool's label, so that Ray places its replicas there, and no plan knows."""
+    extra = nodes[pool.nodes :]
+    if pool.node_names is not None:
+        extra = [node for node in nodes if not {node.node, node.host} & set(pool.node_names)]
+    for node in extra:
+        yield Mismatch(
+            rule="node-undeclared",
+            pool=pool.name,
+            host=node.host,
+            declared=f"{pool.nodes} nodes in pool {pool.name}",
+            found=f"{node.node} carries its label too",
+            cure="add it to the pool, or restart its Ray node with another `--labels bora.pool=`",
+            severity="warning",
+        )
 
 
 def _missing(pool: Pool, nodes: Sequence[NodeFacts]) -> Iterator[Mismatch]:

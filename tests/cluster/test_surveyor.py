@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.facts_file import FACTS_FILE, keep_facts
-from cluster.names import GPU_LABEL, POOL_LABEL
+from cluster.names import GPU_LABEL, MEMORY_LABEL, POOL_LABEL
 from cluster.ray_inventory import node_name
 from cluster.ray_survey import Survey
 from cluster.surveyor import Surveyor
@@ -39,13 +42,15 @@ class FakeProbes:
         self.hosts = list(hosts)
         self.silent: set[str] = set()
         self.gpus: dict[str, Any] = {}
+        self.labels: dict[str, dict[str, str]] = {}
         self.looked: list[str] = []
         self.measured: list[str] = []
         self.may_measure = threading.Event()
         self.may_measure.set()
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [a_ray_node(host) for host in self.hosts]
+        nodes = [a_ray_node(host) for host in self.hosts]
+        return [{**node, "Labels": self.labels.get(_host(node), node["Labels"])} for node in nodes]
 
     def look(self, nodes: Sequence[Mapping[str, Any]]) -> Survey:
         hosts = [node["NodeManagerHostname"] for node in nodes]
@@ -62,7 +67,19 @@ class FakeProbes:
 
     def _facts(self, node: Mapping[str, Any]) -> NodeFacts:
         gpus = self.gpus.get(_host(node), GPUS)
-        return a_node(_host(node), node=node_name(node), gpus=gpus, pairs=(), driver="580.95.05")
+        pool = node["Labels"].get(POOL_LABEL, "")
+        return a_node(_host(node), node=node_name(node), pool=pool, gpus=gpus, pairs=())
+
+
+class Twins:
+    """The same cluster, whose hosts are all called `a`."""
+
+    def __init__(self, probes: FakeProbes) -> None:
+        self._probes = probes
+        self.look, self.measure = probes.look, probes.measure
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{**node, "NodeManagerHostname": "a"} for node in self._probes.nodes()]
 
 
 def _host(node: Mapping[str, Any]) -> str:
@@ -123,6 +140,71 @@ async def test_a_lie_is_told_once(tmp_path):
     await rounds(surveyor)
 
     assert told.kinds("mismatch") == [("mismatch", "a")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({POOL_LABEL: "b", GPU_LABEL: "H100-SXM", MEMORY_LABEL: "80 GiB"}, "'80 GiB'"),
+        ({POOL_LABEL: "b", GPU_LABEL: "H1000"}, "unknown GPU type 'H1000'"),
+        ({POOL_LABEL: "b"}, "have no bora.gpu label"),
+        ({POOL_LABEL: "b.", GPU_LABEL: "H100-SXM"}, "make no pool 'b.'"),
+    ],
+)
+async def test_labels_that_make_no_sense_are_told_once_and_hide_no_other_lie(
+    tmp_path, labels: dict[str, str], said: str
+):
+    probes, told = FakeProbes("a", "b"), Told()
+    probes.labels["b"], probes.gpus["a"] = labels, GPUS[:7]  # of another pool
+    surveyor = a_surveyor(tmp_path, probes, told)
+
+    await rounds(surveyor)
+    await rounds(surveyor)
+
+    labels_told, count = (text for kind, _, text in told if kind == "mismatch")
+    assert said in labels_told
+    assert "gpu-count" in count
+    assert surveyor.nodes().declared is None
+
+
+async def test_a_node_with_gpus_and_no_pool_is_told(tmp_path):
+    probes, told = FakeProbes("a", "b"), Told()
+    probes.labels["b"] = {}
+
+    await rounds(a_surveyor(tmp_path, probes, told))
+
+    [text] = [text for kind, _, text in told if kind == "mismatch"]
+    assert text.startswith("b-0000000b has 8 GPUs or slots but no label bora.pool")
+
+
+async def test_a_lie_of_a_host_that_came_back_is_told_again(tmp_path):
+    probes, told = FakeProbes("a", "b"), Told()
+    probes.gpus["a"] = GPUS[:7]
+    surveyor = a_surveyor(tmp_path, probes, told)
+
+    for hosts in (["a", "b"], ["b"], ["a", "b"]):
+        probes.hosts = hosts
+        await rounds(surveyor)
+
+    assert told.kinds("mismatch") == [("mismatch", "a")] * 2
+
+
+async def test_fresh_facts_of_a_host_do_not_pass_for_another_that_is_called_alike(tmp_path):
+    keep_facts(tmp_path / FACTS_FILE, [a_node("a", node="a", probed_at_s=time.time())])
+    probes = FakeProbes("a", "twin")
+    surveyor = Surveyor(Twins(probes), tmp_path / FACTS_FILE, CATALOGUE, Told().note)
+
+    await rounds(surveyor)
+
+    assert len(probes.looked) == 2
+
+
+async def test_facts_that_cannot_be_kept_end_nothing(tmp_path):
+    surveyor = a_surveyor(tmp_path / "gone", FakeProbes("a"), Told())
+
+    await rounds(surveyor)
+
+    assert [facts.host for facts in surveyor.nodes().nodes] == ["a"]
 
 
 async def test_a_node_that_leaves_is_told_and_forgotten(tmp_path):

@@ -162,6 +162,7 @@ PLANTED = [
         "label-wrong", h100_pool(), a_node(labels={"ray.io/availability-zone": "b"}),
         "zone: b", "zone=a",
     ),
+    ("label-wrong", h100_pool(), a_node(labels={"rack": "1"}), "no label zone", "zone=a"),
     ("clock-skew", h100_pool(), a_node(clock_offset_s=-40.0), "40.0 s behind", "chrony"),
     (
         "network-slow", h100_pool(), a_node(nics=(NicFacts(name="eth0", gbps=25.0),)),
@@ -369,6 +370,34 @@ def test_slots_need_the_memory_that_they_were_declared_with():
     assert (lie.rule, lie.declared) == (
         "host-memory", "32 GiB (memory_gib_per_gpu x gpus_per_node)",
     )  # fmt: skip
+
+
+def test_slots_that_are_declared_with_amx_must_have_it():
+    pool = Pool(
+        name="cpu", gpu="cpu", gpus_per_node=1, memory_gib_per_gpu=8.0, kv_cache_gib_per_gpu=1.0,
+        node_names=("c1",), labels={"amx": "true"},
+    )  # fmt: skip
+    node = a_node("c1", gpus=(), pairs=(), driver="", cpu="AMD EPYC 7763", cpu_features=("avx2",))
+
+    [lie] = lies(pool, node)
+
+    assert (lie.rule, lie.found) == ("label-wrong", "AMD EPYC 7763, which does not show amx_bf16")
+    assert lies(pool, node.model_copy(update={"cpu_features": ("amx_bf16",)})) == ()
+
+
+@pytest.mark.parametrize("names", [None, ("h1",)])
+def test_a_node_that_carries_a_pools_label_and_is_not_declared_is_named(
+    names: tuple[str, ...] | None,
+):
+    pool = h100_pool(node_names=names)
+
+    [lie] = lies(pool, a_node("h1"), a_node("h2"))
+
+    assert (lie.rule, lie.host, lie.severity) == ("node-undeclared", "h2", "warning")
+
+
+def test_a_host_that_was_asked_without_ray_has_no_labels_to_be_wrong():
+    assert lies(h100_pool(), a_node(labels={})) == ()
 
 
 def test_a_mismatch_reads_as_one_sentence():
