@@ -31,10 +31,13 @@ class Deployer:
         self._pins: dict[GenerationKey, tuple[str, ...]] = {}
         self._lock = asyncio.Lock()
 
-    async def reconcile(self, plan: Plan, counts: Mapping[str, int]) -> list[str]:
+    async def reconcile(
+        self, plan: Plan, counts: Mapping[str, int], *, again: bool = True
+    ) -> list[str]:
         """Deploy what is new or changed, delete models that are gone; the models that were touched.
 
         Deleted models drain on their own time. Returns once Serve has taken everything over.
+        `again`: try what Serve gave up once more.
         """
         async with self._lock:
             deployed = await self.deployed()
@@ -45,8 +48,10 @@ class Deployer:
                     await asyncio.to_thread(serve_apps.delete, key, wait=False)
                     touched.append(each.model)
             for variant in plan.variants:
-                count = counts[variant.variant]
-                if await self._settle(variant, count, deployed.get(key_of(variant))):
+                count, told = counts[variant.variant], deployed.get(key_of(variant))
+                if told and told.gave_up and not again:
+                    continue
+                if await self._settle(variant, count, told):
                     touched.append(variant.model)
             return list(dict.fromkeys(touched))
 

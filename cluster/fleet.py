@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 
+import ray
+
 from cluster import census
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE
 from cluster.deployer import Deployer
+from cluster.errors import ClusterError
 from cluster.event_log import EventLog
 from cluster.gang import Site
 from cluster.gcs_values import GcsValues
@@ -114,10 +117,11 @@ class Fleet:
 
         The plan is kept first: should this be cut short, the next start carries on.
         """
-        running = {variant.model for variant in self.plans.variants()}
         await self.plans.keep(plan)
-        self._adopt(plan, running)
-        await self._reconcile(plan)
+        async with self._lifecycle.acting:
+            running = {variant.model for variant in self.plans.variants()}
+            self._adopt(plan, running)
+            await self._reconcile(plan)
 
     def _adopt(self, plan: Plan, running: Collection[str]) -> None:
         """Take `plan` for what is wanted; models that are `running` keep their replica counts."""
@@ -129,10 +133,10 @@ class Fleet:
             self.autoscaler.adopt(variant, running=variant.model in running)
         self._changed()
 
-    async def _reconcile(self, plan: Plan) -> None:
+    async def _reconcile(self, plan: Plan, *, again: bool = True) -> None:
         counts = self._lifecycle.departures.counts(plan.variants)
         served = {variant.model for variant in plan.variants}
-        for model in await self._deployer.reconcile(plan, counts):
+        for model in await self._deployer.reconcile(plan, counts, again=again):
             kind: EventKind = "deployed" if model in served else "deleted"
             self._note(model, kind, kind)
 
@@ -164,8 +168,9 @@ class Fleet:
 
     async def stop(self) -> None:
         """End all engines and forget the plan."""
-        await self.plans.forget()
-        await self._deployer.stop()
+        async with self._lifecycle.acting:
+            await self.plans.forget()
+            await self._deployer.stop()
 
     def table(self, version: int) -> EndpointTable:
         """What gateways route to now."""
@@ -215,6 +220,18 @@ class Fleet:
                 changed = await self._lifecycle.look(act=act)
             if changed:
                 self._changed()
+            if act and self._lifecycle.absent():
+                await self._complete()
+
+    async def _complete(self) -> None:
+        """Deploy again what Serve did not take over, or has lost."""
+        async with self._lifecycle.acting:
+            plan = self.plans.current
+            try:
+                if plan is not None:
+                    await self._reconcile(plan, again=False)
+            except (ray.exceptions.RayError, ClusterError, ValueError) as error:
+                log.warning("Serve takes no deployment now: %r", error)  # the next census comes
 
     def _note(self, model: str, kind: EventKind, text: str) -> None:
         self._events.note(time.time(), kind, text, model=model)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import ray
@@ -73,6 +73,9 @@ class Lifecycle:
         self._events = events
         self._take = take
         self._census: Census | None = None
+        self.acting = (
+            asyncio.Lock()
+        )  # another plan comes before or after all that a census leads to
         self.places = Places(registry, events)
         self.rollouts = Rollouts(registry, autoscaler, deployer, events, fetch=fetch)
         self.departures = Departures(
@@ -102,6 +105,7 @@ class Lifecycle:
 
         `act`: replicas have had the time to report, so that who is missing is missing.
         """
+        variants = self._variants()
         try:
             now = await asyncio.to_thread(self._take)
         except (ray.exceptions.RayError, ClusterError) as error:
@@ -112,14 +116,27 @@ class Lifecycle:
         changed = before != self.outgoing()
         if act:
             changed |= self._bury(now)
-            try:
-                await self._let_go(now)
-                await self._free_gangs(now)
-                await self.rollouts.step(self._variants(), now)
-            except (ray.exceptions.RayError, ClusterError, ValueError) as error:
-                log.warning("Serve is busy or restarting: %r", error)  # the next census comes
+            async with self.acting:
+                if self._variants() == variants:  # or it looked before what is wanted now
+                    await self._act(variants, now)
         self.places.compare(self._variants(), now, self.departures.drained)
         return changed
+
+    async def _act(self, variants: Sequence[Variant], now: Census) -> None:
+        try:
+            await self._let_go(variants, now)
+            await self._free_gangs(variants, now)
+            await self.rollouts.step(variants, now, self.departures.drained)
+        except (ray.exceptions.RayError, ClusterError, ValueError) as error:
+            log.warning("Serve is busy or restarting: %r", error)  # the next census comes
+
+    def absent(self) -> bool:
+        """Whether Serve lacks something of the plan, such as after it did not answer a deployment."""
+        there = self._census.generations if self._census else {}
+        return any(
+            (served := there.get(key_of(variant))) is None or served.deleting
+            for variant in self._variants()
+        )
 
     def _bury(self, now: Census) -> bool:
         """Replicas whose process is gone, of which no heartbeat will tell."""
@@ -130,7 +147,7 @@ class Lifecycle:
                 self._events.lost(time.time(), report, "its process is gone")
         return bool(lost)
 
-    async def _let_go(self, now: Census) -> None:
+    async def _let_go(self, variants: Sequence[Variant], now: Census) -> None:
         """Lower Serve's counts for those that have ended, or whatever else a count differs by."""
         alive = {
             each.replica
@@ -139,10 +156,8 @@ class Lifecycle:
             if each.state in RUNNING
         }
         self.departures.forget_all_but(alive)
-        variants = self._variants()
-        counts = self.departures.counts(variants)
         for variant in variants:
-            key, count = key_of(variant), counts[variant.variant]
+            key, count = key_of(variant), self.departures.counts([variant])[variant.variant]
             served = now.generations.get(key)
             # Serve has not taken one without a configuration over yet.
             if served and served.config and not served.deleting and served.target != count:
@@ -152,9 +167,9 @@ class Lifecycle:
             if served.model not in models and not served.deleting:
                 await self._deployer.delete(key)  # of a model that went before Serve knew it
 
-    async def _free_gangs(self, now: Census) -> None:
+    async def _free_gangs(self, variants: Sequence[Variant], now: Census) -> None:
         """Those that cannot have the nodes of the plan get others."""
-        for variant in self._variants():
+        for variant in variants:
             served, pins = now.generations.get(key_of(variant)), await self._deployer.pins(variant)
             if served is None or not pins:
                 continue

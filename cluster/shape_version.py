@@ -13,6 +13,7 @@ def shape_version(variant: Variant) -> str:
     Replica bounds, scaling, aliases and predictions may change under a running engine.
     """
     keep = {"model", "catalogue_model", "checkpoint", "checkpoint_format", "pool", "simulated_gpu"}
-    text = variant.model_dump_json(include=keep) + variant.commit
+    branch = "" if variant.revision == "main" else variant.revision  # what it stands for is unknown
+    text = variant.model_dump_json(include=keep) + (variant.commit or branch)
     shape = variant.shape.model_dump_json(exclude={"prediction"})
     return hashlib.sha256((text + shape).encode()).hexdigest()[:16]

@@ -260,7 +260,8 @@ async def test_without_room_an_old_replica_goes_when_the_new_weights_are_on_its_
     fleet.may_come.set()
     await asyncio.sleep(0.01)
     await fleet.lifecycle.look(act=True)
-    assert [call[0] for call in fleet.deployer.calls] == ["delete"]
+    [scaled] = fleet.deployer.calls
+    assert (scaled[0], scaled[2]) == ("scale", 0)
     assert ("weights", "the next weights are on a after 0 s") in fleet.notes
 
 
@@ -299,3 +300,40 @@ async def test_a_generation_of_no_model_of_the_plan_is_ended():
     await fleet.lifecycle.look(act=True)
 
     assert fleet.deployer.calls == [("delete", key_of(gone))]
+
+
+async def test_what_was_seen_before_another_plan_came_is_not_acted_upon():
+    first, second = a_variant(), a_variant(shape=a_shape(max_model_len=8192))
+    fleet = Fleet(0, variant=first)  # which serves
+    fleet.serve(second, "s1")  # and was replaced by it, until it was asked for again
+
+    async with fleet.lifecycle.acting:  # the plan is being changed
+        looking = asyncio.create_task(fleet.lifecycle.look(act=True))
+        await asyncio.sleep(0.05)
+        fleet.variant = second
+    await looking
+    assert fleet.deployer.calls == []  # it would have ended `second`
+
+    fleet.registry.report(a_report(replica="s1", version=key_of(second).version), time.monotonic())
+    await fleet.lifecycle.look(act=True)
+    assert fleet.deployer.calls == [("delete", key_of(first))]
+
+
+async def test_what_serve_lacks_of_the_plan_is_known():
+    fleet = Fleet(0)
+    await fleet.lifecycle.look(act=True)
+    assert not fleet.lifecycle.absent()
+
+    fleet.serve(fleet.variant, "r0", deleting=True)
+    await fleet.lifecycle.look(act=True)
+    assert fleet.lifecycle.absent()
+
+    fleet.served.clear()
+    await fleet.lifecycle.look(act=True)
+    assert fleet.lifecycle.absent()
+
+
+def test_another_revision_is_another_version_even_where_no_hub_told_its_commit():
+    assert key_of(a_variant()) != key_of(a_variant(revision="v2"))
+    pinned = [a_variant(revision=name, commit="2" * 40) for name in ("main", "v2")]
+    assert key_of(pinned[0]) == key_of(pinned[1])
