@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -124,11 +125,20 @@ def test_a_port_that_somebody_listens_on_is_found():
 
 CLUSTER = """
 cluster_name: lab
-provider: {{type: external, head: h0, pools: {{sim: [h1, h2]}}, folder: {folder}, python: {python}}}
+provider:
+  type: external
+  module: cluster.provider.OnPremProvider
+  head: h0
+  pools: {{sim: [h1, h2]}}
+  folder: {folder}
+  python: {python}
 auth: {{ssh_user: me, ssh_private_key: ~/.ssh/key}}
 available_node_types:
   head: {{resources: {{CPU: 4}}, labels: {{}}}}
   sim: {{resources: {{GPU: 8}}, labels: {{bora.pool: sim, bora.gpu: H100-SXM, zone: a}}}}
+head_node_type: head
+head_start_ray_commands: [python -m cluster.ray_node start --cluster lab -- ray start --head]
+worker_start_ray_commands: [python -m cluster.ray_node start --cluster lab -- ray start]
 """
 
 
@@ -148,6 +158,9 @@ def an_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         'case "$host" in\n'
         '  me@h2) echo "me@h2: Permission denied (publickey)." >&2; exit 255;;\n'
         '  me@h0) echo "sh: no such file" >&2; exit 127;;\n'
+        "  me@cut) printf '{\"facts\": \\377';;\n"
+        "  me@old) echo '{\"facts\": {}}';;\n"
+        "  me@mute) exit 3;;\n"
         '  *) exec sh -c "$last";;\n'
         "esac\n"
     )
@@ -183,8 +196,68 @@ def test_a_cluster_file_says_what_its_hosts_should_be(tmp_path):
     assert pool.labels == {"zone": "a"}
 
 
+def test_what_hosts_say_that_is_no_report_is_told_with_a_cure(tmp_path, monkeypatch):
+    an_ssh(tmp_path / "bin", monkeypatch)
+    path = a_cluster_file(tmp_path)
+    path.write_text(path.read_text().replace("[h1, h2]", "[cut, old, mute]"))
+
+    reports, others = ask_hosts(read_cluster(path), lambda _: None, quick=True)
+
+    by_host = {check.host: check for check in others}
+    assert reports == []
+    assert "cut off after 11 characters" in by_host["cut"].found
+    assert "another version" in by_host["old"].found
+    assert "`ray down` and `ray up`" in by_host["old"].cure
+    assert "status 3, without a word" in by_host["mute"].found
+    assert {check.status for check in others} == {"failed"}
+
+
+def test_a_head_that_serves_is_compared_with_what_its_type_promises():
+    cluster = read_cluster(ROOT / "configs" / "clusters" / "one-box.yaml")
+
+    assert cluster.hosts == {"10.0.0.10": "local"}
+    assert cluster.inventory is not None
+    [pool] = cluster.inventory.pools
+    assert (pool.name, pool.gpu, pool.gpus_per_node) == ("local", "RTX-4090", 4)
+    assert pool.node_names == ("10.0.0.10",)
+
+
 @pytest.mark.parametrize(
-    "text", ["provider: {type: aws}\nauth: {ssh_user: ubuntu}", "[]", "provider: ["]
+    ("old", "new", "said"),
+    [
+        ("[h1, h2]", "[h1, h1]", "provider.pools.sim: h1 is also in provider.pools.sim"),
+        ("GPU: 8", "GPU: many", "available_node_types.sim: resources {'GPU': 'many'}"),
+        ("GPU: 8", "GPU: 99999", "available_node_types.sim: .*less than or equal to 1024"),
+        ("head: h0", "head: h0\n  head: h9", "head"),
+        ("me,", "me, ssh_user: you,", "ssh_user"),
+    ],
+)
+def test_a_file_that_ray_up_would_refuse_is_refused_with_the_key(tmp_path, old, new, said):
+    path = a_cluster_file(tmp_path)
+    path.write_text(path.read_text().replace(old, new))
+
+    with pytest.raises(ConfigError, match=f"^{path}:.*{said}"):
+        read_cluster(path)
+
+
+async def test_a_hub_that_speaks_no_http_is_a_finding(monkeypatch):
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+        state = await asyncio.to_thread(host_state)
+
+    assert "SSH-2.0-OpenSSH" in state.hub_problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["provider: {type: aws}\nauth: {ssh_user: ubuntu}", "[]", "provider: [", "", "a: &a [*a]"],
 )
 def test_a_file_without_hosts_is_refused_by_name(tmp_path, text: str):
     path = tmp_path / "cluster.yaml"

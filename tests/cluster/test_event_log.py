@@ -80,6 +80,45 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert [event.text for event in a_log(tmp_path)] == ["whole"]
 
 
+def test_a_line_that_was_cut_within_a_letter_is_left_out_and_the_next_is_whole(tmp_path):
+    a_log(tmp_path).note(1.0, "note", "whole\u2028and in two lines")
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write('{"number": 2, "text": "é'.encode()[:-1])
+
+    a_log(tmp_path).note(2.0, "note", "after")
+
+    assert [event.text for event in a_log(tmp_path)] == ["whole\u2028and in two lines", "after"]
+
+
+def test_the_file_stays_bounded_when_controllers_come_and_go(tmp_path):
+    for index in range(12):
+        log = a_log(tmp_path, capacity=10)
+        for _ in range(8):
+            log.note(float(index), "note", str(index))
+
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) <= 20
+
+
+def test_a_file_that_cannot_be_read_is_told_and_ends_no_controller(tmp_path, caplog):
+    (tmp_path / "events.jsonl").mkdir()  # as root everything may be read
+
+    a_log(tmp_path).note(1.0, "note", "now")
+
+    assert "events.jsonl cannot be read" in caplog.text
+
+
+def test_events_are_shown_as_they_are(tmp_path):
+    """What an engine said last may look like markup."""
+    log = a_log(tmp_path)
+    log.note(1.0, "replica-died", "r1 [/]", model="[bold]", node="h[1]", reason="[/INST] [red]")
+    console = Console(width=250, record=True, file=io.StringIO())
+
+    console.print(event_table(tuple(log)))
+
+    page = console.export_text()
+    assert all(part in page for part in ("r1 [/]", "[bold]", "h[1]", "[/INST] [red]"))
+
+
 def test_a_replica_that_died_is_told_with_its_reason_and_its_successor_as_such(tmp_path):
     log = a_log(tmp_path)
     states: list[tuple[str, ReplicaState]] = [

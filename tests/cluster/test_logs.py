@@ -284,6 +284,15 @@ async def test_all_running_replicas_are_followed_each_line_with_its_origin(fleet
     assert sorted(followed) == ["r1: half a line", "r1: more of r1", "r2: more of r2"]
 
 
+async def test_a_log_that_may_not_be_read_is_told(fleet: Fleet) -> None:
+    (fleet.run_dir / "logs" / "gateway.log").mkdir()  # as root every file may be read
+
+    code, _, error = await said(fleet, "gateway")
+
+    assert code == 0
+    assert "gateway.log: cannot be read: Is a directory" in error
+
+
 async def test_a_log_that_does_not_exist_yet_is_waited_for(fleet: Fleet) -> None:
     file = fleet.run_dir / "logs" / "gateway.log"
     async with logs(fleet, "gateway", "-f") as process:
@@ -347,6 +356,30 @@ async def test_who_replaces_a_replica_is_followed_on_and_what_happened_is_said(
         "==> replica r2: starting on here (replaces r1) <==",
         "r2: chat on r2",
     ]
+
+
+async def test_who_replaces_a_replica_is_said_by_a_new_head_that_counts_events_anew(
+    fleet: Fleet,
+) -> None:
+    fleet.runs("chat", "r1")
+    for _ in range(5):
+        fleet.tell("replica-ready", "before")
+    async with logs(fleet, "chat", "-f") as process:
+        await lines_until(process, "chat on r1")
+        await fleet.down()
+        await lines_until_like(process, "logs on this host go on")
+        fleet.happened = []
+        fleet.tell("replica-lost", "replica r1: silent", replica="r1")
+        await fleet.up()
+
+        await lines_until(process, "==> replica r1: silent on here <==")
+
+
+async def lines_until_like(process: asyncio.subprocess.Process, part: str) -> None:
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        while part not in (line := (await process.stdout.readline()).decode()):
+            assert line, "the command has ended"
 
 
 @pytest.mark.parametrize("command", [("logs", "chat"), ("events",)])
