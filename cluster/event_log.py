@@ -30,8 +30,8 @@ class EventLog:
 
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         self._path = path
-        self._events: deque[Event] = deque(_read(path), maxlen=capacity)
-        self._lines = len(self._events)
+        kept, self._lines, self._cut = _read(path)
+        self._events: deque[Event] = deque(kept, maxlen=capacity)
         self._unreplaced: dict[str, deque[str]] = {}  # replicas that died, by variant
 
     def __iter__(self) -> Iterator[Event]:
@@ -107,17 +107,28 @@ class EventLog:
         if self._lines >= 2 * (self._events.maxlen or CAPACITY):
             text = "".join(f"{each.model_dump_json()}\n" for each in self._events)
             replace_text(self._path, text)
-            self._lines = len(self._events)
+            self._lines, self._cut = len(self._events), False
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{event.model_dump_json()}\n")
-        self._lines += 1
+            file.write(f"{chr(10) if self._cut else ''}{event.model_dump_json()}\n")
+        self._lines, self._cut = self._lines + 1, False
 
 
-def _read(path: Path) -> Iterator[Event]:
-    """What a controller before us kept; a last line that it did not finish is left out."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValidationError):
-                yield Event.model_validate_json(line)
+def _read(path: Path) -> tuple[list[Event], int, bool]:
+    """What a controller before us kept, in how many lines, and whether it did not finish the last.
+
+    Lines that are no events are left out.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0, False
+    except OSError:
+        log.exception("%s cannot be read: earlier events are not told", path)
+        return [], 0, False
+    events, lines = [], text.split(b"\n")
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            events.append(Event.model_validate_json(line))
+    return events, len(lines) - 1, bool(lines[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 
 from cluster.errors import PortInUse
 from cluster.processes import require_free_port
@@ -81,14 +82,16 @@ def _hub_problem(hub: str) -> str:
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()  # noqa: S310 - checked above
     except urllib.error.HTTPError as error:
         return "" if error.code < 500 else f"it answers {error.code}"
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
     return ""
 
 
 def _has_token() -> bool:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    return bool(os.environ.get("HF_TOKEN")) or (home / "token").exists()
+    """As the downloads look for it: HF_TOKEN, HF_TOKEN_PATH, and what `hf auth login` left."""
+    with contextlib.suppress(PermissionError):  # a file of another account's is none of ours
+        return bool(get_token())
+    return False
 
 
 def _in_use(port: int) -> bool:

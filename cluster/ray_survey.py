@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.host_state import HostState, host_state
@@ -102,9 +103,9 @@ def host_states(nodes: Sequence[Mapping[str, Any]]) -> dict[str, HostState]:
     for name, task in tasks.items():
         try:
             text = ray.get(task, timeout=max(0.1, deadline - time.monotonic()))
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            continue  # its facts are missing too, and that is said
-        states[name] = HostState.model_validate_json(text)
+            states[name] = HostState.model_validate_json(text)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValidationError):
+            continue  # `bora doctor` says of whom it has none
     return states
 
 
@@ -119,6 +120,8 @@ def _gather(tasks: Mapping[str, Any], timeout_s: float, progress: Callable[[str]
                 found.append(NodeFacts.model_validate_json(ray.get(task)))
             except ray.exceptions.RayError as error:
                 unheard[names[task]] = str(error).splitlines()[0]
+            except ValidationError:
+                unheard[names[task]] = "its bora is of another version: ship the code there"
             progress(f"{names[task]}: {len(names) - len(waiting)} of {len(names)} nodes")
     for task in waiting:
         ray.cancel(task)

@@ -110,6 +110,7 @@ def _on_ray(
         Check(host=name, check="node", status="failed", found=why, cure="look at its raylet's log")
         for name, why in survey.unheard.items()
     ]
+    others += [_untold(facts) for facts in survey.found if facts.node not in states]
     if declared is None:
         try:
             declared = bootstrap.inventory()
@@ -141,6 +142,12 @@ def _lies(
 def _unfit(host: str, error: Exception) -> Check:
     cure = "correct the labels that its nodes are started with (`bora probe --ray-start`)"
     return Check(host=host, check="labels", status="failed", found=str(error), cure=cure)
+
+
+def _untold(facts: NodeFacts) -> Check:
+    found = "it did not tell its limits, its clock and whether it reaches the model hub"
+    cure = "run `bora doctor` on that host"
+    return Check(host=facts.host, check="node", status="warning", found=found, cure=cure)
 
 
 def _progress(text: str) -> None:

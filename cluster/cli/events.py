@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cluster import context
 from cluster.cli.render import page_console
@@ -53,7 +54,8 @@ def event_table(shown: Sequence[Event]) -> Table:
     """One row an event, the oldest first; times in UTC."""
     table = Table("time (UTC)", "event", "model", "node", "what", "reason", box=None)
     for event in shown:
-        table.add_row(_time(event), event.kind, event.model, event.node, event.text, event.reason)
+        own = (event.kind, event.model, event.node, event.text, event.reason)
+        table.add_row(_time(event), *map(Text, own))
     return table
 
 

@@ -105,6 +105,10 @@ class ReplicaWatch:
         return told
 
     def _news(self) -> list[Event]:
+        if self._silent and not any(
+            event.number >= self._last_event for event in self._client.events().events
+        ):
+            self._last_event = 0  # a new head began to count anew
         found = []
         for event in self._client.events(self._last_event).events:
             self._last_event = event.number

@@ -146,4 +146,7 @@ def _of_replica(
 
 
 def _written_s(file: Path) -> float:
-    return file.stat().st_mtime
+    """0 for one that has just been taken away."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime
+    return 0.0
