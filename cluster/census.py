@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -41,13 +40,13 @@ def take() -> Census:
             for group in groups.values()
             if group["state"] in _NO_PLACE
         ),
-        nodes=_nodes(ray.nodes(), ray._private.state.available_resources_per_node()),  # noqa: SLF001
+        nodes=live_nodes(),
     )
 
 
-def _nodes(
-    nodes: Sequence[Mapping[str, Any]], free: Mapping[str, Mapping[str, float]]
-) -> dict[str, NodeFacts]:
+def live_nodes() -> dict[str, NodeFacts]:
+    """By Ray's ids. Blocks as `take` does."""
+    free = ray._private.state.available_resources_per_node()  # noqa: SLF001
     return {
         node["NodeID"]: NodeFacts(
             node_id=node["NodeID"],
@@ -56,7 +55,7 @@ def _nodes(
             total=node["Resources"],
             free=free.get(node["NodeID"], {}),
         )
-        for node in nodes
+        for node in ray.nodes()
         if node["Alive"]
     }
 

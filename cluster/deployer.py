@@ -6,14 +6,11 @@ import asyncio
 import json
 from collections.abc import Mapping
 
-import ray
-
-from cluster import serve_apps
+from cluster import census, serve_apps
 from cluster.gang import Site
-from cluster.gang_nodes import planned_pins
+from cluster.gang_nodes import Move, NodeWish, planned_wishes, reserved, shared_out, with_planned
 from cluster.generations import Deployed, GenerationKey, key_of
 from cluster.head_copy import KeyValues
-from cluster.ray_inventory import node_name
 from placement.plan import Plan, Variant
 
 
@@ -21,14 +18,14 @@ class Deployer:
     """Compares the plan with what Serve was told, which Serve itself remembers.
 
     Safe to repeat. A variant whose shape changed gets a generation of its own; the one before it
-    serves on until a roll-out ends it (`cluster.rollout`). On which nodes it pinned a gang Serve does
+    serves on until a roll-out ends it (`cluster.rollout`). On which nodes it wants gangs Serve does
     not tell; that is in `kept`, which lives as long as what Serve remembers.
     """
 
     def __init__(self, site: Site, kept: KeyValues) -> None:
         self._site = site
         self._kept = kept
-        self._pins: dict[GenerationKey, tuple[str, ...]] = {}
+        self._wishes: dict[GenerationKey, tuple[NodeWish, ...]] = {}
         self._lock = asyncio.Lock()
 
     async def reconcile(
@@ -45,7 +42,7 @@ class Deployer:
             touched = []
             for key, each in deployed.items():
                 if each.model and each.model not in models:
-                    await asyncio.to_thread(serve_apps.delete, key, wait=False)
+                    await asyncio.to_thread(serve_apps.delete, key, each.parts, wait=False)
                     touched.append(each.model)
             for variant in plan.variants:
                 count, told = counts[variant.variant], deployed.get(key_of(variant))
@@ -57,49 +54,84 @@ class Deployer:
 
     async def _settle(self, variant: Variant, count: int, told: Deployed | None) -> bool:
         """Whether there was anything to do."""
-        if told and not told.gave_up and told.config == variant.model_dump(mode="json"):
+        key, parts = key_of(variant), told.living if told else {}
+        for place, part in parts.items():
+            if part.gave_up:  # asked for once more: Serve itself would not try again
+                await asyncio.to_thread(serve_apps.delete, key, [place], wait=True)
+        parts = {place: part for place, part in parts.items() if not part.gave_up}
+        if variant.shape.num_nodes == 1:
+            return await self._place(variant, 0, count, parts.get(0))
+        nodes = await asyncio.to_thread(census.live_nodes)
+        planned = planned_wishes(variant, {node.name: node.node_id for node in nodes.values()})
+        wishes = with_planned(await self.wishes(key), planned, parts) if parts else planned
+        await self._keep(key, wishes)
+        return await self._share_out(variant, count, parts)
+
+    async def _share_out(self, variant: Variant, count: int, parts: Mapping[int, Deployed]) -> bool:
+        """Give `count` gangs their places; whether there was anything to do."""
+        nodes = await asyncio.to_thread(census.live_nodes)
+        targets = shared_out(count, await self.wishes(key_of(variant)), parts, nodes)
+        changed = [
+            await self._place(variant, place, target, parts.get(place))
+            for place, target in targets.items()
+        ]
+        return any(changed)
+
+    async def _place(self, variant: Variant, place: int, count: int, told: Deployed | None) -> bool:
+        """Have `count` replicas in a place of a variant; whether there was anything to do."""
+        key = key_of(variant)
+        if told and told.config == variant.model_dump(mode="json"):
             if told.target != count:
-                await asyncio.to_thread(serve_apps.scale, key_of(variant), count)
+                await asyncio.to_thread(serve_apps.scale, key, count, place)
             return told.target != count
-        if told and told.gave_up:  # asked for once more: Serve itself would not try again
-            await asyncio.to_thread(serve_apps.delete, key_of(variant), wait=True)
-        if told is None or told.gave_up:
-            await self._pin(variant, planned_pins(variant, await asyncio.to_thread(_live_nodes)))
-        pins = await self.pins(variant)
-        await asyncio.to_thread(serve_apps.deploy, variant, count, self._site, pins)
+        wish = NodeWish()
+        if variant.shape.num_nodes > 1:
+            wish = (await self.wishes(key))[place]
+            if told is None and not wish.nodes:
+                wish = await self._without_planned(variant, place)
+        await asyncio.to_thread(serve_apps.deploy, variant, count, self._site, place, wish)
         return True
 
-    async def pins(self, variant: Variant) -> tuple[str, ...]:
-        """Ray's ids of the nodes that a gang must be on, by rank; empty: any of its pools will do.
+    async def _without_planned(self, variant: Variant, place: int) -> NodeWish:
+        """Of a place that is made now, for gangs on any nodes that the others leave."""
+        key = key_of(variant)
+        nodes, wishes = await asyncio.to_thread(census.live_nodes), await self.wishes(key)
+        wish = NodeWish(leaves=reserved(variant, wishes, place, nodes))
+        await self._keep(key, (*wishes[:place], wish, *wishes[place + 1 :]))
+        return wish
+
+    async def wishes(self, key: GenerationKey) -> tuple[NodeWish, ...]:
+        """On which nodes each place of a generation wants its gangs.
 
         Raises:
             ClusterError: Ray does not tell.
         """
-        if variant.shape.num_nodes == 1:
-            return ()
-        key = key_of(variant)
-        if key not in self._pins:
+        if key not in self._wishes:
             kept = await asyncio.to_thread(self._kept.get, _name(key))
-            self._pins[key] = tuple(json.loads(kept or b"[]"))
-        return self._pins[key]
+            told = json.loads(kept) if kept else [((), ())]
+            self._wishes[key] = tuple(NodeWish(tuple(on), tuple(off)) for on, off in told)
+        return self._wishes[key]
 
-    async def unpin(self, variant: Variant, replicas: int) -> None:
-        """From now on any node of its pools will do; it is deployed anew, for none of it runs.
+    async def _keep(self, key: GenerationKey, wishes: tuple[NodeWish, ...]) -> None:
+        await asyncio.to_thread(self._kept.put, _name(key), json.dumps(wishes).encode())
+        self._wishes[key] = wishes
+
+    async def move(self, variant: Variant, move: Move) -> None:
+        """Give a gang that does not run other nodes than those of its place.
 
         Raises:
             ClusterError: Ray does not keep that.
         """
         async with self._lock:
-            await self._pin(variant, ())
+            key, place = key_of(variant), move.number
+            if move.to is None:
+                wishes = await self.wishes(key)
+                await self._keep(key, (*wishes[:place], NodeWish(), *wishes[place + 1 :]))
             # Of a deployment that is there Serve takes no other wish for nodes alone.
-            await asyncio.to_thread(serve_apps.discard, key_of(variant))
-            await asyncio.to_thread(serve_apps.deploy, variant, replicas, self._site)
-
-    async def _pin(self, variant: Variant, pins: tuple[str, ...]) -> None:
-        if variant.shape.num_nodes > 1:
-            key = key_of(variant)
-            await asyncio.to_thread(self._kept.put, _name(key), json.dumps(pins).encode())
-            self._pins[key] = pins
+            await asyncio.to_thread(serve_apps.discard, key, place)
+            left = (await self.deployed()).get(key)
+            to = place if move.to is None else move.to
+            await self._place(variant, to, 1, left.living.get(to) if left else None)
 
     async def deployed(self) -> dict[GenerationKey, Deployed]:
         """What Serve runs and is not about to forget."""
@@ -109,25 +141,31 @@ class Deployer:
     async def scale(self, key: GenerationKey, replicas: int) -> None:
         """Set the replica count of a generation that is deployed."""
         async with self._lock:
-            await asyncio.to_thread(serve_apps.scale, key, replicas)
+            if len(await self.wishes(key)) == 1:
+                await asyncio.to_thread(serve_apps.scale, key, replicas)
+                return
+            told = (await self.deployed()).get(key)
+            if told and told.config:  # else Serve has not taken it over yet
+                variant = Variant.model_validate(told.config)
+                await self._share_out(variant, replicas, told.living)
 
     async def delete(self, key: GenerationKey) -> None:
         """Let a generation's replicas finish what runs, and forget it. Does not wait for them."""
         async with self._lock:
-            await asyncio.to_thread(serve_apps.delete, key, wait=False)
+            told = (await self.deployed()).get(key)
+            await asyncio.to_thread(serve_apps.delete, key, told.living if told else (), wait=False)
 
     async def stop(self) -> None:
         """Delete everything of bora's and wait until its replicas are gone."""
         async with self._lock:
-            keys = await self.deployed()
-            deletions = (asyncio.to_thread(serve_apps.delete, key, wait=True) for key in keys)
+            deployed = await self.deployed()
+            deletions = (
+                asyncio.to_thread(serve_apps.delete, key, [place], wait=True)
+                for key, each in deployed.items()
+                for place in each.parts
+            )
             await asyncio.gather(*deletions)
 
 
 def _name(key: GenerationKey) -> str:
     return f"pins/{key.variant}:{key.version}"
-
-
-def _live_nodes() -> dict[str, str]:
-    """Ray's ids by the names that plans use."""
-    return {node_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cluster.names import NODE_LABEL, POOL_LABEL, SLOT
@@ -44,6 +44,7 @@ class Deployed:
     replicas: tuple[ServedReplica, ...] = ()
     deleting: bool = False  # its replicas finish what runs, then it is forgotten
     gave_up: bool = False  # its replicas failed so often that Serve starts no more
+    parts: Mapping[int, Deployed] = field(default_factory=dict)  # of a gang, by place
 
     @property
     def model(self) -> str:
@@ -55,9 +56,29 @@ class Deployed:
         """Whether its replicas read prompts for others and answer nothing."""
         return self.config.get("role") == "prefill"
 
+    @property
+    def living(self) -> dict[int, Deployed]:
+        """Its parts that Serve is not about to forget."""
+        return {place: part for place, part in self.parts.items() if not part.deleting}
+
     def count(self, *states: str) -> int:
         """Replicas in one of Serve's states."""
         return sum(replica.state in states for replica in self.replicas)
+
+
+def together(parts: Mapping[int, Deployed]) -> Deployed:
+    """All that Serve runs of a generation, which for a gang may be several deployments."""
+    if list(parts) == [0]:
+        return replace(parts[0], parts=parts)
+    living = [each for each in parts.values() if not each.deleting]
+    return Deployed(
+        config=next((each.config for each in living if each.config), {}),
+        target=sum(each.target for each in living),
+        replicas=tuple(replica for each in parts.values() for replica in each.replicas),
+        deleting=not living,
+        gave_up=any(each.gave_up for each in living),
+        parts=parts,
+    )
 
 
 def key_of(variant: Variant) -> GenerationKey:
@@ -103,12 +124,18 @@ def bundles(variant: Variant) -> list[dict[str, float]]:
     return [bundle(variant)] * variant.shape.num_nodes
 
 
-def selectors(variant: Variant, pins: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Labels of the nodes that the bundles may be on: of their pools, or these very nodes."""
+def selectors(
+    variant: Variant, nodes: Sequence[str] = (), leaves: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """Labels of the nodes that the bundles may be on, in Ray's ids.
+
+    Of their pools: these very `nodes`, or any but those that they leave to others.
+    """
     pools = [{POOL_LABEL: pool} for pool in variant.rank_pools]
-    if not pins:
-        return pools
-    return [{**pool, NODE_LABEL: pin} for pool, pin in zip(pools, pins, strict=True)]
+    if nodes:
+        return [{**pool, NODE_LABEL: node} for pool, node in zip(pools, nodes, strict=True)]
+    others = {NODE_LABEL: f"!in({','.join(leaves)})"} if leaves else {}
+    return [{**pool, **others} for pool in pools]
 
 
 def spread(variant: Variant) -> str:

@@ -16,7 +16,7 @@ from cluster.autoscaler import Autoscaler
 from cluster.departures import Departures
 from cluster.errors import ClusterError
 from cluster.event_log import EventLog
-from cluster.gang_nodes import why_elsewhere
+from cluster.gang_nodes import Move, NodeWish, next_move
 from cluster.generations import RUNNING, Census, GenerationKey, key_of
 from cluster.placement_check import NodeFacts
 from cluster.places import Places
@@ -39,12 +39,12 @@ class Counts(Protocol):
         """Let a generation finish what runs, and forget it."""
         ...
 
-    async def pins(self, variant: Variant) -> tuple[str, ...]:
-        """The nodes that a gang must be on (Ray's ids); empty: any of its pools."""
+    async def wishes(self, key: GenerationKey) -> tuple[NodeWish, ...]:
+        """On which nodes each place of a generation wants its gangs."""
         ...
 
-    async def unpin(self, variant: Variant, replicas: int) -> None:
-        """From now on any will do; none of it runs."""
+    async def move(self, variant: Variant, move: Move) -> None:
+        """Give a gang that does not run other nodes than those of its place."""
         ...
 
 
@@ -169,26 +169,16 @@ class Lifecycle:
 
     async def _free_gangs(self, variants: Sequence[Variant], now: Census) -> None:
         """Those that cannot have the nodes of the plan get others."""
+        drained = self.departures.drained
         for variant in variants:
-            served, pins = now.generations.get(key_of(variant)), await self._deployer.pins(variant)
-            if served is None or not pins:
+            if variant.shape.num_nodes == 1 or key_of(variant) not in now.generations:
                 continue
-            of_model = sum(each.model == variant.model for each in now.generations.values())
-            why = why_elsewhere(
-                pins,
-                served,
-                now.placeless,
-                now.nodes,
-                drained=self.departures.drained,
-                now_s=time.time(),
-                patient=of_model > 1,
-            )
-            if why:
-                pools = " and ".join(dict.fromkeys(variant.pools))
-                text = f"not on the nodes of the plan, of which {why}: any of pool {pools} will do"
+            wishes = await self._deployer.wishes(key_of(variant))
+            move = next_move(variant, wishes, now, drained=drained, now_s=time.time())
+            if move:
+                text = move.told(variant, wishes, now.nodes)
                 self._events.note(time.time(), "no-place", text, model=variant.model)
-                count = self.departures.counts([variant])[variant.variant]
-                await self._deployer.unpin(variant, count)
+                await self._deployer.move(variant, move)
 
     def _nodes(self) -> dict[str, NodeFacts]:
         return dict(self._census.nodes) if self._census else {}

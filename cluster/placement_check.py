@@ -29,6 +29,21 @@ def explain_waiting(
     variant: Variant, bundle: Mapping[str, float], nodes: Sequence[NodeFacts]
 ) -> str:
     """Which resource is missing where, for a replica that Ray has no place for."""
+    return _missing(variant, bundle, nodes) + _lost(variant, nodes)
+
+
+def _lost(variant: Variant, nodes: Sequence[NodeFacts]) -> str:
+    """Nodes that the plan has for gangs, and that are not to be had."""
+    planned = {part.node for replica in variant.placement for part in replica}
+    live = {node.name: node for node in nodes}
+    if variant.shape.num_nodes == 1 or not planned & set(live):
+        return ""  # planned on an inventory with other names
+    lost = [f"{name} is gone" for name in sorted(planned - set(live))]
+    lost += [f"{name} is drained" for name in sorted(planned & set(live)) if live[name].draining]
+    return f"; of the planned nodes {' and '.join(lost)}" if lost else ""
+
+
+def _missing(variant: Variant, bundle: Mapping[str, float], nodes: Sequence[NodeFacts]) -> str:
     [(resource, needed)] = bundle.items()
     count = variant.shape.num_nodes
     on = "one node" if count == 1 else f"each of {count} nodes"
@@ -141,15 +156,18 @@ def _other_nodes(
 def _other_ranks(
     variant: Variant, reports: Sequence[ReplicaReport], nodes: Mapping[str, NodeFacts]
 ) -> list[str]:
-    """A gang on its planned nodes whose ranks stand otherwise; of several any may lead."""
-    if variant.shape.num_nodes == 1 or len(variant.placement) != 1:
+    """Gangs on planned nodes, but not on those of one planned replica, or not in its order."""
+    if variant.shape.num_nodes == 1:
         return []
-    planned = [part.node for part in variant.placement[0]]
+    planned = [[part.node for part in replica] for replica in variant.placement]
+    known = {name for names in planned for name in names}
     found = []
     for report in reports:
         there = [nodes[part.node_id].name for part in _parts(report) if part.node_id in nodes]
-        if there != planned and sorted(there) == sorted(planned):
-            ranks, wanted = ", ".join(there), ", ".join(planned)
+        whole = len(there) == variant.shape.num_nodes and set(there) <= known
+        if whole and there not in planned:
+            wanted = " or ".join(dict.fromkeys(", ".join(names) for names in planned))
+            ranks = ", ".join(there)
             found.append(f"{report.replica}: its ranks are on {ranks}, planned were {wanted}")
     return found
 

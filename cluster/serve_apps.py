@@ -1,5 +1,7 @@
 """Everything bora asks of Ray Serve: one application per generation, a variant in one shape.
 
+Of a gang each place is one (`cluster.gang_nodes`).
+
 A changed shape is another application beside the old one, so that who decides when the old one goes
 is bora, which knows the capacity that was promised, and not Serve, which knows only replica counts.
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -22,6 +24,7 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 
 from cluster.gang import Site
+from cluster.gang_nodes import NodeWish
 from cluster.generations import (
     STOPPING,
     Deployed,
@@ -31,12 +34,15 @@ from cluster.generations import (
     key_of,
     selectors,
     spread,
+    together,
 )
 from cluster.replica import DRAIN_TIMEOUT_S, Replica
 from placement.plan import Variant
 
 DISCARD_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stops
+
+ANYWHERE = NodeWish()
 
 _PREFIX = "bora:"  # of our applications' names
 
@@ -46,18 +52,20 @@ def start() -> None:
     serve.start(proxy_location="Disabled")
 
 
-def deploy(variant: Variant, replicas: int, site: Site, pins: Sequence[str] = ()) -> None:
-    """Create or update a generation; returns once Serve has taken it over.
+def deploy(
+    variant: Variant, replicas: int, site: Site, place: int = 0, wish: NodeWish = ANYWHERE
+) -> None:
+    """Create or update a generation, or a place of it; returns once Serve has taken it over.
 
-    `pins`: Ray's ids of the nodes for its ranks; those that it was created with, or it restarts.
+    `wish`: that it was created with, or its replicas restart.
 
     Serve deploys nothing with 0 replicas, only scales to it: such a generation may start one for a
     moment.
     """
     key = key_of(variant)
     target = serve.RunTarget(
-        target=_deployment(variant, replicas, pins).bind(site),
-        name=_application(key),
+        target=_deployment(variant, replicas, wish).bind(site),
+        name=_application(key, place),
         route_prefix=None,
         external_scaler_enabled=True,
     )
@@ -65,17 +73,18 @@ def deploy(variant: Variant, replicas: int, site: Site, pins: Sequence[str] = ()
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
     if replicas == 0:
-        scale(key, 0)
+        scale(key, 0, place)
 
 
 def deployed() -> dict[GenerationKey, Deployed]:
     """What Serve runs for bora. Applications of others are not ours."""
     applications = _get_global_client().get_serve_details()["applications"]
-    return {
-        _key(name): _deployed(application)
-        for name, application in applications.items()
-        if name.startswith(_PREFIX)
-    }
+    parts: dict[GenerationKey, dict[int, Deployed]] = {}
+    for name, application in sorted(applications.items()):
+        if name.startswith(_PREFIX):
+            key, place = _key(name)
+            parts.setdefault(key, {})[place] = _deployed(application)
+    return {key: together(each) for key, each in parts.items()}
 
 
 def _deployed(application: Mapping[str, Any]) -> Deployed:
@@ -99,9 +108,9 @@ def _deployed(application: Mapping[str, Any]) -> Deployed:
     return Deployed(config={}, target=0, deleting=application["status"] == "DELETING")
 
 
-def scale(key: GenerationKey, replicas: int) -> None:
-    """Set the replica count of a generation that is deployed."""
-    deployment = DeploymentID(name=key.variant, app_name=_application(key))
+def scale(key: GenerationKey, replicas: int, place: int = 0) -> None:
+    """Set the replica count of a generation, or of a place of it, that is deployed."""
+    deployment = DeploymentID(name=key.variant, app_name=_application(key, place))
     ray.get(
         _get_global_client()._controller.update_deployment_replicas.remote(  # noqa: SLF001
             deployment, replicas
@@ -109,22 +118,24 @@ def scale(key: GenerationKey, replicas: int) -> None:
     )
 
 
-def delete(key: GenerationKey, *, wait: bool) -> None:
-    """Stop a generation's replicas, each after its running requests, and forget it."""
-    serve.delete(_application(key), _blocking=wait)
+def delete(key: GenerationKey, places: Iterable[int], *, wait: bool) -> None:
+    """Stop the replicas of these places, each after its running requests, and forget them."""
+    for place in places:
+        serve.delete(_application(key, place), _blocking=wait)
 
 
-def discard(key: GenerationKey) -> None:
-    """Forget a generation of which no replica runs, only some that wait for a place. Blocks, briefly.
+def discard(key: GenerationKey, place: int) -> None:
+    """Forget a place of which no replica runs, only some that wait for nodes. Blocks, briefly.
 
     Serve asks those to stop, which an actor hears only once it has a place: so they are ended here,
     after Serve has begun to, since it would start others before.
     """
-    serve.delete(_application(key), _blocking=False)
-    deployment = DeploymentID(name=key.variant, app_name=_application(key))
+    application = _application(key, place)
+    serve.delete(application, _blocking=False)
+    deployment = DeploymentID(name=key.variant, app_name=application)
     deadline = time.monotonic() + DISCARD_TIMEOUT_S
-    while (left := deployed().get(key)) and time.monotonic() < deadline:
-        for replica in left.replicas:
+    while (left := _replicas(key, place)) is not None and time.monotonic() < deadline:
+        for replica in left:
             name = ReplicaID(unique_id=replica.replica, deployment_id=deployment).to_full_id_str()
             if replica.state == STOPPING:
                 with contextlib.suppress(ValueError):  # gone already
@@ -132,16 +143,24 @@ def discard(key: GenerationKey) -> None:
         time.sleep(0.1)
 
 
-def _application(key: GenerationKey) -> str:
-    return f"{_PREFIX}{key.variant}:{key.version}"
+def _replicas(key: GenerationKey, place: int) -> Sequence[ServedReplica] | None:
+    """Of a place; None: Serve has forgotten it."""
+    generation = deployed().get(key)
+    part = generation.parts.get(place) if generation else None
+    return part.replicas if part else None
 
 
-def _key(application: str) -> GenerationKey:
+def _application(key: GenerationKey, place: int) -> str:
+    return f"{_PREFIX}{key.variant}:{key.version}{f'+{place}' if place else ''}"
+
+
+def _key(application: str) -> tuple[GenerationKey, int]:
     variant, _, version = application.removeprefix(_PREFIX).rpartition(":")
-    return GenerationKey(variant, version)
+    version, _, place = version.partition("+")
+    return GenerationKey(variant, version), int(place or 0)
 
 
-def _deployment(variant: Variant, replicas: int, pins: Sequence[str]) -> serve.Deployment:
+def _deployment(variant: Variant, replicas: int, wish: NodeWish) -> serve.Deployment:
     nodes = bundles(variant)
     resources = nodes[0]  # the leader's; its followers take the others themselves (cluster.gang)
     actor: dict[str, Any] = {"num_cpus": 0}
@@ -155,7 +174,7 @@ def _deployment(variant: Variant, replicas: int, pins: Sequence[str]) -> serve.D
         num_replicas=max(replicas, 1),
         ray_actor_options=actor,
         placement_group_bundles=nodes,
-        placement_group_bundle_label_selector=selectors(variant, pins),
+        placement_group_bundle_label_selector=selectors(variant, *wish),
         placement_group_strategy=spread(variant),
         user_config=variant.model_dump(mode="json"),
         health_check_period_s=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.gang_nodes import Move, NodeWish
 from cluster.generations import GenerationKey, key_of
 from placement.plan import Variant
 
@@ -13,7 +14,7 @@ class RecordingCounts:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.pinned: tuple[str, ...] = ()  # of every gang
+        self.wished: tuple[NodeWish, ...] = (NodeWish(),)  # of every gang
 
     async def scale(self, key: GenerationKey, replicas: int) -> None:
         self.calls.append(("scale", key, replicas))
@@ -21,9 +22,9 @@ class RecordingCounts:
     async def delete(self, key: GenerationKey) -> None:
         self.calls.append(("delete", key))
 
-    async def pins(self, variant: Variant) -> tuple[str, ...]:
-        return self.pinned if variant.shape.num_nodes > 1 else ()
+    async def wishes(self, key: GenerationKey) -> tuple[NodeWish, ...]:
+        return self.wished
 
-    async def unpin(self, variant: Variant, replicas: int) -> None:
-        self.pinned = ()
-        self.calls.append(("unpin", key_of(variant), replicas))
+    async def move(self, variant: Variant, move: Move) -> None:
+        self.wished = (NodeWish(),)
+        self.calls.append(("move", key_of(variant), move))

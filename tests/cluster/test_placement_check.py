@@ -113,7 +113,7 @@ def a_follower(**changes: Any) -> RankPlace:
     return RankPlace(**{**fields, **changes})
 
 
-def test_a_gang_on_its_planned_nodes_in_another_order_is_told_where_one_replica_is_planned():
+def test_a_gang_on_its_planned_nodes_in_another_order_is_told():
     leader = {"replica": "r1", "gpus": (0, 1), "num_devices": 2}
     there = a_report(node_id="id-a", followers=(a_follower(),), **leader)
     swapped = a_report(node_id="id-b", followers=(a_follower(node_id="id-a"),), **leader)
@@ -122,8 +122,32 @@ def test_a_gang_on_its_planned_nodes_in_another_order_is_told_where_one_replica_
     assert differences(a_gang(), [swapped], NODES, shared_gpus([swapped])) == [
         "r1: its ranks are on b, a, planned were a, b"
     ]
-    several = a_gang(placement=a_gang().placement * 2)
-    assert differences(several, [swapped], NODES, shared_gpus([swapped])) == []
+
+
+def test_a_gang_over_two_planned_sets_of_nodes_is_told():
+    gpus = (0, 1)
+    sets = tuple(tuple(NodeGpus(node=node, gpus=gpus) for node in names) for names in ("ab", "cd"))
+    nodes = {f"id-{name}": a_node(name) for name in "abcd"}
+    crossed = [
+        a_report(
+            replica=f"r{leader}",
+            node_id=f"id-{leader}",
+            num_devices=2,
+            followers=(a_follower(node_id=f"id-{follower}"),),
+        )
+        for leader, follower in ("ad", "cb")
+    ]
+
+    assert differences(a_gang(placement=sets), crossed, nodes) == [
+        "ra: its ranks are on a, d, planned were a, b or c, d",
+        "rc: its ranks are on c, b, planned were a, b or c, d",
+    ]
+
+
+def test_which_planned_nodes_of_a_waiting_gang_are_lost_is_told():
+    waits = explain_waiting(a_gang(), {"GPU": 2.0}, [a_node(draining=True)])
+
+    assert waits.endswith("; of the planned nodes b is gone and a is drained")
 
 
 def test_what_is_not_as_planned_about_a_follower_is_said():
