@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 
 from cluster import census, serve_apps
-from cluster.gang import Site
 from cluster.gang_nodes import Move, NodeWish, planned_wishes, reserved, shared_out, with_planned
 from cluster.generations import Deployed, GenerationKey, key_of
 from cluster.head_copy import KeyValues
+from cluster.site import Site
 from placement.plan import Plan, Variant
 
 

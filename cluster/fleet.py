@@ -17,7 +17,6 @@ from cluster.calibration_file import CALIBRATION_FILE
 from cluster.deployer import Deployer
 from cluster.errors import ClusterError
 from cluster.event_log import EventLog
-from cluster.gang import Site
 from cluster.gcs_values import GcsValues
 from cluster.generations import key_of
 from cluster.heartbeats import Heartbeats
@@ -29,6 +28,7 @@ from cluster.plan_keeper import PlanKeeper
 from cluster.ray_fetch import RayFetch
 from cluster.registry import Registry
 from cluster.scaling_loop import ScalingLoop
+from cluster.site import Site
 from cluster.status import variant_status
 from gateway.endpoints import EndpointTable
 from placement.plan import Plan, Variant

@@ -1,138 +1,40 @@
 """Gang: an engine with ranks on several nodes, an actor on each; the replica leads, others follow.
 
-Each follower holds its node's GPUs and its share of the engine. It ends when its engine does, when
-the leader's actor does (Ray ends what a dead actor owns), and when the leader has not asked after it
-for `LEASE_S`: cut off from the cluster it must not hold GPUs that a successor is given.
+What a follower does stands in `cluster.gang_follower`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import weights
-from cluster.engine_process import EngineProcess
+from cluster.adapter_folder import Elsewhere
 from cluster.engines.adapter import EngineFacts, Rank
-from cluster.engines.kinds import ENGINES
-from cluster.errors import EngineFailed
+from cluster.errors import AdapterFailed, EngineFailed
+from cluster.gang_follower import GangFollower
 from cluster.gang_nodes import rank_order
 from cluster.gang_state import GangWatch, RankState
 from cluster.generations import bundles
 from cluster.messages import RankPlace
-from cluster.names import log_folder
 from cluster.processes import free_ports
 from cluster.ray_inventory import node_name
 from cluster.running_engine import RunningEngine
-from cluster.seat import Seat, interface_of, my_seat, with_gpus
+from cluster.seat import Seat, interface_of
+from cluster.site import Site
+from placement.model_cache import ModelCacheSpec
 from placement.plan import Variant
 
-LEASE_S = 30.0
 JOIN_TIMEOUT_S = 60.0  # for a follower's actor to come up: its place has been reserved before
 _ASK_PERIOD_S = 0.5
 _END_TIMEOUT_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What replicas need to know of the place: where engines listen and where their logs go."""
-
-    log_dir: str
-    engine_host: str | None = None  # None: the node's address
-
-    def host(self) -> str:
-        """Address of this node that engines listen on."""
-        return self.engine_host or str(ray.util.get_node_ip_address())
-
-    def log(self, variant: Variant, name: str) -> Path:
-        """Of the engine of a replica, or of a rank of it, called `name`."""
-        return Path(self.log_dir) / log_folder(variant.model) / f"{name}.log"
-
-
-class GangFollower:
-    """A node's share of a replica's engine. `rank` is its place in the gang, from 1 on."""
-
-    def __init__(self, site: Site, variant: str, replica: str, rank: int) -> None:
-        self._site = site
-        self._variant = Variant.model_validate_json(variant)
-        self._name = f"{replica}-rank{rank}"
-        self._rank = rank
-        self._seat = my_seat()
-        self._engine = EngineProcess(
-            ENGINES[self._variant.shape.engine],
-            self._variant,
-            host=site.host(),
-            log=site.log(self._variant, self._name),
-        )
-        self._asked_s = time.monotonic()
-        self._lease = asyncio.get_event_loop().create_task(self._end_when_forgotten())
-
-    async def place(self) -> str:
-        """Which node it is on (`RankPlace` as JSON)."""
-        return self._place().model_dump_json()
-
-    async def prepare(self) -> None:
-        """Hold the GPUs and have the weights here, so that all ranks can start at once."""
-        self._seat = await asyncio.to_thread(
-            with_gpus, self._seat, self._variant, self._name, self._rank
-        )
-        self._checkpoint = await weights.bring(
-            self._variant, self._engine.log, self._engine.note_stage
-        )
-
-    async def launch(
-        self, num_nodes: int, master_host: str, master_port: int, rpc_port: int
-    ) -> None:
-        """Start this node's share; returns at once."""
-        host = self._site.host()
-        here = (host, interface_of(host))
-        rank = Rank(self._rank, num_nodes, master_host, master_port, *here, rpc_port)
-        self._engine.launch(self._checkpoint, self._seat.devices, rank)
-
-    async def state(self) -> str:
-        """How far it is (`RankPlace` as JSON); the leader asks often, or the follower ends."""
-        self._asked_s = time.monotonic()
-        self._engine.follow_log()
-        return self._place().model_dump_json()
-
-    async def facts(self) -> EngineFacts:
-        """What this node's share has told of its memory."""
-        self._engine.read_facts()
-        return self._engine.facts
-
-    async def end(self) -> None:
-        """End the engine at once."""
-        await asyncio.to_thread(self._engine.kill)
-
-    def _place(self) -> RankPlace:
-        status = self._engine.status
-        return RankPlace(
-            node=self._seat.host,
-            node_id=self._seat.node_id,
-            gpus=self._seat.gpus,
-            num_devices=self._seat.num_devices,
-            pid=self._engine.pid,
-            stage=self._engine.stage,
-            status=status,
-            log_file=str(self._engine.log),
-            log_tail="" if status is None else self._engine.log_tail(),
-        )
-
-    async def _end_when_forgotten(self) -> None:
-        left_s = LEASE_S
-        while left_s > 0:
-            await asyncio.sleep(left_s)
-            left_s = self._asked_s + LEASE_S - time.monotonic()
-        await asyncio.to_thread(self._engine.kill)
-        os._exit(1)
 
 
 class Gang:
@@ -208,6 +110,11 @@ class Gang:
             return leader
         return leader.with_copies(await self._all("facts"))
 
+    def elsewhere(self) -> dict[str, Elsewhere]:
+        """How each of the other nodes brings an adapter, by its rank's name."""
+        ranks = zip(self._ranks, self._followers, strict=True)
+        return {rank.name: partial(_locate_adapter, follower) for rank, follower in ranks}
+
     async def _all(self, method: str, *arguments: object) -> list[Any]:
         calls = [getattr(each, method).remote(*arguments) for each in self._followers]
         answers = []
@@ -215,8 +122,9 @@ class Gang:
             try:
                 answers.append(await call)
             except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                raise EngineFailed(f"{self._replica}: {method} on {place.node}: {cause}") from error
+                raise EngineFailed(
+                    f"{self._replica}: {method} on {place.node}: {_cause(error)}"
+                ) from error
         return answers
 
     async def _ask_forever(self, index: int) -> None:
@@ -292,6 +200,18 @@ def _follower(group: Any, number: int, bundle: dict[str, float]) -> Any:
             placement_group=group, placement_group_bundle_index=number
         ),
     )
+
+
+async def _locate_adapter(follower: Any, source: str, cache: ModelCacheSpec) -> str:
+    try:
+        return str(await follower.locate_adapter.remote(source, cache))
+    except ray.exceptions.RayError as error:
+        raise AdapterFailed(str(_cause(error))) from error
+
+
+def _cause(error: Exception) -> object:
+    """Of what an actor's method raised, without Ray's traceback."""
+    return getattr(error, "cause", None) or error
 
 
 def _first_line(error: Exception) -> str:

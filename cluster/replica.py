@@ -23,12 +23,13 @@ from cluster import weights
 from cluster.controller_link import UNREACHABLE, ControllerLink
 from cluster.engines.adapter import Rank
 from cluster.errors import ClusterError, EngineFailed
-from cluster.gang import Gang, Site, places_of
+from cluster.gang import Gang, places_of
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
 from cluster.shape_version import shape_version
+from cluster.site import Site
 from cluster.speed_meter import SpeedMeter
 from placement.plan import Variant
 
@@ -201,7 +202,12 @@ class Replica:
     async def _follow_features(self, engine: RunningEngine, variant: Variant) -> None:
         engine.stage = "loading adapters" if variant.adapters else ""
         task = await self._features.start(
-            variant, url=engine.url, api_key=engine.api_key, log=engine.log, changed=self._report
+            variant,
+            url=engine.url,
+            api_key=engine.api_key,
+            log=engine.log,
+            others=self._gang.elsewhere() if self._gang else {},
+            changed=self._report,
         )
         engine.stage = ""
         task.add_done_callback(self._watch_ended)

@@ -23,7 +23,6 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 
-from cluster.gang import Site
 from cluster.gang_nodes import NodeWish
 from cluster.generations import (
     STOPPING,
@@ -37,6 +36,7 @@ from cluster.generations import (
     together,
 )
 from cluster.replica import DRAIN_TIMEOUT_S, Replica
+from cluster.site import Site
 from placement.plan import Variant
 
 DISCARD_TIMEOUT_S = 2.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_folder import locate_adapter
+from cluster.adapter_folder import Elsewhere, locate_on_all
 from cluster.adapters import Adapters
 from cluster.engine_adapters import EngineAdapters
 from cluster.engines.kinds import ENGINES
@@ -26,6 +26,7 @@ class ServingFeatures:
         self._experts: ExpertLog | None = None
         self._cache = ModelCacheSpec()
         self._log = Path()
+        self._others: Mapping[str, Elsewhere] = {}
 
     async def start(
         self,
@@ -34,16 +35,18 @@ class ServingFeatures:
         url: str,
         api_key: str,
         log: Path,
+        others: Mapping[str, Elsewhere],
         changed: Callable[[], Awaitable[None]],
     ) -> asyncio.Task[None]:
         """Follow the variant's adapters from now on, in the task; `changed` hears of each.
 
-        The engine listens at `url`, its output is `log`. Adapters are loaded before this returns,
+        The engine listens at `url`, its output is `log`, and `others` are its other nodes. Adapters are loaded before this returns,
         unless that takes long; later ones are loaded as they come.
         """
         self._experts = ExpertLog(ENGINES[variant.shape.engine], variant, log)
         # Not the engine's log: of what comes here each line is read.
         self._log = log.with_name(f"{log.stem}-adapters.log")
+        self._others = others
         self._adapters = Adapters(EngineAdapters(url, api_key), self._locate)
         self.want(variant)
         task = asyncio.create_task(self._adapters.run_forever(changed))
@@ -57,7 +60,7 @@ class ServingFeatures:
             self._adapters.want(variant.adapters)
 
     async def _locate(self, source: str, tell: Callable[[str], None]) -> Path:
-        return await locate_adapter(source, self._cache, self._log, tell)
+        return await locate_on_all(source, self._cache, self._log, self._others, tell)
 
     def report(self) -> dict[str, Any]:
         """Fields of a `ReplicaReport`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adapter_folder import adapter_repo, locate_adapter
+from cluster.adapter_folder import adapter_repo, locate_adapter, locate_on_all
 from cluster.cached_repo import CachedRepo
 from cluster.errors import AdapterFailed
 from placement.model_cache import ModelCacheSpec
@@ -94,3 +94,60 @@ def test_a_repository_may_name_its_revision():
 
     assert found is not None
     assert (found.repo, found.revision, found.checkpoint_format) == ("acme/legal", "v2", "lora")
+
+
+async def test_every_node_of_a_gang_brings_the_commit_that_the_leaders_node_has(
+    hub: Hub, tmp_path: Path
+):
+    asked: list[str] = []
+
+    async def elsewhere(source: str, cache: ModelCacheSpec) -> str:
+        asked.append(source)
+        return str(await locate_adapter(source, cache, tmp_path / "other.log"))
+
+    others = {"rank 1 on b": elsewhere, "rank 2 on c": elsewhere}
+    told: list[str] = []
+    folder = await locate_on_all(REPO, ModelCacheSpec(), tmp_path / "log", others, told.append)
+
+    assert (folder / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert asked == [f"{REPO}@{folder.name}"] * 2
+    assert told[-1] == "waiting for rank 1 on b and rank 2 on c"
+
+
+async def test_a_folder_is_the_same_one_on_every_node(tmp_path: Path):
+    (tmp_path / "legal").mkdir()
+    (tmp_path / "legal" / CONFIG).write_bytes(FILES[CONFIG])
+    source = str(tmp_path / "legal")
+
+    async def elsewhere(source: str, cache: ModelCacheSpec) -> str:
+        return str(await locate_adapter(source, cache, tmp_path / "other.log"))
+
+    others = {"rank 1 on b": elsewhere}
+    log = tmp_path / "log"
+    assert await locate_on_all(source, ModelCacheSpec(), log, others) == Path(source)
+
+
+async def test_a_node_that_cannot_have_the_adapter_is_named_with_the_cause(
+    hub: Hub, tmp_path: Path
+):
+    async def here(source: str, cache: ModelCacheSpec) -> str:
+        return str(await locate_adapter(source, cache, tmp_path / "other.log"))
+
+    async def offline(source: str, cache: ModelCacheSpec) -> str:
+        commit = "0" * 40  # not in the cache
+        return await here(f"{REPO}@{commit}", ModelCacheSpec(offline=True))
+
+    others = {"rank 1 on b": here, "rank 2 on c": offline}
+    with pytest.raises(AdapterFailed, match=r"^rank 2 on c: acme/legal@0+: .* nothing of it is th"):
+        await locate_on_all(REPO, ModelCacheSpec(), tmp_path / "log", others)
+
+
+async def test_a_node_that_has_the_adapter_elsewhere_is_named_with_both_folders(
+    hub: Hub, tmp_path: Path
+):
+    async def elsewhere(source: str, cache: ModelCacheSpec) -> str:
+        return "/data/legal"
+
+    others = {"rank 1 on b": elsewhere}
+    with pytest.raises(AdapterFailed, match=r"is in /data/legal for rank 1 on b, but in .*HF_HUB_"):
+        await locate_on_all(REPO, ModelCacheSpec(), tmp_path / "log", others)
