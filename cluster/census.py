@@ -15,6 +15,7 @@ from cluster.generations import RUNNING, Census
 from cluster.names import POOL_LABEL
 from cluster.placement_check import NodeFacts
 from cluster.ray_inventory import node_name
+from placement.errors import ConfigError
 
 _NO_PLACE = ("PENDING", "RESCHEDULING")
 
@@ -67,8 +68,14 @@ def drain_node(node_id: str, reason: str, timeout_s: float) -> None:
     node leaves the cluster once nothing runs on it.
 
     Raises:
+        ConfigError: the controller, which asks for that, is there.
         ClusterError: Ray refuses.
     """
+    if node_id == ray.get_runtime_context().get_node_id():
+        raise ConfigError(
+            f"{live_nodes()[node_id].name} runs bora's controller and cannot be drained while it "
+            f"serves; `bora down` stops everything on it"
+        )
     # Serve begins to stop a node's replicas so long before the deadline as they may take to stop.
     deadline_s = time.time() + timeout_s + serve_apps.STOP_TIMEOUT_S
     client = ray._private.worker.global_worker.gcs_client  # noqa: SLF001

@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import ray
-
 from cluster.autoscaler import Autoscaler
 from cluster.event_log import EventLog
 from cluster.generations import GenerationKey, key_of
@@ -66,12 +64,12 @@ class Departures:
         self._nodes = nodes
         self._drain_node = drain_node
         self._retiring: dict[str, _Retirement] = {}
-        self._drained: set[str] = set()
+        self._drained: dict[str, float] = {}  # Ray's ids of nodes: how long replicas may take
 
     @property
     def drained(self) -> Collection[str]:
         """Nodes (Ray's ids) that Ray will place nothing on."""
-        return self._drained
+        return self._drained.keys()
 
     def order_for(self, replica: str) -> float | None:
         """Seconds within which a replica must finish and go; None: it stays."""
@@ -136,14 +134,9 @@ class Departures:
                 self._retire(report, key, replaced=True, timeout_s=request.timeout_s)
             return Drained(replicas=(report.replica,))
         node = self._node(request.target)
-        if node.node_id == ray.get_runtime_context().get_node_id():
-            raise ConfigError(
-                f"{node.name} runs bora's controller and cannot be drained while it serves; "
-                f"`bora down` stops everything on it"
-            )
         text = f"bora drain {request.target}"
-        self._drained.add(node.node_id)
         await asyncio.to_thread(self._drain_node, node.node_id, text, request.timeout_s)
+        self._drained[node.node_id] = request.timeout_s
         self._events.note(
             time.time(),
             "drained",
@@ -151,22 +144,27 @@ class Departures:
             node=node.name,
             reason="asked for",
         )
-        there = [each.replica for each in self._registry.reports if each.node_id == node.node_id]
-        there += self._retire_gangs(node.node_id, request.timeout_s)
+        self.clear_of_gangs()
+        there = [
+            each.replica
+            for each in self._registry.reports
+            if node.node_id in {each.node_id, *(follower.node_id for follower in each.followers)}
+        ]
         return Drained(node_id=node.node_id, replicas=tuple(there))
 
-    def _retire_gangs(self, node_id: str, timeout_s: float) -> list[str]:
-        """Those with a follower on a node: Serve, which moves replicas, knows of leaders only."""
-        gangs = [
-            each
-            for each in self._registry.reports
-            if node_id in {follower.node_id for follower in each.followers}
-        ]
-        for each in gangs:
-            if each.replica not in self._retiring:
+    def clear_of_gangs(self) -> None:
+        """Tell gangs on drained nodes to go, also those that were just coming up there.
+
+        Serve, which moves replicas, knows of leaders only, and waits for a successor, which a gang
+        that must be on the drained node cannot have.
+        """
+        for each in tuple(self._registry.reports):
+            places = (each.node_id, *(follower.node_id for follower in each.followers))
+            limits = [self._drained[node_id] for node_id in places if node_id in self._drained]
+            stays = each.state in ("starting", "ready", "unhealthy")
+            if each.followers and limits and stays and each.replica not in self._retiring:
                 key = GenerationKey(each.variant, each.version)
-                self._retire(each, key, replaced=True, timeout_s=timeout_s)
-        return [each.replica for each in gangs]
+                self._retire(each, key, replaced=True, timeout_s=min(limits))
 
     def _node(self, name: str) -> NodeFacts:
         nodes = self._nodes().values()

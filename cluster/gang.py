@@ -46,45 +46,59 @@ class Gang:
         self._replica = replica
         self._seat = seat
         self._followers: list[Any] = []
-        self._watch: GangWatch | None = None
+        self._watch = GangWatch()
         self._ranks: list[RankState] = []
         self._asking: list[asyncio.Task[None]] = []
         self.places: list[RankPlace] = []
 
     async def assemble(self) -> None:
-        """Have an actor on each of the other nodes, with its GPUs and weights at hand.
+        """Have an actor on each of the other nodes.
 
         Raises:
-            EngineFailed: one does not come up, or cannot have them.
+            EngineFailed: one does not come up.
         """
         group = ray.util.get_current_placement_group()
         nodes = await asyncio.to_thread(_nodes_of, group)
-        shares = bundles(self._variant)
+        shares, order = bundles(self._variant), rank_order(self._variant, nodes)
+        self._ranks = [
+            RankState(rank, nodes[number]) for rank, number in enumerate(order) if rank > 0
+        ]
         self._followers = [
             _follower(group, number, shares[number]).remote(
                 self._site, self._variant.model_dump_json(), self._replica, rank
             )
-            for rank, number in enumerate(rank_order(self._variant, nodes))
+            for rank, number in enumerate(order)
             if rank > 0
         ]
-        try:
-            async with asyncio.timeout(JOIN_TIMEOUT_S):
-                texts = await asyncio.gather(*(each.place.remote() for each in self._followers))
-        except TimeoutError as error:
+        calls = [asyncio.ensure_future(each.place.remote()) for each in self._followers]
+        await asyncio.wait(calls, timeout=JOIN_TIMEOUT_S, return_when=asyncio.FIRST_EXCEPTION)
+        missing = []
+        for rank, call in zip(self._ranks, calls, strict=True):
+            if not call.done():
+                missing.append(rank.name)
+            elif error := call.exception():
+                raise EngineFailed(f"{self._replica}: {rank.name}: its actor failed: {error}")
+        if missing:
             raise EngineFailed(
-                f"{self._replica}: its nodes are reserved, but not all actors of the gang were up "
-                f"after {JOIN_TIMEOUT_S:.0f} s; `bora doctor` looks at the nodes"
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise EngineFailed(f"{self._replica}: an actor of the gang failed: {error}") from error
-        self.places = [RankPlace.model_validate_json(text) for text in texts]
+                f"{self._replica}: its nodes are reserved, but {' and '.join(missing)} had no "
+                f"actor after {JOIN_TIMEOUT_S:.0f} s; `bora doctor` looks at these nodes, and "
+                f"Ray's own logs there (raylet.out) tell why no worker starts"
+            )
+        self.places = [RankPlace.model_validate_json(call.result()) for call in calls]
         self._ranks = [
-            RankState(node_rank=number, node=place.node, heard_s=time.monotonic())
-            for number, place in enumerate(self.places, start=1)
+            replace(rank, node=place.node, log_file=place.log_file, heard_s=time.monotonic())
+            for rank, place in zip(self._ranks, self.places, strict=True)
         ]
         self._asking = [
             asyncio.create_task(self._ask_forever(index)) for index in range(len(self._followers))
         ]
+
+    async def prepare(self) -> None:
+        """Have the GPUs and the weights at hand on each of the other nodes.
+
+        Raises:
+            EngineFailed: one cannot have them.
+        """
         await self._all("prepare")
 
     async def launch(self) -> Rank:
@@ -96,7 +110,7 @@ class Gang:
         host = self._site.host()
         port, rpc_port = free_ports(2, host)
         num_nodes = len(self._followers) + 1
-        self._watch = GangWatch(f"{host}:{port}")
+        self._watch.master = f"{host}:{port}"
         await self._all("launch", num_nodes, host, port, rpc_port)
         return Rank(0, num_nodes, host, port, host, interface_of(host), rpc_port)
 
@@ -116,16 +130,17 @@ class Gang:
         return {rank.name: partial(_locate_adapter, follower) for rank, follower in ranks}
 
     async def _all(self, method: str, *arguments: object) -> list[Any]:
-        calls = [getattr(each, method).remote(*arguments) for each in self._followers]
-        answers = []
-        for place, call in zip(self.places, calls, strict=True):
+        """Answers by rank. The first that fails counts: others may take an hour for weights."""
+
+        async def ask(follower: Any, rank: RankState) -> Any:
             try:
-                answers.append(await call)
+                return await getattr(follower, method).remote(*arguments)
             except ray.exceptions.RayError as error:
                 raise EngineFailed(
-                    f"{self._replica}: {method} on {place.node}: {_cause(error)}"
+                    f"{self._replica}: {method} of {rank.name}: {_cause(error)}{rank.where}"
                 ) from error
-        return answers
+
+        return await asyncio.gather(*map(ask, self._followers, self._ranks))
 
     async def _ask_forever(self, index: int) -> None:
         """A call to a node that is cut off hangs, so each follower is asked by itself."""
@@ -146,23 +161,15 @@ class Gang:
             await asyncio.sleep(_ASK_PERIOD_S)
 
     def fault(self, leader: RunningEngine) -> str:
-        """Why the gang must start anew; empty: it is sound."""
-        if self._watch is None:
-            return ""
-        now_s = time.monotonic()
-        own = RankState(0, self._seat.host, stage=leader.stage, heard_s=now_s)
-        return self._watch.fault([own, *self._ranks], now_s)
+        """Why the gang must start anew; empty: it is sound.
 
-    async def watch_start(self, leader: RunningEngine) -> None:
-        """Until cancelled.
-
-        Raises:
-            EngineFailed: the gang will not come up.
+        `leader`: the engine of this node.
         """
-        while True:
-            if fault := self.fault(leader):
-                raise EngineFailed(f"{self._replica}: {fault}")
-            await asyncio.sleep(_ASK_PERIOD_S)
+        now_s = time.monotonic()
+        own = RankState(
+            0, self._seat.host, stage=leader.stage, heard_s=now_s, log_file=str(leader.log)
+        )
+        return self._watch.fault([own, *self._ranks], now_s)
 
     async def end(self) -> None:
         """End the followers' engines, as far as they answer, then the followers."""

@@ -26,6 +26,7 @@ class RankState:
     stage: str = ""  # of its start; empty: started
     status: int | None = None  # that its engine ended with; None: it runs
     heard_s: float = 0.0  # when it last answered, on a clock that only grows
+    log_file: str = ""
     log_tail: str = ""
     gone: str = ""  # why its actor is no more
 
@@ -34,14 +35,17 @@ class RankState:
         """As errors call it."""
         return f"rank {self.node_rank} on {self.node}"
 
+    @property
+    def where(self) -> str:
+        """Where more of it can be read, as errors end."""
+        return f" (log: {self.log_file})" if self.log_file else ""
+
 
 class GangWatch:
-    """Judges a gang that meets at `master`, again and again, from its processes' start on."""
+    """Judges a gang again and again, from when its actors are up. It meets at `master`, later."""
 
-    def __init__(
-        self, master: str, *, rendezvous_s: float = RENDEZVOUS_S, silent_s: float = SILENT_S
-    ) -> None:
-        self._master = master
+    def __init__(self, *, rendezvous_s: float = RENDEZVOUS_S, silent_s: float = SILENT_S) -> None:
+        self.master = ""
         self._rendezvous_s = rendezvous_s
         self._silent_s = silent_s
         self._met = False
@@ -56,15 +60,18 @@ class GangWatch:
         self._looked_s = now_s
         for rank in ranks:
             if rank.gone:
-                return f"{rank.name} is gone: {rank.gone}"
+                return f"{rank.name} is gone: {rank.gone}{rank.where}"
         for rank in ranks:
             if rank.status is not None:
                 said = f"{rank.log_tail}\n" if rank.log_tail else ""
-                return f"{said}{rank.name} ended with status {rank.status}, and the gang with it"
+                return (
+                    f"{said}{rank.name} ended with status {rank.status}, and the gang with it"
+                    f"{rank.where}"
+                )
         for rank in ranks:
             silent_s = now_s - max(rank.heard_s, self._listening_since_s)
             if silent_s > self._silent_s:
-                return f"{rank.name} has not been heard of for {silent_s:.0f} s"
+                return f"{rank.name} has not been heard of for {silent_s:.0f} s{rank.where}"
         return "" if self._met else self._rendezvous(ranks, now_s)
 
     def _rendezvous(self, ranks: Sequence[RankState], now_s: float) -> str:
@@ -74,11 +81,13 @@ class GangWatch:
         elif not meeting:
             self._met = True
         elif now_s - self._meeting_since_s > self._rendezvous_s:
-            there = ", ".join(rank.name for rank in meeting)
+            there = ", ".join(f"{rank.name}{rank.where}" for rank in meeting)
             others = [rank for rank in ranks if rank not in meeting]
-            missing = ", ".join(f"{rank.name} ({rank.stage or 'started'})" for rank in others)
+            missing = ", ".join(
+                f"{rank.name}: {rank.stage or 'started'}{rank.where}" for rank in others
+            )
             return (
-                f"the ranks have not met at {self._master} within {self._rendezvous_s:.0f} s: "
+                f"the ranks have not met at {self.master} within {self._rendezvous_s:.0f} s: "
                 f"{there} wait{'s' if len(meeting) == 1 else ''} there"
                 f"{f'; not so {missing}' if missing else ''}. Can these nodes reach each other on "
                 f"every port, by the interface that their address is on (NCCL_SOCKET_IFNAME and "

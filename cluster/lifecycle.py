@@ -153,9 +153,10 @@ class Lifecycle:
             each.replica
             for served in now.generations.values()
             for each in served.replicas
-            if each.state in RUNNING
+            if each.state in (*RUNNING, "STARTING")
         }
         self.departures.forget_all_but(alive)
+        self.departures.clear_of_gangs()
         for variant in variants:
             key, count = key_of(variant), self.departures.counts([variant])[variant.variant]
             served = now.generations.get(key)

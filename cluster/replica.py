@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ray import serve
 
 from cluster import weights
 from cluster.controller_link import UNREACHABLE, ControllerLink
-from cluster.engines.adapter import Rank
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, places_of
+from cluster.gang_start import unless_fault
 from cluster.messages import ReplicaReport, ReplicaState
 from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
@@ -98,27 +99,27 @@ class Replica:
 
     async def _start(self, variant: Variant, engine: RunningEngine) -> None:
         """Start the engine, in a gang once all of its nodes are ready to."""
-        if self._gang:
-            engine.stage = "assembling the gang"
-            await self._gang.assemble()
+        if self._gang is None:
+            checkpoint = await self._prepared(variant, engine)
+            await engine.start(checkpoint, self._seat.devices)
+            return
+        engine.stage = "assembling the gang"
+        await self._gang.assemble()
+        lead = self._lead(self._gang, variant, engine)
+        await unless_fault(lead, partial(self._gang.fault, engine), lambda: engine.ended)
+
+    async def _prepared(self, variant: Variant, engine: RunningEngine) -> Path | str:
+        """The checkpoint; the GPUs are held."""
         engine.stage = "waiting for weights"
         checkpoint = await weights.bring(variant, engine.log, engine.note_stage)
         self._seat = await asyncio.to_thread(with_gpus, self._seat, variant, self._id)
-        if self._gang is None:
-            await engine.start(checkpoint, self._seat.devices)
-            return
-        rank = await self._gang.launch()
-        watch = asyncio.create_task(self._gang.watch_start(engine))
-        start = asyncio.create_task(self._lead(self._gang, engine, checkpoint, rank))
-        done, others = await asyncio.wait((watch, start), return_when=asyncio.FIRST_COMPLETED)
-        for task in others:
-            task.cancel()
-        for task in done:
-            task.result()
+        return checkpoint
 
-    async def _lead(
-        self, gang: Gang, engine: RunningEngine, checkpoint: Path | str, rank: Rank
-    ) -> None:
+    async def _lead(self, gang: Gang, variant: Variant, engine: RunningEngine) -> None:
+        engine.stage = "waiting for the gang's weights"
+        await gang.prepare()
+        checkpoint = await self._prepared(variant, engine)
+        rank = await gang.launch()
         await engine.start(checkpoint, self._seat.devices, rank)
         engine.facts = await gang.facts(engine.facts)
 

@@ -14,7 +14,9 @@ def a_rank(number: int, **changes: Any) -> RankState:
 
 
 def a_watch() -> GangWatch:
-    return GangWatch("10.0.0.1:29500", rendezvous_s=60, silent_s=10)
+    watch = GangWatch(rendezvous_s=60, silent_s=10)
+    watch.master = "10.0.0.1:29500"
+    return watch
 
 
 def test_ranks_that_start_run_and_answer_are_sound():
@@ -27,6 +29,18 @@ def test_a_rank_that_ended_ends_the_gang_with_the_end_of_its_log_and_the_cause_l
     fault = a_watch().fault([a_rank(0), a_rank(1, status=-9, log_tail="out of memory")], 1)
 
     assert fault == "out of memory\nrank 1 on b ended with status -9, and the gang with it"
+
+
+def test_what_is_said_of_a_rank_ends_with_where_its_log_is():
+    log = {"log_file": "/logs/r1.log"}
+    changes: list[dict[str, Any]] = [{"status": 1}, {"gone": "the node died"}]
+
+    faults = [a_watch().fault([a_rank(0), a_rank(1, **each, **log)], 0) for each in changes]
+    watch = a_watch()
+    for now_s in range(12):
+        last = watch.fault([a_rank(0, heard_s=now_s), a_rank(1, **log)], now_s)
+
+    assert all(fault.endswith(" (log: /logs/r1.log)") for fault in (*faults, last))
 
 
 def test_a_rank_that_ended_with_success_ends_the_gang_too():
@@ -61,10 +75,11 @@ def test_ranks_that_do_not_meet_are_told_apart_from_those_that_are_not_there_yet
 
     assert watch.fault(ranks, 60) == ""
 
-    later = [a_rank(0, stage=MEETING, heard_s=121), a_rank(1, stage="starting", heard_s=121)]
+    late = a_rank(1, stage="starting", heard_s=121, log_file="/logs/r1.log")
+    later = [a_rank(0, stage=MEETING, heard_s=121), late]
     fault = watch.fault(later, 121)
     assert "have not met at 10.0.0.1:29500 within 60 s" in fault
-    assert "rank 0 on a waits there; not so rank 1 on b (starting)" in fault
+    assert "rank 0 on a waits there; not so rank 1 on b: starting (log: /logs/r1.log)" in fault
     assert "GLOO_SOCKET_IFNAME" in fault
 
 

@@ -6,17 +6,18 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.autoscaler import Autoscaler
-from cluster.errors import WeightsMissing
+from cluster.errors import ClusterError, WeightsMissing
 from cluster.event_log import EventLog
 from cluster.generations import Census, Deployed, GenerationKey, ServedReplica, key_of, plan_of
 from cluster.lifecycle import Lifecycle
-from cluster.messages import DrainRequest
+from cluster.messages import DrainRequest, RankPlace
 from cluster.placement_check import NodeFacts
 from cluster.registry import Registry
 from placement.errors import UnknownName
@@ -39,7 +40,7 @@ class Fleet:
         self.drained: list[tuple[Any, ...]] = []
         self.fetched: list[tuple[str, str]] = []
         self.may_come = asyncio.Event()
-        self.refusal = ""
+        self.refusal = self.no_drain = ""
         self.served: dict[GenerationKey, Deployed] = {}
         self.placeless: frozenset[str] = frozenset()
         self.nodes = {"id-a": NODE}
@@ -50,7 +51,7 @@ class Fleet:
             variants=lambda: (self.variant, *self.beside),
             events=self.events,
             take=self.census,
-            drain_node=lambda *request: self.drained.append(request),
+            drain_node=self.drain_node,
             fetch=self.fetch,
         )
         for number, requests in enumerate(running):
@@ -66,6 +67,11 @@ class Fleet:
         await self.may_come.wait()
         if self.refusal:
             raise WeightsMissing(self.refusal)
+
+    def drain_node(self, *request: Any) -> None:
+        if self.no_drain:
+            raise ClusterError(self.no_drain)
+        self.drained.append(request)
 
     @property
     def notes(self) -> list[tuple[str, str]]:
@@ -118,6 +124,56 @@ async def test_a_drained_replica_is_replaced():
 
     assert fleet.deployer.calls == []
     assert fleet.registry.ready(fleet.variant) == 1
+
+
+def a_gang(fleet: Fleet, replica: str, **changes: Any) -> None:
+    """It reports, with its leader on node a and a follower on node b."""
+    follower = RankPlace(node="b", node_id="id-b")
+    version = key_of(fleet.variant).version
+    fields = {"node_id": "id-a", "followers": (follower,), "version": version, **changes}
+    fleet.registry.report(a_report(replica=replica, **fields), time.monotonic())
+
+
+@pytest.mark.parametrize("node", ["id-a", "id-b"])
+async def test_a_gang_goes_from_a_drained_node_whichever_of_its_ranks_is_there(node: str):
+    fleet = Fleet(0)
+    fleet.nodes = {f"id-{name}": replace(NODE, node_id=f"id-{name}", name=name) for name in "ab"}
+    await fleet.lifecycle.look(act=True)
+    a_gang(fleet, "r0")
+
+    drained = await fleet.lifecycle.departures.drain(DrainRequest(target=node, timeout_s=30))
+
+    assert drained.replicas == ("r0",)
+    assert fleet.lifecycle.departures.order_for("r0") == 30
+
+
+async def test_a_gang_that_was_just_coming_up_on_a_drained_node_is_told_to_go_when_it_is_known():
+    fleet = Fleet(0)
+    fleet.nodes = {f"id-{name}": replace(NODE, node_id=f"id-{name}", name=name) for name in "ab"}
+    fleet.serve(fleet.variant, replicas=(ServedReplica("r0", "STARTING", "id-a"),), target=1)
+    a_gang(fleet, "r0", state="starting", followers=())
+    await fleet.lifecycle.look(act=True)
+    departures = fleet.lifecycle.departures
+    await departures.drain(DrainRequest(target="b", timeout_s=30))
+    assert departures.order_for("r0") is None
+
+    a_gang(fleet, "r0", state="starting", number=1)
+    await fleet.lifecycle.look(act=True)
+    assert departures.order_for("r0") == 30
+    await fleet.lifecycle.look(act=True)
+    assert departures.order_for("r0") == 30  # until it has heard of it
+    assert sum(text == "replica r0: draining" for _, text in fleet.notes) == 1
+
+
+async def test_a_node_that_ray_does_not_drain_is_used_on():
+    fleet = Fleet(0)
+    await fleet.lifecycle.look(act=True)
+    fleet.no_drain = "Ray does not drain the node"
+
+    with pytest.raises(ClusterError, match="Ray does not drain the node"):
+        await fleet.lifecycle.departures.drain(DrainRequest(target="id-a"))
+
+    assert not fleet.lifecycle.departures.drained
 
 
 async def test_draining_what_is_not_there_names_what_is():
