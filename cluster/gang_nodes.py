@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cluster.generations import RUNNING, Census, Deployed, bundle, key_of
+from cluster.generations import RUNNING, STOPPING, Census, Deployed, bundle, key_of
 from cluster.placement_check import NodeFacts
 from placement.plan import Variant
 
@@ -164,8 +164,9 @@ def _why_elsewhere(
     now_s: float,
     patient: bool,
 ) -> str:
-    waiting = [each for each in part.replicas if each.replica in now.placeless]
-    if not waiting or part.deleting or part.count(*RUNNING):
+    coming = [each for each in part.replicas if each.state != STOPPING]
+    waiting = [each for each in coming if each.replica in now.placeless]
+    if not waiting or part.deleting or not part.target or part.count(*RUNNING):
         return ""
     for pin in pins:
         if pin not in now.nodes:

@@ -32,7 +32,8 @@ class DrillCluster:
     """A head node and `workers` of `slots` slots each, or of `gpus` GPUs, which need not be there.
 
     All processes carry a mark by which they end.
-    `temporary` is short: Unix socket paths end at 107 characters.
+    `temporary` is short: Unix socket paths end at 107 characters. `env` is added to the environment
+    of all nodes, `env_of` to that of workers, by name.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class DrillCluster:
         slots: int,
         gpus: int = 0,
         env: Mapping[str, str] | None = None,
+        env_of: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self._folder = temporary
+        self._env_of = env_of or {}
         self._slots = slots
         self._gpus = gpus
         self._workers = workers
@@ -119,7 +122,7 @@ class DrillCluster:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
-                env={**self.env, _MARK: f"{self._mark}-{name}"},
+                env={**self.env, **self._env_of.get(name, {}), _MARK: f"{self._mark}-{name}"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -218,13 +221,16 @@ def drill_cluster(
     slots: int,
     gpus: int = 0,
     env: Mapping[str, str] | None = None,
+    env_of: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Iterator[DrillCluster]:
-    """A running cluster, ended by process id in any case. `env` is added to its processes'.
+    """A running cluster, ended by process id in any case; as `DrillCluster`.
 
     Raises:
         CannotRun: it does not come up.
     """
-    cluster = DrillCluster(temporary, workers=workers, slots=slots, gpus=gpus, env=env)
+    cluster = DrillCluster(
+        temporary, workers=workers, slots=slots, gpus=gpus, env=env, env_of=env_of
+    )
     try:
         cluster.start()
         yield cluster

@@ -95,11 +95,11 @@ def test_a_later_plan_adds_nodes_and_moves_no_gang_that_is_there():
 
 def parts(**states: str) -> dict[int, Deployed]:
     """By place (`p1`): the states of its replicas, a letter each; `P` has no nodes yet."""
-    names = {"R": "RUNNING", "S": "STARTING", "P": "STARTING"}
+    names = {"R": "RUNNING", "S": "STARTING", "P": "STARTING", "G": "STOPPING"}
     return {
         int(place[1:]): Deployed(
             config={"model": "chat"},
-            target=len(letters),
+            target=len(letters.replace("G", "")),
             replicas=tuple(
                 ServedReplica(f"{place}-{letter}{number}", names[letter], started_s=99.0)
                 for number, letter in enumerate(letters)
@@ -172,9 +172,10 @@ def test_ranks_stay_in_the_pools_of_their_stages():
 
 
 def a_census(variant: Variant, served: dict[str, str], **changes: Any) -> Census:
-    """Replicas called `P` have no place."""
+    """Replicas called `P` have no place, and neither have those called `G`, which are to go."""
     each = parts(**served)
-    placeless = {r.replica for part in each.values() for r in part.replicas if "-P" in r.replica}
+    replicas = [replica.replica for part in each.values() for replica in part.replicas]
+    placeless = {name for name in replicas if "-P" in name or "-G" in name}
     fields: dict[str, Any] = {"placeless": frozenset(placeless), "nodes": NODES}
     return Census(
         begun_s=0.0, generations={key_of(variant): together(each)}, **{**fields, **changes}
@@ -197,6 +198,7 @@ def without(name: str) -> dict[str, NodeFacts]:
         ({"p1": "P"}, NODES, {}, None),
         ({"p1": "R"}, without("b"), {}, None),  # its place is its own
         ({"p1": "S"}, without("b"), {}, None),
+        ({"p1": "G"}, without("b"), {}, None),  # nobody wants it any more
         ({"p1": "P"}, without("b"), {}, Move(1, 2, "node id-b is gone")),
         ({"p1": "P", "p2": "R"}, without("b"), {}, Move(1, None, "node id-b is gone")),
         ({"p1": "R", "p2": "P"}, without("c"), {}, Move(2, None, "node id-c is gone")),
