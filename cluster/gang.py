@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.adapter_folder import Elsewhere
+from cluster.claimed_ports import ClaimedPorts, claim_ports
 from cluster.engines.adapter import EngineFacts, Rank
 from cluster.errors import AdapterFailed, EngineFailed
 from cluster.gang_follower import GangFollower
@@ -24,7 +25,6 @@ from cluster.gang_nodes import rank_order
 from cluster.gang_state import GangWatch, RankState
 from cluster.generations import bundles
 from cluster.messages import RankPlace
-from cluster.processes import free_ports
 from cluster.ray_inventory import node_name
 from cluster.running_engine import RunningEngine
 from cluster.seat import Seat, interface_of
@@ -47,6 +47,7 @@ class Gang:
         self._seat = seat
         self._followers: list[Any] = []
         self._watch = GangWatch()
+        self._claimed: ClaimedPorts | None = None  # as long as this process lives
         self._ranks: list[RankState] = []
         self._asking: list[asyncio.Task[None]] = []
         self.places: list[RankPlace] = []
@@ -108,7 +109,8 @@ class Gang:
             EngineFailed: one could not.
         """
         host = self._site.host()
-        port, rpc_port = free_ports(2, host)
+        self._claimed = claim_ports(2, host)
+        port, rpc_port = self._claimed.ports
         num_nodes = len(self._followers) + 1
         self._watch.master = f"{host}:{port}"
         await self._all("launch", num_nodes, host, port, rpc_port)
