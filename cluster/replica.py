@@ -116,15 +116,17 @@ class Replica:
         return checkpoint
 
     async def _lead(self, gang: Gang, variant: Variant, engine: RunningEngine) -> None:
-        engine.stage = "waiting for the gang's weights"
-        await gang.prepare()
-        checkpoint = await self._prepared(variant, engine)
+        # All nodes at once: of large weights each may take an hour.
+        checkpoint, _ = await asyncio.gather(self._prepared(variant, engine), gang.prepare())
         rank = await gang.launch()
         await engine.start(checkpoint, self._seat.devices, rank)
         engine.facts = await gang.facts(engine.facts)
 
     async def _fail(self, error: Exception, engine: RunningEngine) -> None:
         """Tell why, in the engine's own last words where it ended by itself; leave nothing behind."""
+        if self._draining is not None:  # it was told to go, and its start ends by that
+            await self._draining
+            return
         ended = isinstance(error, EngineFailed) and engine.ended and not self._gang
         self._failure = "" if ended else _told(error)
         self._state = "failed"
@@ -161,7 +163,7 @@ class Replica:
         if self._engine and self._state in ("ready", "unhealthy"):
             self._state = "draining"
             await self._report()
-            await self._engine.drained(timeout_s)
+            await self._finish(self._engine, timeout_s)
         for task in self._tasks:
             task.cancel()
         if self._engine:
@@ -170,6 +172,17 @@ class Replica:
                 await self._gang.end()
             self._state = "stopped"
             await self._report()
+
+    async def _finish(self, engine: RunningEngine, timeout_s: float) -> None:
+        """Until nothing runs. A gang that has lost a rank answers nothing that it has begun."""
+        if self._gang is None:
+            await engine.drained(timeout_s)
+            return
+        try:
+            fault = partial(self._gang.fault, engine)
+            await unless_fault(engine.drained(timeout_s), fault, lambda: False)
+        except EngineFailed as error:
+            self._failure = str(error)  # it ends all the same, and its last report tells why
 
     async def _report_forever(self) -> None:
         while True:
