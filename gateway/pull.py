@@ -43,13 +43,17 @@ class Pull:
                 if self._error is not None:
                     raise self._error
                 await self._more()
-        except asyncio.CancelledError:
-            self._exchange.client_left()
+        except (asyncio.CancelledError, GatewayError):
+            self._leave()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._exchange.client_left()
+        del self._exchange  # it refers to this: so both are freed at once
 
     async def next(self) -> bytes:
         """The next bytes, whole events if it is an event stream; empty at the end."""
