@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,3 +43,15 @@ async def a_locked_gateway(
     settings = {"auth": "keys", "keys_file": path, "poll_s": 0.02, **changes}
     async with a_gateway(table, **settings) as gateway:
         yield gateway
+
+
+def known_spent(gateway: Gateway) -> int:
+    """Tokens of the tenant, as that gateway has read them."""
+    return gateway.access.accounts._accounts["acme"]._spent
+
+
+def stored(folder: Path, *columns: str) -> list[tuple[int, ...]]:
+    with sqlite3.connect(folder / "keys.usage.sqlite") as database:
+        rows = database.execute(f"SELECT {', '.join(columns)} FROM usage").fetchall()  # noqa: S608
+    database.close()
+    return rows

@@ -13,7 +13,7 @@ from gateway.answer import Answer
 from gateway.answer_cache import AnswerCache
 from gateway.engine_connection import EngineConnection
 from gateway.errors import EngineBroke
-from tests.gateway.test_http_torture import Pipe, bytewise
+from tests.gateway.http_stand import Pipe, bytewise
 
 JSON = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"

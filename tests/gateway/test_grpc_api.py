@@ -1,66 +1,26 @@
+"""What gRPC requests and answers carry, and the statuses of those that cannot be served."""
+
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
 
 from gateway.endpoints import EndpointTable, ServedModel
 from gateway.proto import inference_pb2 as pb
-from gateway.proto import inference_pb2_grpc
-from gateway.server import Gateway
 from tests.gateway.engines import (
     CHAT,
-    PATIENCE_S,
     USAGE,
-    FakeEngine,
     a_client,
-    a_gateway,
-    a_table,
-    an_endpoint,
     an_engine,
     in_flight,
     metric,
     until,
 )
-
-
-@asynccontextmanager
-async def a_channel(gateway: Gateway) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
-        yield channel
-
-
-@asynccontextmanager
-async def a_service(
-    engine: FakeEngine | None = None,
-    *,
-    table: EndpointTable | None = None,
-    limits: dict[str, Any] | None = None,
-    **changes: Any,
-) -> AsyncIterator[tuple[Gateway, inference_pb2_grpc.InferenceStub]]:
-    """A gateway before `engine`, and a stub of its service."""
-    if engine:
-        table = a_table(an_endpoint(engine, **changes))
-    async with (
-        a_gateway(table, limits=limits, grpc_port=0) as gateway,
-        a_channel(gateway) as channel,
-    ):
-        yield gateway, inference_pb2_grpc.InferenceStub(channel)
-
-
-def a_request(**changes: Any) -> pb.ChatCompletionRequest:
-    messages = [pb.ChatMessage(role="user", content="hi")]
-    return pb.ChatCompletionRequest(**{"model": "chat", "messages": messages, **changes})
+from tests.gateway.grpc_service import a_request, a_service, answer_of
 
 
 async def test_a_chat_completion_carries_every_field_both_ways() -> None:
@@ -242,7 +202,7 @@ async def test_a_full_queue_is_resource_exhausted() -> None:
         an_engine(gate=asyncio.Event()) as engine,
         a_service(engine, max_in_flight=1, limits={"max_queued": 0}) as (_, stub),
     ):
-        running = asyncio.ensure_future(_answer(stub))
+        running = asyncio.ensure_future(answer_of(stub))
         await until(lambda: engine.running == 1)
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await stub.ChatCompletion(a_request())
@@ -250,242 +210,6 @@ async def test_a_full_queue_is_resource_exhausted() -> None:
         await running
 
     assert failed.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-async def _answer(stub: inference_pb2_grpc.InferenceStub) -> pb.ChatCompletionResponse:
-    return await stub.ChatCompletion(a_request())
-
-
-async def test_a_deadline_stops_the_engine() -> None:
-    async with an_engine(gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.ChatCompletion(a_request(), timeout=0.2)
-
-        assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: engine.hung_up_on == 1)
-        await until(lambda: in_flight(gateway) == 0)
-
-
-async def test_a_cancelled_stream_stops_the_engine() -> None:
-    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
-        stream = stub.ChatCompletionStream(a_request())
-        await stream.read()
-
-        stream.cancel()
-
-        await until(lambda: engine.hung_up_on == 1)
-        await until(lambda: in_flight(gateway) == 0)
-
-
-async def test_an_engine_that_dies_within_a_stream_is_unavailable() -> None:
-    async with an_engine(die_after_words=1) as engine, a_service(engine) as (gateway, stub):
-        stream = stub.ChatCompletionStream(a_request())
-        assert (await stream.read()).choices[0].delta.content == "Hello"
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stream.read()
-
-        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert in_flight(gateway) == 0
-
-
-async def test_an_error_event_of_the_engine_ends_the_stream_with_its_status() -> None:
-    event = b'data: {"error": {"message": "too long", "code": 400}}\n\n'
-    async with an_engine(raw_chunks=(event,)) as engine, a_service(engine) as (_, stub):
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.ChatCompletionStream(a_request()).read()
-
-    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert failed.value.details() == "too long"
-
-
-async def test_health_follows_readiness() -> None:
-    async with (
-        a_gateway(controller_url="http://127.0.0.1:9", grpc_port=0) as gateway,
-        a_channel(gateway) as channel,
-    ):
-        stub = health_pb2_grpc.HealthStub(channel)
-
-        async def says(service: str = "") -> str:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
-            return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-
-        assert await says() == "NOT_SERVING"
-        gateway.apply(a_table())
-        assert await says() == "SERVING"
-        assert await says("bora.v1.Inference") == "SERVING"
-        assert await says("inference.GRPCInferenceService") == "SERVING"
-        await gateway.drain(0)
-        assert await says() == "NOT_SERVING"
-
-
-async def test_reflection_describes_the_service() -> None:
-    async with a_gateway(a_table(), grpc_port=0) as gateway:
-        names, methods = await asyncio.to_thread(_reflected, gateway.grpc_port)
-
-    oip = "inference.GRPCInferenceService"
-    assert {"bora.v1.Inference", oip, "grpc.health.v1.Health"} <= set(names)
-    assert "ChatCompletionStream" in methods
-
-
-def _reflected(port: int) -> tuple[list[str], list[str]]:
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        database = ProtoReflectionDescriptorDatabase(channel)
-        service = DescriptorPool(database).FindServiceByName("bora.v1.Inference")
-        return list(database.get_services()), [method.name for method in service.methods]
-
-
-async def test_metadata_reaches_the_engine_as_headers_but_never_the_clients_credentials() -> None:
-    given = {"x-session-id": "s-1", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
-    secrets = {"authorization": "Bearer of-the-client", "x-api-key": "of-the-client"}
-    metadata = [*given.items(), *secrets.items(), ("data-bin", b"\x00")]
-    async with an_engine() as engine, a_service(engine) as (_, stub):
-        await stub.ChatCompletion(a_request(), metadata=metadata)
-
-    headers = engine.seen[0].headers
-    assert given.items() <= headers.items()
-    assert "of-the-client" not in str(headers)
-
-
-async def test_a_refusal_tells_its_request_id_too() -> None:
-    async with an_engine() as engine, a_service(engine) as (_, stub):
-        for method in (stub.ChatCompletion, stub.ChatCompletionStream):
-            call = method(a_request(model="nope"), metadata=[("x-request-id", "no-1")])
-            assert await call.code() == grpc.StatusCode.NOT_FOUND
-            assert dict(await call.trailing_metadata())["x-request-id"] == "no-1"
-
-
-async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
-    async with an_engine() as engine, a_service(engine) as (gateway, _), a_channel(gateway) as one:
-        ask = one.unary_unary("/bora.v1.Inference/ChatCompletion")
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await ask(b"\xff\xff")
-
-    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "bora.v1.ChatCompletionRequest" in failed.value.details()
-
-
-async def test_a_message_over_the_limit_is_refused_and_one_below_it_is_not() -> None:
-    limits = {"max_body_bytes": 6 * 2**20}
-    big = [pb.ChatMessage(role="user", content="x" * 5 * 2**20)]
-    bigger = [pb.ChatMessage(role="user", content="x" * 7 * 2**20)]
-    async with an_engine() as engine, a_service(engine, limits=limits) as (_, stub):
-        await stub.ChatCompletion(a_request(messages=big))
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.ChatCompletion(a_request(messages=bigger))
-
-    assert failed.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert len(engine.seen) == 1
-
-
-async def test_an_answer_larger_than_grpcs_usual_limit_gets_through() -> None:
-    words = ("x" * 5 * 2**20,)
-    options = [("grpc.max_receive_message_length", -1)]
-    async with an_engine(words=words) as engine, a_service(engine) as (gateway, _):
-        address = f"127.0.0.1:{gateway.grpc_port}"
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
-            answer = await inference_pb2_grpc.InferenceStub(channel).ChatCompletion(a_request())
-
-    assert answer.choices[0].message.content == words[0]
-
-
-async def test_a_compressed_request_is_understood() -> None:
-    async with an_engine() as engine, a_service(engine) as (_, stub):
-        await stub.ChatCompletion(a_request(), compression=grpc.Compression.Gzip)
-
-    assert engine.seen[0].json["messages"] == [{"role": "user", "content": "hi"}]
-
-
-async def test_a_deadline_while_waiting_for_a_place_leaves_the_queue() -> None:
-    async with (
-        an_engine(gate=asyncio.Event()) as engine,
-        a_service(engine, max_in_flight=1) as (gateway, stub),
-    ):
-        running = asyncio.ensure_future(_answer(stub))
-        await until(lambda: engine.running == 1)
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.ChatCompletion(a_request(), timeout=0.1)
-        await until(lambda: gateway.admission.queued("chat") == 0)
-        engine.gate.set()
-        await running
-
-    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-async def test_a_client_that_vanishes_stops_the_engine() -> None:
-    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, _):
-        async with a_channel(gateway) as channel:
-            await inference_pb2_grpc.InferenceStub(channel).ChatCompletionStream(a_request()).read()
-
-        await until(lambda: engine.hung_up_on == 1)
-        await until(lambda: in_flight(gateway) == 0)
-
-
-async def test_clients_that_leave_while_words_pour_leave_nothing_behind(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with (
-        an_engine(words=("word ",) * 2000) as engine,
-        a_service(engine) as (gateway, stub),
-    ):
-        streams = [stub.ChatCompletionStream(a_request()) for _ in range(20)]
-        for stream in streams:
-            await stream.read()
-            stream.cancel()
-        await until(lambda: in_flight(gateway) == 0)
-        await until(lambda: engine.running == 0)
-
-    assert "gRPC request failed" not in caplog.text
-
-
-async def test_draining_lets_streams_finish_and_refuses_new_calls_with_retry_after() -> None:
-    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
-        stream = stub.ChatCompletionStream(a_request())
-        words = [(await stream.read()).choices[0].delta.content]
-        draining = asyncio.create_task(gateway.drain(1000))
-        await asyncio.sleep(0.01)
-
-        for refused in (stub.ChatCompletion(a_request()), stub.ChatCompletionStream(a_request())):
-            assert await refused.code() == grpc.StatusCode.UNAVAILABLE
-            assert dict(await refused.trailing_metadata())["retry-after"] == "1"
-        assert not draining.done()
-
-        engine.word_gate.set()
-        while (chunk := await stream.read()) is not grpc.aio.EOF:
-            words.append(chunk.choices[0].delta.content)
-        await asyncio.wait_for(draining, PATIENCE_S)
-
-    assert "".join(words) == "Hello big world"
-
-
-async def test_a_stream_that_outlasts_the_drain_deadline_is_unavailable() -> None:
-    async with an_engine(word_gate=asyncio.Event()) as engine, a_service(engine) as (gateway, stub):
-        stream = stub.ChatCompletionStream(a_request())
-        await stream.read()
-
-        await gateway.drain(0.05)
-
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stream.read()
-        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert dict(failed.value.trailing_metadata())["retry-after"] == "1"
-        await until(lambda: engine.hung_up_on == 1)
-
-
-async def test_many_pings_are_answered_and_nobody_is_hung_up_on() -> None:
-    ping = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"bora-api"
-    pong = bytes((0, 0, 8, 6, 1, 0, 0, 0, 0)) + b"bora-api"
-    goaway_type = 7
-    async with a_gateway(a_table(), grpc_port=0) as gateway:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.grpc_port)
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
-        answered = 0
-        while answered < 20:
-            writer.write(ping)
-            frame = await asyncio.wait_for(reader.readexactly(9), PATIENCE_S)
-            body = await reader.readexactly(int.from_bytes(frame[:3], "big"))
-            assert frame[3] != goaway_type
-            answered += frame + body == pong
-        writer.close()
 
 
 @pytest.mark.parametrize(
