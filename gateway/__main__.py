@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--health-interval-s", type=float, help="0: no health checks")
     parser.add_argument("--max-body-bytes", type=int)
+    parser.add_argument(
+        "--max-arriving-bytes", type=int, help="of HTTP bodies, all of a worker's clients together"
+    )
     parser.add_argument("--no-access-log", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -92,6 +92,11 @@ class Limits(Spec):
         description="An engine's JSON answer, which is held until it is whole. Streams have no limit.",
     )
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
+    max_arriving_bytes: PositiveInt = Field(
+        default=1024 * 1024 * 1024,
+        description="HTTP bodies that are arriving, of all clients of one worker, and at least"
+        " one. Beyond that the largest of them is refused with 503 and retry-after.",
+    )
     max_head_bytes: PositiveInt = Field(
         default=64 * 1024, description="Request line and headers of one request."
     )

@@ -22,7 +22,8 @@ GatewayError
 │   └── QuotaSpent                               its tokens for the day or month
 ├── Unavailable         503 UNAVAILABLE          no replica (yet), all busy for too long, shutting down
 │   ├── EngineUnreachable                        nobody listens at the endpoint
-│   └── WouldBeLate                              the queue is longer than the client waits
+│   ├── WouldBeLate                              the queue is longer than the client waits
+│   └── UploadsFull                              too many bytes of requests are arriving
 ├── LateRefusal         as the engine says       it refused what had a status already: a stream that waited
 ├── EngineBroke         502 UNAVAILABLE          the engine went away while it answered
 └── DeadlineExceeded    504 DEADLINE_EXCEEDED    the client's own time limit has passed
@@ -261,6 +262,12 @@ class WouldBeLate(Unavailable):
     """More time would pass in the queue than the client gives."""
 
     code = "deadline_out_of_reach"
+
+
+class UploadsFull(Unavailable):
+    """More bytes of requests are arriving than one worker holds; this one is the largest of them."""
+
+    code = "uploads_full"
 
 
 class LateRefusal(GatewayError):

@@ -12,7 +12,7 @@ from gateway.bodies import ModelCard
 from gateway.call import Call, new_call, request_id, terms_of
 from gateway.catalog import model_card, model_cards
 from gateway.console import Console
-from gateway.errors import BadRequest, GatewayError, NoSuchRoute, Unavailable, WrongMethod
+from gateway.errors import GatewayError, NoSuchRoute, Unavailable, WrongMethod
 from gateway.forwarding import Forwarder
 from gateway.head_cache import Head
 from gateway.http_connection import HttpConnection
@@ -117,8 +117,8 @@ class HttpApi:
                 bug = GatewayError("internal error; the gateway's log has more")
                 _respond_error(to, bug, told_id)
 
-    def refuse(self, error: BadRequest, to: HttpConnection) -> None:
-        """Answer what was no HTTP request, or too large a one."""
+    def refuse(self, error: GatewayError, to: HttpConnection) -> None:
+        """Answer what was no HTTP request, too large a one, or one too many."""
         record = Record(api="http", path="", request_id=request_id({}))
         self._forwarder.rejected(record, error)
         _respond_error(to, error, record.request_id)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gateway.config import Limits
-from gateway.errors import BadRequest, TooSlow
+from gateway.errors import GatewayError, TooSlow, UploadsFull
 from gateway.head_cache import HeadCache
 from gateway.http_parser import Request, RequestParser, Stage
 from gateway.http_response import CONTINUE, LAST_CHUNK, NO_BODY, head, head_until_close
+from gateway.uploads import Uploads
 
 _LINGER_S = 2.0  # for a client that still sends what was refused
 _BODY_BYTES_PER_S = 64 * 1024
@@ -39,8 +40,8 @@ class Application(Protocol):
     def answer(self, request: Request, to: HttpConnection) -> None:
         """Answer `request`, now or, after `to.follow(source)`, later."""
 
-    def refuse(self, error: BadRequest, to: HttpConnection) -> None:
-        """Answer what is no request."""
+    def refuse(self, error: GatewayError, to: HttpConnection) -> None:
+        """Answer what is no request, or none that can be taken."""
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Shared:
     application: Application
     limits: Limits
     loop: asyncio.AbstractEventLoop
+    uploads: Uploads
     connections: set[HttpConnection] = field(default_factory=set)
     heads: HeadCache = field(default_factory=HeadCache)
     all_gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,6 +79,7 @@ class HttpConnection(asyncio.Protocol):
             "_transport",
             "_turns",
             "_unsent_bytes",
+            "_waiting_bytes",
             "_write",
             "started",
         ),
@@ -88,7 +91,8 @@ class HttpConnection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._write: Callable[[bytes], None] = _nowhere
         self._parser: RequestParser | None = None
-        self._turns: deque[Request | BadRequest] = deque()
+        self._turns: deque[Request | GatewayError] = deque()
+        self._waiting_bytes = 0  # of their bodies
         self._request: Request | None = None
         self._answering = self._taking = False
         self._source: Source | None = None
@@ -181,11 +185,13 @@ class HttpConnection(asyncio.Protocol):
         before = parser.stage
         try:
             parser.feed(data)
-        except BadRequest as error:
+        except GatewayError as error:
             self._refuse(error)
             return
         if parser.stage is not Stage.IDLE:
             self._expect_more(parser.stage, before)
+        if before is Stage.BODY or parser.stage is Stage.BODY or self._turns:
+            self._count_upload()
 
     def eof_received(self) -> None:
         """The client sends no more: as most servers do, take it for gone."""
@@ -193,10 +199,10 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, _error: Exception | None) -> None:
         """The client left, or the connection was closed here."""
         self._shared.left(self)
-        if self._parser is not None:
-            self._parser.close()
-            self._parser = None
+        self._read_no_more()
         self._turns.clear()
+        self._waiting_bytes = 0
+        self._count_upload()
         self._write = _nowhere
         self.forsake()
 
@@ -212,6 +218,12 @@ class HttpConnection(asyncio.Protocol):
         self._stalled = False
         if self._source is not None:
             self._source.resume()
+
+    def refuse_upload(self, error: UploadsFull) -> None:
+        """See `Uploader`. What waits for its turn is dropped too: clients ask it again elsewhere."""
+        self._turns.clear()
+        self._waiting_bytes = 0
+        self._refuse(error)
 
     def close_if_idle(self) -> None:
         """Close unless a request is being answered."""
@@ -266,11 +278,22 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._owes_continue = True
 
-    def _refuse(self, error: BadRequest) -> None:
-        self._parser = None
+    def _count_upload(self) -> None:
+        arriving = self._parser.num_body_bytes if self._parser is not None else 0
+        self._shared.uploads.hold(self, arriving + self._waiting_bytes)
+
+    def _read_no_more(self) -> None:
+        """Drop what has arrived of a request."""
+        if self._parser is not None:
+            self._parser.close()
+            self._parser = None
+
+    def _refuse(self, error: GatewayError) -> None:
+        self._read_no_more()
+        self._count_upload()
         self._turn(error)
 
-    def _turn(self, turn: Request | BadRequest) -> None:
+    def _turn(self, turn: Request | GatewayError) -> None:
         """`turn` is next, as soon as all before it is answered."""
         self._deadline = math.inf
         if not self._answering:
@@ -278,11 +301,13 @@ class HttpConnection(asyncio.Protocol):
             return
         self._owes_continue = False  # its body came without
         self._turns.append(turn)
+        if isinstance(turn, Request):
+            self._waiting_bytes += len(turn.body)
         if len(self._turns) == _MAX_PIPELINED:
             self._reading_paused = True
             self._transport.pause_reading()
 
-    def _take(self, turn: Request | BadRequest) -> None:
+    def _take(self, turn: Request | GatewayError) -> None:
         self.started = False
         self._answering = True
         application = self._shared.application
@@ -311,7 +336,11 @@ class HttpConnection(asyncio.Protocol):
         """Answer what waits, one after the other: thousands may have come in one read."""
         self._taking = True
         while self._turns and not self._answering and not self._transport.is_closing():
-            self._take(self._turns.popleft())
+            turn = self._turns.popleft()
+            if isinstance(turn, Request) and turn.body:
+                self._waiting_bytes -= len(turn.body)
+                self._count_upload()
+            self._take(turn)
         self._taking = False
 
     def _wait_for_more(self) -> None:

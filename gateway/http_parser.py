@@ -36,6 +36,8 @@ _METHODS = frozenset(
 # A name, an address, or nothing, and perhaps a port: no user, no list, no path.
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?", re.ASCII)
 
+_SMALL_PART_BYTES = 1024  # many of these by themselves would take many times their bytes
+_JOINED_BYTES = 64 * 1024
 _MAX_BYTES_PER_BODY_BYTE = 16  # a chunk of one byte takes six
 
 
@@ -65,7 +67,7 @@ class _Draft:
     num_bytes: int = 0
     head_bytes: int = 0
     num_body_bytes: int = 0
-    body: list[bytes] = field(default_factory=list)
+    body: list[bytes | bytearray] = field(default_factory=list)
 
 
 class RequestParser:
@@ -179,7 +181,13 @@ class RequestParser:
 
     def on_body(self, data: bytes) -> None:  # noqa: D102
         draft = self._draft
-        draft.body.append(data)
+        body = draft.body
+        if len(data) >= _SMALL_PART_BYTES or not body:
+            body.append(data)
+        elif isinstance(last := body[-1], bytearray) and len(last) < _JOINED_BYTES:
+            last += data
+        else:
+            body.append(bytearray(data))
         draft.num_body_bytes += len(data)
         if draft.num_body_bytes > self._limits.max_body_bytes:
             self._refuse(_body_too_large(self._limits))
@@ -193,7 +201,7 @@ class RequestParser:
         self._draft = _Draft()
         self.stage = Stage.IDLE
         self.finished = not head.keep_alive
-        self._on_request(Request(head, body[0] if len(body) == 1 else b"".join(body)))
+        self._on_request(Request(head, bytes(body[0]) if len(body) == 1 else b"".join(body)))
 
     def _took_known(self, data: bytes) -> bool:
         """Whether `data` was one whole request with a head that is known."""

@@ -7,6 +7,7 @@ import contextlib
 
 from gateway.config import Limits
 from gateway.http_connection import Application, HttpConnection, Shared
+from gateway.uploads import Uploads
 
 _SLOWEST_SWEEP_S = 1.0
 _SWEEPS_PER_TIMEOUT = 4
@@ -17,7 +18,8 @@ class HttpServer:
     """Serves `application` on a port."""
 
     def __init__(self, application: Application, limits: Limits) -> None:
-        self._shared = Shared(application, limits, asyncio.get_running_loop())
+        uploads = Uploads(max(limits.max_arriving_bytes, limits.max_body_bytes))
+        self._shared = Shared(application, limits, asyncio.get_running_loop(), uploads)
         self._server: asyncio.Server | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         shortest_s = min(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -368,3 +370,20 @@ def test_only_our_errors_come_out(data: bytes) -> None:
             parser.feed(piece)
         except GatewayError:
             assert parser.finished
+
+
+def test_a_body_in_tiny_chunks_takes_little_more_than_its_bytes() -> None:
+    heard: list[Request] = []
+    parser = RequestParser(Limits(), HeadCache(), heard.append, lambda: None)
+    parser.feed(CHUNKED)
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            parser.feed(b"2\r\nab\r\n" * 1000)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    parser.feed(b"0\r\n\r\n")
+
+    assert held < 2 * 200_000
+    assert [request.body for request in heard] == [b"ab" * 100_000]
