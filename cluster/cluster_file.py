@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import yaml
 
 from cluster.head_store import ADDRESS_VARIABLE, NAMESPACE_VARIABLE
-from cluster.names import GPU_LABEL, POOL_LABEL
-from placement.catalogue import Catalogue, GpuType
+from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
+from cluster.provider_config import require_address, require_name
+from placement.catalogue import CONFIGS, Catalogue, GpuType
 from placement.errors import ConfigError
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
@@ -41,6 +44,8 @@ KEPT_HEAD_SETTINGS = {
     "RAY_SERVE_SLOW_STARTUP_WARNING_S": 300,
 }
 REDIS_PASSWORD_FILE = "~/.ray/redis_password"  # noqa: S105 - a path
+_HEAD_TYPE = "head"
+_COUNT = re.compile(r"[1-9][0-9]{0,2}")  # GPUs of a host
 _DEFAULTS: dict[str, Any] = {
     "cluster_synced_files": [],
     "file_mounts_sync_continuously": False,
@@ -116,26 +121,38 @@ def parse_pool(text: str, catalogue: Catalogue) -> HostPool:
     """`NAME=GPU:COUNT@HOST,HOST`, as h100=H100-SXM:8@10.0.0.21,10.0.0.22.
 
     Raises:
-        ConfigError: another form.
+        ConfigError: another form, or a name, a host or a count that cannot be.
         UnknownName: the GPU type is not known.
     """
     name, equals, rest = text.partition("=")
     what, at, hosts = rest.partition("@")
     gpu, _, count = what.partition(":")
     found = tuple(host.strip() for host in hosts.split(",") if host.strip())
-    if not (equals and at and name and gpu and found and (count or "1").isdecimal()):
+    if not (equals and at and name and gpu and found and _COUNT.fullmatch(count or "1")):
         raise ConfigError(
             f"--pool {text}: NAME=GPU:COUNT@HOST,HOST is expected, for instance "
             f"h100=H100-SXM:8@10.0.0.21,10.0.0.22"
         )
-    return HostPool(name, catalogue.gpu(gpu).name, int(count or 1), found)
+    require_name(f"--pool {text}", name)
+    if name == _HEAD_TYPE:
+        raise ConfigError(f"--pool {text}: {name!r} is the head's own type; give another name")
+    for host in found:
+        require_address(f"--pool {text}", host)
+    kind = catalogue.gpu(gpu).name
+    if kind == "cpu":
+        raise ConfigError(
+            f"--pool {text}: hosts without GPUs are added by hand: a node type with the resource "
+            f"{SLOT} instead of GPU, and the labels {GPU_LABEL}: cpu, {MEMORY_LABEL} and "
+            f"{KV_CACHE_LABEL}, in GiB of a slot"
+        )
+    return HostPool(name, kind, int(count or 1), found)
 
 
 def onprem_yaml(cluster: OnPremCluster, catalogue: Catalogue) -> str:
     """The whole file."""
     hosts = sum(len(pool.hosts) for pool in cluster.pools)
     types: dict[str, Any] = {
-        "head": {"node_config": {}, "resources": {"CPU": 4}, "labels": {}, "max_workers": 0}
+        _HEAD_TYPE: {"node_config": {}, "resources": {"CPU": 4}, "labels": {}, "max_workers": 0}
     }
     for pool in cluster.pools:
         types[pool.name] = node_type(pool, catalogue.gpu(pool.gpu))
@@ -161,7 +178,7 @@ def onprem_yaml(cluster: OnPremCluster, catalogue: Catalogue) -> str:
             _block("auth", auth),
             _TYPES,
             _block("available_node_types", types),
-            _block("head_node_type", "head"),
+            _block("head_node_type", _HEAD_TYPE),
             _shared(cluster),
             "# An external provider has no defaults of its own.\n",
             *(_block(key, value) for key, value in _DEFAULTS.items()),
@@ -232,6 +249,19 @@ def _shared(cluster: OnPremCluster) -> str:
     )
 
 
+def renamed(text: str, shipped: str, name: str) -> str:
+    """A shipped file, as text, of a cluster that is called `name`, with the code where it is here.
+
+    `shipped`: what it is called there. A name that YAML takes for something else is quoted.
+    """
+    quoted = yaml.safe_dump(name).removesuffix("...\n").strip()
+    value = re.compile(rf"^((?:cluster_name|metadata): (?:{{name: )?){shipped}\b", re.MULTILINE)
+    text = value.sub(lambda found: found[1] + quoted, text)
+    text = re.sub(rf"--cluster {shipped} ", f"--cluster {name} ", text)
+    mount = re.compile(r"^(  ~/bora/\S+: )(\S+)$", re.MULTILINE)
+    return mount.sub(lambda found: found[1] + json.dumps(str(CONFIGS.parent / found[2])), text)
+
+
 def _block(key: str, value: Any, *, flow: bool | None = None) -> str:
     """`key: value` as YAML; inner lists and mappings in one line, unless `flow` is False."""
     text = str(yaml.safe_dump({key: value}, sort_keys=False, width=100000, default_flow_style=flow))
@@ -239,7 +269,7 @@ def _block(key: str, value: Any, *, flow: bool | None = None) -> str:
 
 
 def pools_of(texts: Sequence[str], catalogue: Catalogue) -> tuple[HostPool, ...]:
-    """Each parsed; names and hosts differ.
+    """Each parsed; names differ.
 
     Raises:
         ConfigError: a form is wrong, or two pools share a name.

@@ -50,7 +50,7 @@ def checked_cluster(cluster: dict[str, Any]) -> dict[str, Any]:
     auth = _section(cluster, "auth", "{ssh_user: ubuntu, ssh_private_key: ~/.ssh/id_ed25519}")
     types = _section(cluster, "available_node_types", "a node type for the head and for each pool")
     head = cluster.get("head_node_type")
-    if head not in types:
+    if not isinstance(head, str) or head not in types:
         raise ConfigError(f"head_node_type: {head!r} is none of available_node_types{_of(types)}")
     require_name("cluster_name", cluster.get("cluster_name"))
     _require_login(auth)
@@ -202,9 +202,13 @@ def _require_types(
 ) -> None:
     """`most`: max_workers of the whole file, which Ray fills in where a type has none."""
     for name, node_type in types.items():
-        if not isinstance(node_type, dict):
-            where = f"available_node_types.{name}"
-            raise ConfigError(f"{where}: a mapping is expected, got {_short(node_type)}")
+        parts = {"": node_type}
+        if isinstance(node_type, dict):
+            parts = {f".{key}": node_type.get(key) or {} for key in ("resources", "labels")}
+        for key, part in parts.items():
+            if not isinstance(part, dict):
+                where = f"available_node_types.{name}{key}"
+                raise ConfigError(f"{where}: a mapping is expected, got {_short(part)}")
     for key in ("min_workers", "max_workers"):
         if count := types[head].get(key):
             raise ConfigError(
@@ -240,7 +244,8 @@ def _require_size(name: str, node_type: Mapping[str, Any], hosts: int, most: int
 
 def _sized(node_type: Mapping[str, Any], hosts: int) -> dict[str, Any]:
     """No more nodes than hosts: Ray fills in the whole file's max_workers where there is none."""
-    return {**node_type, "max_workers": min(node_type.get("max_workers", hosts), hosts)}
+    wanted = node_type.get("max_workers")
+    return {**node_type, "max_workers": hosts if wanted is None else min(wanted, hosts)}
 
 
 def _require_own_commands(cluster: Mapping[str, Any], config: OnPremConfig) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from cluster.cli.render import page_console
-from cluster.cluster_file import OnPremCluster, onprem_yaml, pools_of
+from cluster.cluster_file import OnPremCluster, onprem_yaml, pools_of, renamed
+from cluster.provider_config import checked_cluster, require_address
 from placement.catalogue import CONFIGS, load_catalogue
 from placement.errors import ConfigError
 
@@ -33,7 +36,7 @@ _FILES = {
     Kind.GCP: "gcp-mixed.yaml",
     Kind.KUBERAY: "kuberay.yaml",
 }
-_NAME = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 
 
 def register(app: typer.Typer) -> None:
@@ -64,14 +67,20 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a cluster file for `ray up`; what flags leave open is asked."""
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise ConfigError(f"{out} is there already; --force replaces it")
     kind = kind or typer.prompt("hosts from", default=Kind.ONPREM, type=Kind)
-    name = name or typer.prompt("name of the cluster", default=f"bora-{kind.value}")
+    if name is None:
+        name = str(typer.prompt("name of the cluster", default=f"bora-{kind.value}"))
     _require_name(name)
     if kind is Kind.ONPREM:
         text = _onprem(name, head, pool or [], (ssh_user, ssh_key), redis)
     else:
+        own = {"head": head, "pool": pool, "ssh-user": ssh_user, "ssh-key": ssh_key, "redis": redis}
+        if flag := next((flag for flag, given in own.items() if given), None):
+            raise ConfigError(
+                f"--{flag} is for --kind onprem; of {kind.value} edit the lines marked EDIT"
+            )
         text = _shipped(kind, name)
     try:
         out.write_text(text, encoding="utf-8")
@@ -91,9 +100,10 @@ def _onprem(
     redis: str,
 ) -> str:
     catalogue = load_catalogue()
-    if redis and re.fullmatch(r"[^\s:]+:\d+", redis) is None:
-        raise ConfigError(f"--redis {redis}: HOST:PORT is expected, as in 10.0.0.5:6379")
-    head = head or typer.prompt("address of the head")
+    if redis:
+        _require_redis(redis)
+    head = str(typer.prompt("address of the head")) if head is None else head
+    require_address("--head", head)
     if not pools:
         pools = typer.prompt("pools, as h100=H100-SXM:8@10.0.0.21,10.0.0.22; more after a space")
         pools = str(pools).split()
@@ -101,23 +111,33 @@ def _onprem(
         name=name,
         head=head,
         pools=pools_of(pools, catalogue),
-        ssh_user=ssh[0] or typer.prompt("ssh user", default="ubuntu"),
-        ssh_key=ssh[1] or typer.prompt("ssh key", default="~/.ssh/id_ed25519"),
+        ssh_user=typer.prompt("ssh user", default="ubuntu") if ssh[0] is None else ssh[0],
+        ssh_key=typer.prompt("ssh key", default="~/.ssh/id_ed25519") if ssh[1] is None else ssh[1],
         code=str(CONFIGS.parent),
         redis=redis,
     )
-    return onprem_yaml(cluster, catalogue)
+    text = onprem_yaml(cluster, catalogue)
+    checked_cluster(yaml.safe_load(text))  # that is: hosts that are there twice, the ssh user
+    return text
 
 
 def _shipped(kind: Kind, name: str) -> str:
     """A file of `configs/clusters/` under another name, with the code where it is here."""
     text = (CONFIGS / "clusters" / _FILES[kind]).read_text(encoding="utf-8")
-    named = re.sub(rf"\bbora-{kind.value}\b(?!:)", name, text)
-    return re.sub(
-        r"^(  ~/bora/\S+: )(\S+)$", rf"\g<1>{CONFIGS.parent}/\2", named, flags=re.MULTILINE
-    )
+    return renamed(text, f"bora-{kind.value}", name)
 
 
 def _require_name(name: str) -> None:
+    """Clouds and Kubernetes make names of instances and pods from it, of 63 letters at most."""
     if re.fullmatch(_NAME, name) is None:
-        raise ConfigError(f"--name {name}: a-z, 0-9 and dashes are expected, as in bora-onprem")
+        raise ConfigError(
+            f"--name {name}: up to 40 of a-z, 0-9 and dashes are expected, with a letter first, as "
+            f"in bora-onprem"
+        )
+
+
+def _require_redis(redis: str) -> None:
+    host, _, port = redis.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"--redis {redis}: HOST:PORT is expected, as in 10.0.0.5:6379")
+    require_address("--redis", host)

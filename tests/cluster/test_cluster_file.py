@@ -179,14 +179,19 @@ def test_init_asks_for_what_flags_leave_open(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["aws", "gcp", "one-box", "kuberay"])
-def test_init_names_the_cluster_everywhere(tmp_path: Path, kind: str):
-    text = init(tmp_path / "c.yaml", "--kind", kind, "--name", "prod")
+@pytest.mark.parametrize("name", ["prod", "null", "no", "bora-two"])  # YAML: None, False
+def test_init_names_the_cluster_everywhere(tmp_path: Path, kind: str, name: str):
+    text = init(tmp_path / "c.yaml", "--kind", kind, "--name", name)
 
     cluster = yaml.safe_load(text)
-    assert "prod" in (cluster.get("cluster_name"), cluster.get("metadata", {}).get("name"))
+    assert name in (cluster.get("cluster_name"), cluster.get("metadata", {}).get("name"))
     if kind != "kuberay":
-        assert "--cluster prod -- ray start --head" in cluster["head_start_ray_commands"][0]
-        assert Path(cluster["file_mounts"]["~/bora/cluster"]).is_absolute()
+        validate_config(prepare_config(cluster))
+        assert f"--cluster {name} -- ray start --head" in cluster["head_start_ray_commands"][0]
+        mounts = cluster["file_mounts"]
+        assert mounts["~/bora/cluster"] == str(CONFIGS.parent / "cluster")
+    if kind == "one-box":
+        checked_cluster(cluster)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,25 @@ def test_init_names_the_cluster_everywhere(tmp_path: Path, kind: str):
         (["--pool", "h=H100-SXX@a"], UnknownName, "H100-SXM"),
         (["--pool", "h=L4@a", "--pool", "h=L4@b"], ConfigError, "two pools are called 'h'"),
         (["--name", "Prod"], ConfigError, "a-z, 0-9 and dashes"),
+        (["--name", "1e3"], ConfigError, "with a letter first"),
+        (["--name", "a" * 41], ConfigError, "up to 40 of"),
+        (["--name", ""], ConfigError, "--name : up to 40 of"),
+        (["--pool", "head=L4@b"], ConfigError, "'head' is the head's own type"),
+        (["--pool", "c=cpu:2@b"], ConfigError, "the resource bora_slot instead of GPU"),
+        (["--pool", "a b=L4@b"], ConfigError, "'a b' is no name"),
+        (["--pool", "h=L4:0@b"], ConfigError, "NAME=GPU:COUNT@HOST,HOST is expected"),
+        (["--pool", "h=L4:\u0663@b"], ConfigError, "NAME=GPU:COUNT@HOST,HOST is expected"),
+        (["--pool", "h=L4:1000@b"], ConfigError, "NAME=GPU:COUNT@HOST,HOST is expected"),
+        (["--pool", "h=L4@me@b"], ConfigError, "'me@b' is no address"),
+        (["--pool", "h=L4@b:22"], ConfigError, "'b:22' is no address"),
+        (["--pool", "h=L4@a"], ConfigError, "a is also in provider.head"),
+        (["--pool", "h=L4@b,b"], ConfigError, "b is also in provider.pools.h"),
+        (["--pool", "h=L4@b", "--head", "fd00::1"], ConfigError, "IPv6"),
+        (["--pool", "h=L4@b", "--ssh-user", ""], ConfigError, "auth.ssh_user: '' is no account"),
+        (["--pool", "h=L4@b", "--ssh-key", ""], ConfigError, "auth.ssh_private_key is missing"),
+        (["--pool", "h=L4@b", "--redis", "r:99999"], ConfigError, "--redis r:99999: HOST:PORT"),
+        (["--pool", "h=L4@b", "--redis", "a;b:1"], ConfigError, "--redis: 'a;b' is no address"),
+        (["--kind", "aws", "--pool", "h=L4@b"], ConfigError, "--head is for --kind onprem"),
     ],
 )
 def test_init_refuses_wrong_flags(tmp_path: Path, flags: list[str], error: type, said: str):
@@ -207,6 +231,17 @@ def test_init_refuses_wrong_flags(tmp_path: Path, flags: list[str], error: type,
         init(tmp_path / "c.yaml", *whole)
 
     assert not (tmp_path / "c.yaml").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_init_writes_ray_accepts_too(tmp_path: Path):
+    flags = ["--kind", "onprem", "--name", "no", "--head", "h0.example.com", "--ssh-user", "me"]
+    flags += ["--ssh-key", "~/my key", "--redis", "10.0.0.5:6379", "--pool", "null=L4:3@h_1"]
+
+    cluster = yaml.safe_load(init(tmp_path / "c.yaml", *flags, "--pool", "1=A10:2@10.0.0.2"))
+
+    validate_config(prepare_config(cluster))
+    assert set(checked_cluster(cluster)["provider"]["pools"]) == {"null", "1"}
 
 
 def test_init_does_not_replace_a_file(tmp_path: Path):

@@ -413,6 +413,7 @@ def test_a_wrong_file_is_refused_with_the_key(changes: dict[str, Any], said: str
         ({"auth": None}, "auth: a mapping is expected, .*; got None"),
         ({"available_node_types": []}, "available_node_types: a mapping is expected"),
         ({"head_node_type": "hed"}, r"head_node_type: 'hed' is none of available_node_types"),
+        ({"head_node_type": ["head"]}, r"head_node_type: \['head'\] is none"),
         ({"cluster_name": "a/b"}, "cluster_name: 'a/b' is no name"),
         ({"cluster_name": "x" * 64}, "cluster_name: .* is no name"),
         ({"cluster_name": "other"}, "--cluster test is not cluster_name, other; write the same"),
@@ -433,9 +434,11 @@ def test_a_wrong_key_beside_the_provider_is_refused(changes: dict[str, Any], sai
         ("h100", {"min_workers": 2, "max_workers": 1}, "min_workers is 2, max_workers is 1"),
         ("h100", {"max_workers": -1}, "h100.max_workers: a number of hosts is expected, got -1"),
         ("head", {"max_workers": 1}, "head.max_workers is 1, but that is the head's own type"),
+        ("h100", {"labels": "x"}, "available_node_types.h100.labels: a mapping is expected"),
+        ("head", {"resources": [1]}, "available_node_types.head.resources: a mapping is expected"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(pool: str, changes: dict[str, int], said: str):
+def test_node_types_that_cannot_be_are_refused(pool: str, changes: dict[str, Any], said: str):
     cluster = a_cluster()
     cluster["available_node_types"][pool].update(changes)
 
