@@ -65,6 +65,7 @@ class Departures:
         self._drain_node = drain_node
         self._retiring: dict[str, _Retirement] = {}
         self._drained: dict[str, float] = {}  # Ray's ids of nodes: how long replicas may take
+        self._extra: set[GenerationKey] = set()
 
     @property
     def drained(self) -> Collection[str]:
@@ -77,11 +78,28 @@ class Departures:
         return retirement.timeout_s if retirement else None
 
     def counts(self, variants: Iterable[Variant]) -> dict[str, int]:
-        """What Serve must aim at: the wanted ones, and those that leave but still live."""
+        """What Serve must aim at: the wanted ones, and those beside them for a while."""
         return {
-            variant.variant: self._autoscaler.target(variant) + self._leaving(key_of(variant))
+            variant.variant: self._autoscaler.target(variant) + self._beside(key_of(variant))
             for variant in variants
         }
+
+    def more(self, key: GenerationKey) -> None:
+        """One replica more than is wanted, until `no_more`."""
+        self._extra.add(key)
+
+    def no_more(self, key: GenerationKey) -> None:
+        """As many as are wanted."""
+        self._extra.discard(key)
+
+    def retire(self, report: ReplicaReport, key: GenerationKey) -> None:
+        """Let this replica finish what runs and go, without a successor."""
+        if report.replica not in self._retiring:
+            self._retire(report, key, replaced=False, reason="another serves where it was planned")
+
+    def _beside(self, key: GenerationKey) -> int:
+        """Those that leave but still live, and one that is to take another's place."""
+        return self._leaving(key) + (key in self._extra)
 
     def _leaving(self, key: GenerationKey) -> int:
         return sum(each.key == key and not each.replaced for each in self._retiring.values())
@@ -102,10 +120,16 @@ class Departures:
             for report in sorted(serving, key=_business)[:surplus]:
                 self._retire(report, key, replaced=False)
         self._autoscaler.set(variant, replicas)
-        await self._deployer.scale(key, replicas + self._leaving(key))
+        await self._deployer.scale(key, replicas + self._beside(key))
 
     def _retire(
-        self, report: ReplicaReport, key: GenerationKey, *, replaced: bool, timeout_s: float = 600.0
+        self,
+        report: ReplicaReport,
+        key: GenerationKey,
+        *,
+        replaced: bool,
+        timeout_s: float = 600.0,
+        reason: str = "",
     ) -> None:
         self._registry.retire(report.replica)
         self._retiring[report.replica] = _Retirement(key, timeout_s, replaced)
@@ -116,7 +140,8 @@ class Departures:
             model=report.model,
             replica=report.replica,
             node=report.node,
-            reason="asked for, another takes its place" if replaced else "fewer are wanted",
+            reason=reason
+            or ("asked for, another takes its place" if replaced else "fewer are wanted"),
         )
 
     async def drain(self, request: DrainRequest) -> Drained:

@@ -77,7 +77,8 @@ class DeviceLocks:
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         deadline = time.monotonic() + timeout_s
-        sets = [gpus for gpus in planned if len(gpus) == count]
+        # A node that the plan does not name may have fewer than those that it names.
+        sets = [gpus for gpus in planned if len(gpus) == count and max(gpus) < self._total]
         while True:
             with self._alone():
                 if (held := self._first_free(sets, count, owner)) is not None:

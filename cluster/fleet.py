@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from cluster import census
+from cluster import census, held_rooms
 from cluster.autoscaler import Autoscaler
 from cluster.calibration_file import CALIBRATION_FILE
 from cluster.deployer import Deployer
@@ -70,6 +70,7 @@ class Fleet:
             take=census.take,
             drain_node=census.drain_node,
             fetch=RayFetch(log_dir),
+            rooms=held_rooms,
         )
         self._observer = Observer(run_dir.parent / CALIBRATION_FILE, events)
         self.heartbeats = Heartbeats(

@@ -18,6 +18,7 @@ from cluster.errors import ClusterError
 from cluster.event_log import EventLog
 from cluster.gang_nodes import Move, NodeWish, next_move
 from cluster.generations import RUNNING, Census, GenerationKey, key_of
+from cluster.moves import Moves, Rooms
 from cluster.placement_check import NodeFacts
 from cluster.places import Places
 from cluster.prefetch import NodeFetch
@@ -51,8 +52,8 @@ class Counts(Protocol):
 class Lifecycle:
     """Holds the last census, which `take` makes, and does what follows from it.
 
-    `departures` go on purpose, `rollouts` replace shapes, `places` compares with the plan. For
-    `drain_node` and `fetch` see there. `variants()` are the plan's; what happens is told to `events`.
+    `departures` go on purpose, `rollouts` replace shapes, `places` compares with the plan, `moves`
+    bring it back to that. For `drain_node`, `fetch` and `rooms` see there. `variants()` are the plan's; what happens is told to `events`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Lifecycle:
         take: Callable[[], Census],
         drain_node: Callable[[str, str, float], None],
         fetch: NodeFetch,
+        rooms: Rooms,
     ) -> None:
         self._registry = registry
         self._deployer = deployer
@@ -81,6 +83,7 @@ class Lifecycle:
         self.departures = Departures(
             registry, autoscaler, deployer, events, nodes=self._nodes, drain_node=drain_node
         )
+        self.moves = Moves(registry, autoscaler, self.departures, deployer, events, rooms=rooms)
 
     def unheard(self) -> bool:
         """Whether replicas run, as Serve says, that have not reported; true before a census."""
@@ -127,6 +130,7 @@ class Lifecycle:
             await self._let_go(variants, now)
             await self._free_gangs(variants, now)
             await self.rollouts.step(variants, now, self.departures.drained)
+            await self.moves.step(variants, now)
         except (ray.exceptions.RayError, ClusterError, ValueError) as error:
             log.warning("Serve is busy or restarting: %r", error)  # the next census comes
 

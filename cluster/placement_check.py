@@ -88,11 +88,89 @@ def differences(
     for report in reports:
         found += _of_replica(variant, report, nodes)
         found += (shared or {}).get(report.replica, ())
-    planned_here = {part.node for replica in variant.placement for part in replica}
-    if not planned_here or not planned_here <= {node.name for node in nodes.values()}:
+    variant = with_stand_ins(variant, nodes)
+    if not _planned(variant).keys() & {node.name for node in nodes.values()}:
         return found  # planned on an inventory with other names
     found += _other_nodes(variant, reports, nodes) + _other_gpus(variant, reports, nodes)
     return found + _other_ranks(variant, reports, nodes)
+
+
+def with_stand_ins(variant: Variant, nodes: Mapping[str, NodeFacts]) -> Variant:
+    """The plan of it, where a host that came back under a new Ray id keeps its part.
+
+    Nodes are called HOST-ID; a planned one that is gone is stood in for by the only node of its
+    host and pool that the plan does not name.
+    """
+    alive, planned = {node.name for node in nodes.values()}, _planned(variant).keys()
+    others = {node.name for node in nodes.values() if node.pool in variant.pools} - planned
+    instead: dict[str, str] = {}
+    for gone in sorted(planned - alive):
+        host = gone.rpartition("-")[0]
+        back = [name for name in others - {*instead.values()} if name.rpartition("-")[0] == host]
+        if host and len(back) == 1:
+            instead[gone] = back[0]
+    placement = tuple(
+        tuple(part.model_copy(update={"node": instead.get(part.node, part.node)}) for part in parts)
+        for parts in variant.placement
+    )
+    return variant.model_copy(update={"placement": placement})
+
+
+@dataclass(frozen=True, slots=True)
+class Misplaced:
+    """A replica on a node where the plan has fewer, and one that lacks it and has room."""
+
+    model: str
+    replica: str
+    to: NodeFacts
+    text: str
+
+
+def misplaced(
+    variant: Variant,
+    bundle: Mapping[str, float],
+    reports: Sequence[ReplicaReport],
+    nodes: Mapping[str, NodeFacts],
+) -> Misplaced | None:
+    """The replica to move first, the idlest of those; None: all are in place, or there is no room.
+
+    For variants on one node. `nodes` are those that take replicas.
+    """
+    variant = with_stand_ins(variant, nodes)
+    planned = _planned(variant)
+    placed = Counter(nodes[each.node_id].name for each in reports if each.node_id in nodes)
+    [(resource, needed)] = bundle.items()
+    rooms = [
+        node
+        for node in sorted(nodes.values(), key=lambda node: node.name)
+        if planned[node.name] > placed[node.name]
+        and node.pool in variant.pools
+        and node.free.get(resource, 0.0) >= needed
+    ]
+    surplus = [
+        each
+        for each in reports
+        if each.node_id in nodes
+        and placed[nodes[each.node_id].name] > planned[nodes[each.node_id].name]
+    ]
+    if not rooms or not surplus:
+        return None
+    here = {(part.node, part.gpus) for parts in variant.placement for part in parts}
+    leaver = min(
+        surplus,
+        key=lambda each: (
+            (nodes[each.node_id].name, each.gpus) in here,
+            each.running + each.waiting,
+            each.replica,
+        ),
+    )
+    text = f"{leaver.replica} on {nodes[leaver.node_id].name}, planned on {rooms[0].name}"
+    return Misplaced(variant.model, leaver.replica, rooms[0], text)
+
+
+def _planned(variant: Variant) -> Counter[str]:
+    """Replicas, or parts of them, by node."""
+    return Counter(part.node for replica in variant.placement for part in replica)
 
 
 def _parts(report: ReplicaReport) -> tuple[ReplicaReport | RankPlace, ...]:
@@ -139,7 +217,7 @@ def _other_nodes(
     variant: Variant, reports: Sequence[ReplicaReport], nodes: Mapping[str, NodeFacts]
 ) -> list[str]:
     """Replicas on nodes where the plan has fewer of them. Beyond the plan's count any node will do."""
-    planned = Counter(part.node for replica in variant.placement for part in replica)
+    planned = _planned(variant)
     placed = Counter(
         nodes[part.node_id].name
         for report in reports
@@ -150,7 +228,9 @@ def _other_nodes(
     surplus = placed - planned
     if not missing or not surplus:
         return []
-    return [f"planned on {_counts(missing)}, runs on {_counts(surplus)} instead"]
+    gone = sorted(missing.keys() - {node.name for node in nodes.values()})
+    why = f" ({', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone)" if gone else ""
+    return [f"planned on {_counts(missing)}, runs on {_counts(surplus)} instead{why}"]
 
 
 def _other_ranks(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.event_log import EventLog
-from cluster.generations import STOPPING, Census, bundle, key_of
+from cluster.generations import STOPPING, Census, ServedReplica, bundle, key_of
 from cluster.messages import EventKind
-from cluster.placement_check import differences, explain_waiting, shared_gpus
+from cluster.placement_check import NodeFacts, differences, explain_waiting, shared_gpus
 from cluster.registry import Registry
 from placement.plan import Variant
+
+SILENT_S = 120.0  # a worker starts and imports in ten seconds, on a busy host in a minute
 
 
 class Places:
@@ -46,6 +48,8 @@ class Places:
             waits = ""
             if any(replica.replica in now.placeless for replica in replicas):
                 waits = explain_waiting(variant, bundle(variant), tuple(nodes.values()))
+            elif silent := [each for each in replicas if self._silent(each)]:
+                waits = _explain_silence(silent[0], nodes)
             if waits and not self.waiting(variant.variant):
                 self._note(variant, "no-place", waits)
             self._waiting[variant.variant] = waits
@@ -58,3 +62,17 @@ class Places:
 
     def _note(self, variant: Variant, kind: EventKind, text: str) -> None:
         self._events.note(time.time(), kind, text, model=variant.model)
+
+    def _silent(self, replica: ServedReplica) -> bool:
+        """Whether it should have said by now what it is doing: it has a place, or needs none."""
+        starting = replica.state == "STARTING" and self._registry.get(replica.replica) is None
+        return starting and time.time() - replica.started_s > SILENT_S
+
+
+def _explain_silence(replica: ServedReplica, nodes: Mapping[str, NodeFacts]) -> str:
+    node = nodes[replica.node_id].name if replica.node_id in nodes else "a node"
+    return (
+        f"{replica.replica} has a place on {node}, but after {SILENT_S:.0f} s its process says "
+        f"nothing: look in that node's Ray logs (worker-*.err, runtime_env*.log), whether bora is "
+        f"installed there, and whether the node reaches the head (`bora doctor`)"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.errors import ClusterError
 from cluster.gang_nodes import Move, NodeWish
 from cluster.generations import GenerationKey, key_of
 from placement.plan import Variant
@@ -28,3 +30,21 @@ class RecordingCounts:
     async def move(self, variant: Variant, move: Move) -> None:
         self.wished = (NodeWish(),)
         self.calls.append(("move", key_of(variant), move))
+
+
+class RecordingRooms:
+    """Remembers which rooms are held."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Mapping[str, float]] = {}
+        self.refuses = False
+
+    def hold(self, rooms: Mapping[str, Mapping[str, float]]) -> list[str]:
+        if self.refuses:
+            raise ClusterError("somebody was faster")
+        self.held |= rooms
+        return list(rooms)
+
+    def release(self, groups: Sequence[str]) -> None:
+        for node in groups:
+            del self.held[node]

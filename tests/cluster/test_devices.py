@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,36 @@ def test_who_was_not_planned_here_gets_gpus_that_lie_together(tmp_path: Path):
     locks(tmp_path).hold([(1,)], 1, owner="r1")
 
     assert locks(tmp_path).hold([], 2, owner="r2").gpus == (2, 3)
+
+
+def test_a_smaller_node_than_the_planned_ones_gives_what_it_has(tmp_path: Path):
+    assert locks(tmp_path, 2).hold([(6, 7)], 2, owner="r1").gpus == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "None"),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, "0,2"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-b,GPU-a"}, "GPU-b,GPU-a"),
+        ({"CUDA_VISIBLE_DEVICES": "3", "BORA_GPUS": "GPU-a,GPU-b"}, "GPU-a,GPU-b"),
+    ],
+)
+def test_a_ray_nodes_gpus_are_those_that_it_was_started_to_see(
+    environment: dict[str, str], said: str
+):
+    """Without them a replica that Ray gave GPU 0 of 0 and 2 could take GPU 1, which is another's."""
+    script = (
+        "import os; from cluster.seat import gpus_of_ray_node; "
+        "os.environ['CUDA_VISIBLE_DEVICES'] = '7'; "  # as Ray does for a worker
+        "print(gpus_of_ray_node())"
+    )
+    clean = {key: value for key, value in os.environ.items() if "VISIBLE" not in key}
+    output = subprocess.check_output(
+        [sys.executable, "-c", script], env={**clean, **environment}, text=True
+    )
+
+    assert output.strip() == said
 
 
 def test_scattered_gpus_are_better_than_none(tmp_path: Path):

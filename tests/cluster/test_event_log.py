@@ -19,7 +19,7 @@ from cluster.registry import Registry
 from cluster.status import variant_status
 from gateway.endpoints import ModelLoad
 from tests.builders import a_report, a_variant
-from tests.cluster.recording_counts import RecordingCounts
+from tests.cluster.recording_counts import RecordingCounts, RecordingRooms
 
 
 def a_log(tmp_path: Path, capacity: int = 100) -> EventLog:
@@ -36,6 +36,7 @@ def a_lifecycle(log: EventLog) -> Lifecycle:
         take=lambda: Census(0.0, {}, frozenset(), {}),
         drain_node=lambda *_: None,
         fetch=_no_fetch,
+        rooms=RecordingRooms(),
     )
 
 

@@ -23,7 +23,7 @@ from cluster.registry import Registry
 from placement.errors import UnknownName
 from placement.plan import Variant
 from tests.builders import a_report, a_shape, a_variant
-from tests.cluster.recording_counts import RecordingCounts
+from tests.cluster.recording_counts import RecordingCounts, RecordingRooms
 
 NODE = NodeFacts("id-a", "a", "local", {"bora_slot": 4.0}, {"bora_slot": 0.0})
 
@@ -53,6 +53,7 @@ class Fleet:
             take=self.census,
             drain_node=self.drain_node,
             fetch=self.fetch,
+            rooms=RecordingRooms(),
         )
         for number, requests in enumerate(running):
             report = a_report(
@@ -346,6 +347,19 @@ async def test_a_replica_without_a_place_is_explained_once():
 
     assert "a has 0 of 4 free" in fleet.lifecycle.places.waiting(fleet.variant.variant)
     assert len([text for kind, text in fleet.notes if kind == "no-place"]) == 1
+
+
+@pytest.mark.parametrize(("age_s", "told"), [(200.0, True), (30.0, False)])
+async def test_a_replica_that_has_a_place_and_says_nothing_is_explained(age_s: float, told: bool):
+    fleet = Fleet(1)
+    started_s = time.time() - age_s
+    starting = ServedReplica("mute", "STARTING", "id-a", started_s)
+    fleet.serve(fleet.variant, replicas=(starting,), target=1)
+
+    await fleet.lifecycle.look(act=True)
+
+    why = fleet.lifecycle.places.waiting(fleet.variant.variant)
+    assert ("mute has a place on a, but after 120 s its process says nothing" in why) == told
 
 
 async def test_a_generation_of_no_model_of_the_plan_is_ended():

@@ -75,6 +75,28 @@ def test_what_is_not_as_planned_is_said(change: dict[str, Any], said: str):
     assert said in text
 
 
+def test_a_planned_node_that_is_gone_is_said():
+    reports = [a_report(replica=each, node_id="id-a", num_devices=2) for each in ("r1", "r2")]
+    left = {node.node_id: node for node in (a_node("a"), a_node("c"))}
+
+    [text] = differences(a_placed_variant(), reports, left)
+
+    assert text == "planned on b (1), runs on a (1) instead (b is gone)"
+
+
+def test_a_host_under_a_new_ray_id_has_the_part_of_its_old_one():
+    placement = tuple((NodeGpus(node=f"{host}-0000", gpus=(0, 1)),) for host in "ab")
+    nodes = {node.node_id: node for node in (a_node("a-0000"), a_node("b-1111"))}
+    reports = [
+        a_report(replica="r1", node_id="id-a-0000", gpus=(0, 1), num_devices=2),
+        a_report(replica="r2", node_id="id-b-1111", gpus=(2, 3), num_devices=2),
+    ]
+
+    [text] = differences(a_placed_variant(placement=placement), reports, nodes)
+
+    assert text == "r2 runs on GPU 2, 3 of b-1111, not 0, 1"
+
+
 def test_a_replica_in_another_pool_is_named():
     nodes = {"id-a": a_node("a", pool="a100")}
 

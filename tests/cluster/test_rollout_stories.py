@@ -20,6 +20,7 @@ from cluster.registry import Registry
 from placement.fleet import ReplicaBounds
 from placement.plan import Variant
 from tests.builders import a_shape, a_variant
+from tests.cluster.recording_counts import RecordingRooms
 from tests.cluster.sim_serve import SimServe, report_of
 
 LONG_S = 120  # by then every roll-out has ended
@@ -68,6 +69,7 @@ class Story:
             take=self.serve.census,
             drain_node=lambda *_: None,
             fetch=no_fetch,
+            rooms=RecordingRooms(),
         )
         for replica in self.serve.replicas:  # `Fleet.settling` waits for these
             if replica.state == "RUNNING":
