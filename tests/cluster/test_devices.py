@@ -107,23 +107,31 @@ def test_gpus_are_free_when_the_engine_is_gone_not_when_its_starter_lets_go(tmp_
 
 def test_the_planned_gpus_of_a_dead_holder_are_waited_for(tmp_path: Path):
     """Its engine takes a moment to end; other GPUs would be free at once."""
+    go = tmp_path / "go"
+    engine = f"""
+import pathlib, signal, time
+signal.signal(15, signal.SIG_IGN)
+while not pathlib.Path({str(go)!r}).exists():
+    time.sleep(0.05)
+"""
     script = f"""
 import sys
 from pathlib import Path
 from cluster.devices import DeviceLocks
 from cluster.processes import start_guarded
 held = DeviceLocks("node", list("0123"), Path({str(tmp_path)!r})).hold([(0,)], 1, owner="r1")
-command = [sys.executable, "-c", "import signal, time; signal.signal(15, id); time.sleep(60)"]
-start_guarded(command, log=Path({str(tmp_path / "log")!r}), files=held.files, grace_s=1.0)
+command = [sys.executable, "-c", {engine!r}]
+start_guarded(command, log=Path({str(tmp_path / "log")!r}), files=held.files, grace_s=300.0)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
+        go.touch()
         time.sleep(seconds)
 
-    held = locks(tmp_path).hold([(0,)], 1, owner="r2", sleep=sleep)
+    held = locks(tmp_path).hold([(0,)], 1, owner="r2", timeout_s=300, sleep=sleep)
 
     assert held.gpus == (0,)
     assert waits
