@@ -16,9 +16,11 @@ from placement.calibration import Calibration
 from placement.catalogue import GpuType, ModelSpec, Precision
 from placement.fleet import FleetSpec
 from placement.inventory import Inventory
+from placement.trace_demand import TraceDemand
 
 FILES: dict[str, type[BaseModel]] = {
     "Fleet (`bora up`, `bora plan`, `bora deploy`)": FleetSpec,
+    "Demand from a trace (`models[].demand` of a fleet)": TraceDemand,
     "Inventory (`--inventory`)": Inventory,
     "Endpoints (`bora gateway --endpoints`)": EndpointsFile,
     "Keys (`bora gateway --keys`, written by `bora keys`)": KeyFile,

@@ -17,7 +17,7 @@ from pathlib import Path
 from loadtests.by_hand import ByHand, first_fit, own_nodes, own_pools
 from loadtests.gpu_pods import RULES, Pods, all_at_once, one_by_one, read_pods
 from placement.catalogue import CONFIGS, load_catalogue
-from placement.fleet import FleetSpec
+from placement.fleet_file import load_fleet
 from placement.inventory import Inventory
 from placement.planner import make_plan
 from placement.spec import load_yaml
@@ -41,7 +41,7 @@ def _compare_fleets() -> None:
         f"{'fleet':<16}{'bora':>8}  {'first fit':>24}  {'a pool a model':>18}  {'nodes of its own':>18}"
     )
     for path in sorted((CONFIGS / "fleets").glob(f"*{_SUFFIX}")):
-        fleet = load_yaml(path.with_name(path.name.replace(_SUFFIX, ".yaml")), FleetSpec)
+        fleet = load_fleet(path.with_name(path.name.replace(_SUFFIX, ".yaml")))
         inventory = load_yaml(path, Inventory)
         cost = make_plan(fleet, inventory, catalogue).cost_per_hour
         others = [way(fleet, inventory, catalogue) for way in (first_fit, own_pools, own_nodes)]

@@ -22,9 +22,14 @@ class TokenLengths(Spec):
             raise mistake(f"{why}; give more, or leave p95 out", "p95")
         return self
 
+    @property
+    def in_words(self) -> str:
+        """Tokens, rounded."""
+        return f"{self.mean:,.0f}" + ("" if self.p95 is None else f" (p95 {self.p95:,.0f})")
+
 
 class Demand(Spec):
-    """Load that a model must carry."""
+    """Load that a model must carry. Or `trace: FILE`, see below: demand from a trace."""
 
     requests_per_s: NonNegativeFloat = Field(description="Of all clients together.")
     input_tokens: TokenLengths = Field(
@@ -36,6 +41,19 @@ class Demand(Spec):
     prefix_hit: NonNegativeFloat = Field(
         default=0.0, le=1.0, description="Share of prompt tokens that the prefix cache has."
     )
+    source: str = Field(
+        default="",
+        description="Where the numbers come from, told with the plan. Filled in from a trace.",
+    )
+
+    @property
+    def in_words(self) -> str:
+        """One line: rate, lengths, and where they come from."""
+        return (
+            f"{self.requests_per_s:.3g} requests/s, prompts of {self.input_tokens.in_words} tokens, "
+            f"answers of {self.output_tokens.in_words}"
+            + (f"; {self.source}" if self.source else "")
+        )
 
 
 class Objective(Spec):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from placement.catalogue import Precision
 from placement.easing import Easing
-from placement.fleet import GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
+from placement.fleet import Demand, GatewaySpec, Objective, ReplicaBounds, ScalingPolicy
 from placement.model_cache import ModelCacheSpec
 from placement.planned_speed import PlannedSpeed
 from placement.routing_policy import Role, RoutingPolicy
@@ -279,6 +279,9 @@ class Plan(Spec):
         default=None, description="None: nothing runs, or there is but one node."
     )
     gateway: GatewaySpec = GatewaySpec()
+    demands: Mapping[str, Demand] = Field(
+        default_factory=dict, description="What was planned for, by model; those without: none."
+    )
 
     @classmethod
     def empty(cls) -> Plan:

@@ -81,6 +81,7 @@ def make_plan(
         robustness=solution.robustness,
         node_loss=node_loss(variants, inventory, demands),
         gateway=fleet.gateway,
+        demands={wish.name: wish.demand for wish in fleet.models if wish.demand},
     )
 
 

@@ -43,8 +43,17 @@ def load_yaml(path: Path | str, spec: type[SpecT]) -> SpecT:
             has a line for each mistake: file, line, key, what was expected, the nearest key.
     """
     path = Path(path)
+    return parse_yaml(read_text(path), spec, source=str(path))
+
+
+def read_text(path: Path) -> str:
+    """What stands in a file of ours.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -54,20 +63,29 @@ def load_yaml(path: Path | str, spec: type[SpecT]) -> SpecT:
         raise ConfigError(f"{path}: is no text in UTF-8 ({byte}); give a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_yaml(text, spec, source=str(path))
 
 
 def parse_yaml(text: str, spec: type[SpecT], *, source: str) -> SpecT:
     """As `load_yaml`, for text that is already there; `source` names it in errors."""
     root = compose(text, source)
-    value = plain_value(root, source)
+    return checked(plain_value(root, source), spec, root, source)
+
+
+def checked(
+    value: object, spec: type[SpecT], root: yaml.Node, source: str, *, at: Loc = ()
+) -> SpecT:
+    """`value` as a `spec`; `root` is the node that says it, at the place `at` of its document.
+
+    Raises:
+        ConfigError: it does not have that form, as `load_yaml`.
+    """
     try:
         # Through JSON, because strict mode then takes lists for tuples but no "8" for 8.
         return spec.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         told: dict[str, list[str]] = {}
         for problem in _told_once(error.errors(), root):
-            told.setdefault(_where(problem, root, source), []).append(_expected(problem, spec))
+            told.setdefault(_where(problem, root, source, at), []).append(_expected(problem, spec))
         lines = [f"{where}: {_either(expected)}" for where, expected in told.items()]
         raise ConfigError("\n".join(lines)) from None
 
@@ -115,10 +133,10 @@ def _is_below(loc: Loc, above: Loc) -> bool:
     return len(loc) > len(above) and loc[: len(above)] == above
 
 
-def _where(problem: Any, root: yaml.Node, source: str) -> str:
+def _where(problem: Any, root: yaml.Node, source: str, at: Loc) -> str:
     """`file:line: key`."""
     line = line_of(root, problem["loc"], of_key=problem["type"] == "extra_forbidden")
-    return f"{source}:{line}: {dotted(problem['loc']) or 'document'}"
+    return f"{source}:{line}: {dotted((*at, *problem['loc'])) or 'document'}"
 
 
 def _expected(problem: Any, spec: type[BaseModel]) -> str:

@@ -81,6 +81,15 @@ def own_path(root: yaml.Node, loc: Loc) -> Loc:
     return tuple(path)
 
 
+def node_at(root: yaml.Node, loc: Loc) -> yaml.Node:
+    """The deepest node on the way to `loc`."""
+    node = root
+    for part in loc:
+        below = _below(node, part)
+        node = node if below is None else below[1]
+    return node
+
+
 def line_of(root: yaml.Node, loc: Loc, *, of_key: bool = False) -> int:
     """Line of the deepest node on the way to `loc` (of its key, if that is what is wrong)."""
     node = root

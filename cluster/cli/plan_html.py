@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from cluster.cli.plan_svg import GIB, STYLE, WIDTH, colours_of, drawing
-from cluster.cli.render import beside_gpus, unpriced
+from cluster.cli.render import beside_gpus, derived_demands, unpriced
 from placement.explanation import Explanation, Reason
 from placement.inventory import Inventory
 from placement.migration import Create, Delete, Migration, Replace
@@ -90,6 +90,8 @@ def _head(plan: Plan) -> Iterator[str]:
         holds = plan.robustness.holds
         yield _tile("holds" if holds else "falls short", "if 15 % slower", bad=not holds)
     yield "</div>"
+    for line in derived_demands(plan):
+        yield f'<p class="quiet">{escape(line)}.</p>'
     if plan.unpriced:
         words = unpriced(plan)
         yield f'<p class="quiet">{escape(words[:1].upper() + words[1:])}.</p>'

@@ -27,6 +27,7 @@ from placement.changes import migration
 from placement.errors import ConfigError, PlacementError, UnknownName
 from placement.explain import explain
 from placement.fleet import FleetSpec
+from placement.fleet_file import load_fleet
 from placement.inventory import Inventory
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -69,7 +70,7 @@ def plan(
     answer = solve_on(fleet, offered, running)
     reasons = None
     if explain_:
-        spec = with_canaries(load_yaml(fleet, FleetSpec))
+        spec = with_canaries(load_fleet(fleet))
         catalogue = catalogue_for(spec, calibrated_catalogue())
         before = None if running is None else apart(running)
         reasons = explain(spec, offered, catalogue, apart(answer), running=before)
@@ -131,7 +132,7 @@ def solve_on(fleet: Path, offered: Inventory, running: Plan | None = None) -> Pl
     Raises:
         ConfigError: the file is wrong, or names a model, pool or GPU type that is not there.
     """
-    spec = load_yaml(fleet, FleetSpec)
+    spec = load_fleet(fleet)
     planned, catalogue = with_canaries(spec), calibrated_catalogue()
     problems = []
     for wish in planned.models:

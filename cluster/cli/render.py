@@ -44,6 +44,7 @@ def plan_page(plan: Plan) -> RenderableType:
         for variant in plan.variants:
             table.add_row(*_plan_row(variant))
         parts.append(table)
+    parts += [Text(line) for line in derived_demands(plan)]
     if plan.unpriced:
         parts.append(Text(unpriced(plan), style="yellow"))
     if plan.node_loss is not None:
@@ -54,6 +55,15 @@ def plan_page(plan: Plan) -> RenderableType:
         parts.append(Text(f"{unmet.model}: {unmet.constraint}", style="red"))
         parts.append(Text(f"  cheapest way out: {unmet.cheapest_relaxation}"))
     return Group(*parts)
+
+
+def derived_demands(plan: Plan) -> list[str]:
+    """A line for each model whose demand nobody wrote down in numbers."""
+    return [
+        f"{name} is planned for {demand.in_words}"
+        for name, demand in sorted(plan.demands.items())
+        if demand.source
+    ]
 
 
 def unpriced(plan: Plan) -> str:

@@ -43,11 +43,11 @@ from placement.canary import merged, with_canaries
 from placement.catalogue import CONFIGS, Catalogue
 from placement.errors import ConfigError, DoesNotFit
 from placement.fleet import FleetModel, FleetSpec, GatewaySpec
+from placement.fleet_file import load_fleet
 from placement.inventory import Inventory
 from placement.node_facts import NodeFacts
 from placement.plan import Plan
 from placement.planner import make_plan
-from placement.spec import load_yaml
 
 DEFAULT_FLEET = CONFIGS / "fleets" / "local.yaml"
 
@@ -87,7 +87,7 @@ def up(
 def _fleet(
     path: Path, model: str | None, http_port: int | None, grpc_port: int | None
 ) -> FleetSpec:
-    spec = load_yaml(path, FleetSpec) if model is None else _one_model(model)
+    spec = load_fleet(path) if model is None else _one_model(model)
     ports = {"http_port": http_port, "grpc_port": grpc_port}
     given = {key: port for key, port in ports.items() if port is not None}
     try:

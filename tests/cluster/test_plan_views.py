@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.cli.plan_html import plan_html
 from cluster.cli.plan_pages import explanation_page, migration_page
 from cluster.cli.plan_svg import plan_svg
-from cluster.cli.render import plan_page
+from cluster.cli.render import derived_demands, plan_page
 from placement.catalogue import CONFIGS
 from placement.changes import migration
 from placement.explain import explain
@@ -66,6 +66,22 @@ def test_the_page_needs_nothing_beside_itself_and_tells_cost_reasons_and_changes
     assert "prefers-color-scheme: dark" in page
     for heading in ("GPUs", "Plan", "What changes", "Why"):
         assert f"<h2>{heading}</h2>" in page
+
+
+def test_a_demand_that_nobody_wrote_down_is_told_with_its_source() -> None:
+    written = a_case()[2]
+    demand = written.demands["chat"].model_copy(update={"source": "from <day>.csv: 9 requests"})
+    derived = written.model_copy(update={"demands": {"chat": demand}})
+    line = (
+        "chat is planned for 30 requests/s, prompts of 512 tokens, answers of 128; from <day>.csv"
+    )
+
+    assert derived_demands(written) == []
+    assert derived_demands(derived) == [f"{line}: 9 requests"]
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(plan_page(derived))
+    assert line in console.export_text()
+    assert line.replace("<day>", "&lt;day&gt;") in plan_html(derived, a_case()[1])
 
 
 def test_a_replica_on_many_nodes_is_drawn_on_all_of_them_and_told_by_its_pools() -> None:

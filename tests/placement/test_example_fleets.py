@@ -6,6 +6,7 @@ import pytest
 
 from placement.catalogue import CONFIGS
 from placement.fleet import FleetSpec
+from placement.fleet_file import load_fleet
 from placement.inventory import Inventory
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -21,7 +22,7 @@ EXAMPLES = sorted(
 def example(name: str) -> tuple[FleetSpec, Inventory]:
     folder = CONFIGS / "fleets"
     return (
-        load_yaml(folder / f"{name}.yaml", FleetSpec),
+        load_fleet(folder / f"{name}.yaml"),
         load_yaml(folder / f"{name}.inventory.yaml", Inventory),
     )
 
@@ -55,6 +56,13 @@ def test_every_example_fits_and_is_solved_to_the_end(name: str) -> None:
             [
                 "chat@box-tp1: 1 x nvfp4 on 1 x RTX-4090",
                 "drafts@box-tp1: 1 x bf16 on 1 x RTX-4090",
+            ],
+        ),
+        (
+            "from-trace",
+            [
+                "chat@a100-tp1: 1 x bf16 on 1 x A100-80-SXM",
+                "code@rtx4090-tp1: 1 x bf16 on 1 x RTX-4090",
             ],
         ),
         ("large-3-a100", ["large@a100-tp8-ep: 1 x nvfp4 on 8 x A100-80-SXM"]),
