@@ -15,6 +15,7 @@ from cluster.departures import Departures
 from cluster.errors import ClusterError
 from cluster.event_log import EventLog
 from cluster.generations import Census, Deployed, ServedReplica, key_of
+from cluster.messages import DrainRequest
 from cluster.moves import AGAIN_S, PLACE_S, SETTLE_S, START_S, Moves
 from cluster.placement_check import NodeFacts
 from cluster.registry import Registry
@@ -136,10 +137,6 @@ async def test_the_one_beside_the_plan_goes_when_the_one_at_home_serves():
     assert story.wanted == 2
 
 
-def drained(story: Story) -> None:
-    story.departures._drained.add("id-b-1")
-
-
 def at_work(story: Story) -> None:
     story.target = 3
 
@@ -152,7 +149,6 @@ ALL_WELL = [
     lambda story: story.autoscaler.set(VARIANT, 3),
     lambda story: story.replicas.update(r9=("STOPPING", "id-a-1")),
     at_work,
-    drained,
 ]
 
 
@@ -165,6 +161,15 @@ async def test_nothing_is_moved_without_room_or_need_or_while_anything_else_goes
 
     assert story.serve.calls == []
     assert story.rooms.held == {}
+
+
+async def test_a_drained_node_takes_nothing_home():
+    story = Story()
+    await story.departures.drain(DrainRequest(target="b-1"))
+
+    await story.begun()
+
+    assert story.serve.calls == []
 
 
 async def test_what_comes_and_goes_is_not_chased():
