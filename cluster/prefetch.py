@@ -14,6 +14,8 @@ from cluster.event_log import EventLog
 from cluster.generations import GenerationKey, key_of
 from placement.plan import Variant
 
+RETRY_S = (30.0, 600.0)  # a hub that does not answer comes back, a disk is cleared
+
 
 class NodeFetch(Protocol):
     """Brings weights to a node."""
@@ -35,19 +37,24 @@ class _Fetch:
     task: asyncio.Task[None] | None = None
     stage: str = ""
     failure: str = ""
+    done: bool = False
+    attempts: int = 0
+    again_s: float = 0.0  # when (monotonic) one that failed is tried again
 
     def note(self, stage: str) -> None:
         self.stage = stage
 
-    @property
-    def done(self) -> bool:
-        return self.task is not None and self.task.done() and not self.failure
-
 
 class Prefetch:
-    """Downloads ahead of roll-outs, by generation and node. What happens is told to `events`."""
+    """Downloads ahead of roll-outs, by generation and node. What happens is told to `events`.
 
-    def __init__(self, fetch: NodeFetch, events: EventLog) -> None:
+    `retry_s`: first and longest pause after a failure.
+    """
+
+    def __init__(
+        self, fetch: NodeFetch, events: EventLog, retry_s: tuple[float, float] = RETRY_S
+    ) -> None:
+        self._retry_s = retry_s
         self._fetch = fetch
         self._events = events
         self._fetches: dict[tuple[GenerationKey, str], _Fetch] = {}
@@ -57,7 +64,8 @@ class Prefetch:
 
         Only on nodes of a variant's own pool. The first call begins; later ones ask.
         """
-        nodes = tuple(nodes)
+        nodes, variants = tuple(nodes), tuple(variants)
+        self._forget_others(variants, {node_id for node_id, _, _ in nodes})
         wanted = [
             self._begun(variant, node_id, name)
             for variant in variants
@@ -72,20 +80,31 @@ class Prefetch:
         fetch = self._fetches.get(key)
         if fetch is None:
             fetch = self._fetches[key] = _Fetch(name)
+        again = bool(fetch.failure) and time.monotonic() >= fetch.again_s
+        if fetch.task is None or again:
             fetch.task = asyncio.create_task(self._run(variant, node_id, fetch))
         return fetch
 
     async def _run(self, variant: Variant, node_id: str, fetch: _Fetch) -> None:
         begun_s = time.monotonic()
+        fetch.attempts += 1
         self._note(variant, fetch, f"fetching the next weights to {fetch.node}")
         try:
             await self._fetch(variant, node_id, fetch.note)
         except ClusterError as error:
-            fetch.failure = str(error)
+            first, longest = self._retry_s
+            pause_s = min(first * 2 ** (fetch.attempts - 1), longest)
+            fetch.again_s, fetch.failure = time.monotonic() + pause_s, str(error)
             self._note(variant, fetch, f"fetching to {fetch.node} failed", reason=fetch.failure)
             return
+        fetch.done, fetch.failure = True, ""
         seconds = time.monotonic() - begun_s
         self._note(variant, fetch, f"the next weights are on {fetch.node} after {seconds:.0f} s")
+
+    def _forget_others(self, variants: Iterable[Variant], nodes: Collection[str]) -> None:
+        """Of these variants what was fetched to nodes that are gone, or where nothing serves now."""
+        keys = {key_of(variant) for variant in variants}
+        self._drop(key for key in self._fetches if key[0] in keys and key[1] not in nodes)
 
     def failure(self, variants: Iterable[Variant]) -> str:
         """Why weights of these cannot be had; empty: nothing is wrong."""
@@ -100,11 +119,13 @@ class Prefetch:
 
     def keep(self, generations: Collection[GenerationKey]) -> None:
         """Forget, and end, what is fetched for others than these."""
-        for key, fetch in list(self._fetches.items()):
-            if key[0] not in generations:
-                if fetch.task is not None:
-                    fetch.task.cancel()
-                del self._fetches[key]
+        self._drop(key for key in self._fetches if key[0] not in generations)
+
+    def _drop(self, keys: Iterable[tuple[GenerationKey, str]]) -> None:
+        for key in list(keys):
+            fetch = self._fetches.pop(key)
+            if fetch.task is not None:
+                fetch.task.cancel()
 
     def _of(self, variant: Variant) -> list[_Fetch]:
         wanted = key_of(variant)
