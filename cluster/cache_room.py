@@ -6,17 +6,15 @@ import contextlib
 import fcntl
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
 
 from cluster.cache_limits import GIB, CacheLimits
 from cluster.cached_repo import CachedRepo
 from cluster.errors import WeightsMissing
+from cluster.hub_file import HubFile
 
 _MODELS = "models--"
 
@@ -33,38 +31,41 @@ class Stored:
 
 def stored(folder: Path) -> list[Stored]:
     """All models in the cache `folder`, those that were used least recently first."""
-    try:
-        found = scan_cache_dir(folder)
-    except CacheNotFound:
-        return []
-    models = [each for each in found.repos if each.repo_type == "model"]
-    whole = [
-        Stored(repo, each.commit_hash, each.size_on_disk, repo.used_s(each.commit_hash))
-        for model in models
-        for repo in [CachedRepo(folder, model.repo_id)]
-        for each in model.revisions
-    ]
-    return sorted([*whole, *_unfinished(folder)], key=lambda each: each.used_s)
+    found = [each for repo in _repos(folder) for each in _stored(repo)]
+    return sorted(found, key=lambda each: each.used_s)
 
 
-def _unfinished(folder: Path) -> Iterator[Stored]:
-    for repo in _repos(folder):
-        with contextlib.suppress(OSError):  # somebody goes on with it
-            parts = [part.stat() for part in (repo.path / "blobs").glob("*.incomplete")]
-            if parts:
-                size, used_s = sum(p.st_size for p in parts), max(p.st_mtime for p in parts)
-                yield Stored(repo, "", size, used_s)
+def _stored(repo: CachedRepo) -> Iterator[Stored]:
+    for commit in repo.commits():
+        yield Stored(repo, commit, _size(repo.blobs_of(commit)), repo.used_s(commit))
+    loose = repo.loose_blobs()
+    if loose:
+        yield Stored(repo, "", _size(loose), max(_status(blob, "st_mtime") for blob in loose))
 
 
-def make_room(folder: Path, limits: CacheLimits, repo: CachedRepo, more: int, whole: int) -> None:
+def _size(blobs: Iterable[Path]) -> int:
+    return round(sum(_status(blob, "st_size") for blob in blobs))
+
+
+def _status(blob: Path, what: str) -> float:
+    with contextlib.suppress(FileNotFoundError):  # renamed or evicted meanwhile
+        return float(getattr(blob.stat(), what))
+    return 0.0
+
+
+def make_room(
+    folder: Path, limits: CacheLimits, repo: CachedRepo, files: Iterable[HubFile], more: int
+) -> None:
     """See that `more` bytes can come for `repo`, which the caller has locked for a download.
 
-    `whole`: bytes of the checkpoint that they complete.
+    They complete the checkpoint that `files` are; of these nothing goes.
 
     Raises:
         WeightsMissing: they cannot; with what would help.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sizes = {file.checksum: file.size_bytes for file in files}
+    whole = sum(sizes.values())
     if limits.max_bytes is not None and whole > limits.max_bytes:
         raise WeightsMissing(
             f"{repo.name} has {_gib(whole)}, the cache may hold {_gib(limits.max_bytes)} on each "
@@ -73,14 +74,60 @@ def make_room(folder: Path, limits: CacheLimits, repo: CachedRepo, more: int, wh
     with _only_one(folder):
         others = [each for each in _repos(folder) if each.path != repo.path]
         coming = more + sum(each.reserved_bytes() for each in others)
-        if limits.max_bytes is not None and _over(folder, limits, coming) > 0:
-            for oldest in stored(folder):
-                _evict(folder, oldest, repo)
-                if _over(folder, limits, coming) <= 0:
-                    break
-        if _over(folder, limits, coming) > 0:
-            raise _no_room(folder, limits, repo, coming)
+        kept: set[tuple[Path, str]] = set()  # what somebody began to use, or may not be deleted
+        while (over := _over(folder, limits, coming)) > 0:
+            chosen = (
+                _enough(folder, over, repo, sizes.keys(), kept)
+                if limits.max_bytes is not None
+                else []
+            )
+            if not chosen:
+                raise _no_room(folder, limits, repo, coming)
+            for oldest in chosen:
+                if not _evict(oldest, repo, sizes.keys()):
+                    kept.add((oldest.repo.path, oldest.commit))
         repo.reserve(more)
+
+
+def _enough(
+    folder: Path,
+    over: int,
+    locked: CachedRepo,
+    needed: Collection[str],
+    kept: Collection[tuple[Path, str]],
+) -> list[Stored]:
+    """Which go so that `over` bytes are freed, the least recently used first; empty: not enough.
+
+    Nothing is deleted for a download that has no room all the same.
+    """
+    chosen: list[Stored] = []
+    freed: dict[Path, int] = {}
+    for each in stored(folder):
+        if (each.repo.path, each.commit) not in kept and _may_go(each, locked):
+            chosen.append(each)
+            here = {other.commit for other in chosen if other.repo.path == each.repo.path}
+            freed[each.repo.path] = _freed(each.repo, here, needed)
+            if sum(freed.values()) >= over:
+                return chosen
+    return []
+
+
+def _freed(repo: CachedRepo, commits: Collection[str], needed: Collection[str]) -> int:
+    """Bytes that go with these commits; an empty one stands for what is unfinished."""
+    gone = {blob for commit in commits if commit for blob in repo.blobs_of(commit)}
+    kept = (repo.blobs_of(commit) for commit in repo.commits() if commit not in commits)
+    loose = repo.loose_blobs(needed) if "" in commits else set()
+    return _size(gone.difference(*kept) | loose)
+
+
+def _may_go(each: Stored, locked: CachedRepo) -> bool:
+    """As far as one can see: `_evict` takes the locks."""
+    if each.commit and each.repo.is_used(each.commit):
+        return False
+    if each.repo.path == locked.path:
+        return True
+    with each.repo.downloading() as idle:
+        return idle
 
 
 def _over(folder: Path, limits: CacheLimits, more: int) -> int:
@@ -101,25 +148,22 @@ def _repos(folder: Path) -> list[CachedRepo]:
     return [CachedRepo(folder, name.replace("--", "/")) for name in names]
 
 
-def _evict(folder: Path, oldest: Stored, locked: CachedRepo) -> bool:
+def _evict(oldest: Stored, locked: CachedRepo, needed: Collection[str]) -> bool:
     """Take it away unless somebody uses it, or downloads into the same repository."""
     with contextlib.ExitStack() as stack:
         own = oldest.repo.path == locked.path
-        if own and not oldest.commit:
-            return False  # what we are about to go on with
         if not own and not stack.enter_context(oldest.repo.downloading()):
             return False
-        if not oldest.commit:
-            for part in (oldest.repo.path / "blobs").glob("*.incomplete"):
-                part.unlink()
-            return True
-        if not stack.enter_context(oldest.repo.unused(oldest.commit)):
+        if oldest.commit and not stack.enter_context(oldest.repo.unused(oldest.commit)):
             return False
-        # Blobs that another commit has as well stay. Other repositories may have a commit of the
-        # same name.
-        found = scan_cache_dir(folder)
-        here = frozenset(each for each in found.repos if each.repo_path == oldest.repo.path)
-        replace(found, repos=here).delete_revisions(oldest.commit).execute()
+        try:
+            if oldest.commit:
+                oldest.repo.forget(oldest.commit)
+            else:
+                for part in oldest.repo.loose_blobs(needed):
+                    part.unlink(missing_ok=True)
+        except PermissionError:
+            return False  # another account's
         return True
 
 

@@ -16,12 +16,14 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.files import replace_text
 from cluster.hub_file import CHECKSUM, HubFile, checksum, partial_of
+from cluster.weight_files import other_parts
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "*.safetensors.index.json"
@@ -70,7 +72,7 @@ class CachedRepo:
         replace_text(self._checked_file.parent / f"{commit}.json", json.dumps(entries))
 
     def found_files(self, commit: str) -> tuple[HubFile, ...]:
-        """What lies in the snapshot that others made, and what its indices name beside that."""
+        """What lies in the snapshot that others made, and what its indices and parts name beside."""
         snapshot = self.snapshot(commit)
         found = {}
         for path in sorted(snapshot.rglob("*")):
@@ -83,6 +85,8 @@ class CachedRepo:
             with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
                 for name in json.loads(index.read_bytes())["weight_map"].values():
                     found.setdefault(name, HubFile(name, 0, ""))
+        for part in [other for name in found for other in other_parts(name)]:
+            found.setdefault(part, HubFile(part, 0, ""))
         return tuple(found.values())
 
     def missing(self, commit: str, files: Iterable[HubFile]) -> list[HubFile]:
@@ -145,6 +149,51 @@ class CachedRepo:
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads(self._checked_file.read_text(encoding="utf-8")))
         return {}
+
+    # What goes
+
+    def commits(self) -> list[str]:
+        """Those that have a snapshot, whole or not."""
+        return sorted(
+            path.name for path in (self.path / "snapshots").glob("[!.]*") if path.is_dir()
+        )
+
+    def blobs_of(self, commit: str) -> set[Path]:
+        """Contents of a snapshot that are there and lie in this repository, nowhere else."""
+        return {blob for blob in self._linked(commit) if blob.is_file()}
+
+    def _linked(self, commit: str) -> Iterator[Path]:
+        for path in self.snapshot(commit).rglob("*"):
+            target = path
+            if path.is_symlink():
+                target = Path(os.path.normpath(path.parent / path.readlink()))
+                if target.parent != self.path / "blobs":
+                    continue
+            yield target
+
+    def loose_blobs(self, needed: Collection[str] = ()) -> set[Path]:
+        """Contents that no snapshot links to, of downloads that were never finished.
+
+        Without what has a `needed` checksum: a download will go on with it.
+        """
+        linked = {blob for commit in self.commits() for blob in self.blobs_of(commit)}
+        found = (blob for blob in (self.path / "blobs").glob("*") if blob.is_file())
+        return {blob for blob in found if blob.name.partition(".")[0] not in needed} - linked
+
+    def forget(self, commit: str) -> None:
+        """Take a snapshot away, with what only it links to. Cut short, it is not there either."""
+        others = (self.blobs_of(each) for each in self.commits() if each != commit)
+        alone = self.blobs_of(commit).difference(*others)
+        gone = self.path / "snapshots" / f".{commit}"
+        shutil.rmtree(gone, ignore_errors=True)  # of somebody who was cut short
+        self.snapshot(commit).rename(gone)
+        for ref in (self.path / "refs").rglob("*"):
+            if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
+                ref.unlink()
+        for blob in alone:
+            blob.unlink(missing_ok=True)
+        shutil.rmtree(gone)
+        (self._checked_file.parent / f"{commit}.json").unlink(missing_ok=True)
 
     # Who uses it
 

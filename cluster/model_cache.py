@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cluster.cache_limits import GIB, CacheLimits
+from cluster.cache_room import make_room
 from cluster.cached_repo import CachedRepo
 from cluster.errors import HubUnreachable, WeightsMissing
 from cluster.hub_file import HubFile
@@ -204,18 +205,16 @@ class ModelCache:
         (repo.path / "blobs").mkdir(exist_ok=True)
         total = sum(file.size_bytes for file in files)
         there = total - sum(file.size_bytes for file in left)
-        more = sum(file.size_bytes for file in left) - repo.present_bytes(left)
-        from cluster.cache_room import make_room  # noqa: PLC0415 - imports huggingface_hub
-
-        make_room(self.folder, self._limits, repo, more, total)
+        # Large ones first: the last to end is then a small one. The same bytes are fetched once.
+        unique = {file.checksum: file for file in left}.values()
+        ordered = sorted(unique, key=lambda file: -file.size_bytes)
+        more = sum(file.size_bytes for file in ordered) - repo.present_bytes(ordered)
+        make_room(self.folder, self._limits, repo, files, more)
 
         def tell() -> None:
             told(f"{DOWNLOADING}, {_share(there + repo.present_bytes(left), total)}")
 
         tell()
-        # Large ones first: the last to end is then a small one. The same bytes are fetched once.
-        unique = {file.checksum: file for file in left}.values()
-        ordered = sorted(unique, key=lambda file: -file.size_bytes)
         _in_threads(
             lambda file: hub.download(repo.name, commit, file, repo.blob(file)), ordered, tell
         )
@@ -232,7 +231,7 @@ class ModelCache:
     def _disk_refuses(self, wanted: Wanted, error: OSError) -> WeightsMissing:
         text = f"{wanted.repo} cannot be kept in {self.folder} on {socket.gethostname()}"
         if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(_existing(self.folder)).free
             return WeightsMissing(f"{text}: the disk is full, {free:,} bytes are free")
         where = f" ({error.filename})" if error.filename else ""
         return WeightsMissing(
@@ -270,8 +269,12 @@ class _Told:
 
 
 def _is_read_only(folder: Path) -> bool:
-    existing = next(each for each in (folder, *folder.parents) if each.is_dir())
-    return not os.access(existing, os.W_OK)
+    return not os.access(_existing(folder), os.W_OK)
+
+
+def _existing(folder: Path) -> Path:
+    """It, or the folder in which it will be."""
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def _chosen(wanted: Wanted, files: Iterable[HubFile]) -> list[HubFile]:

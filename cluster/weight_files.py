@@ -17,6 +17,7 @@ _OTHER_FORMS = (
     ".bin", ".gguf", ".h5", ".jpg", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pdf", ".png",
     ".pt", ".pth", ".webp",
 )  # fmt: skip
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.(?:safetensors|gguf|bin))")
 _OTHER_FOLDERS = ("original", "onnx", "metal", "openvino")
 _CONSOLIDATED = "consolidated"
 
@@ -65,6 +66,16 @@ def names_it(file: str, quantisation: str) -> bool:
     wanted = quantisation.lower().replace("-", "_").replace("fp", "fp?")
     pattern = rf"(?<![a-z0-9]){wanted}(?![a-z0-9]|_x*[sml](?![a-z0-9]))"
     return re.search(pattern, file.lower().replace("-", "_")) is not None
+
+
+def other_parts(name: str) -> list[str]:
+    """The other files of a checkpoint in parts, of which `name` is one (NAME-00001-of-00003.END)."""
+    found = _PART.fullmatch(name)
+    if found is None:
+        return []
+    start, _, count, end = found.groups()
+    names = (f"{start}-{part:05}-of-{count}{end}" for part in range(1, int(count) + 1))
+    return [each for each in names if each != name]
 
 
 def nothing_of(checkpoint_format: CheckpointFormat, precision: str = "") -> str:

@@ -9,14 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cache_limits import GIB
+from cluster.cache_room import stored
 from cluster.cli.render import age, page_console
 from cluster.probes.host import cache_folder
 
 
 def show_cached(*, json_: bool) -> None:
     """Print them, those first that were used least recently."""
-    from cluster.cache_room import stored  # noqa: PLC0415 - imports huggingface_hub
-
     folder = cache_folder().expanduser()
     found = [
         (each, bool(each.commit) and each.repo.is_used(each.commit)) for each in stored(folder)
