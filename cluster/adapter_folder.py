@@ -82,7 +82,7 @@ async def locate_adapter(
             raise AdapterFailed(f"{source}: no such folder on this node")
         try:
             return await weights.fetch(wanted, cache, log, tell)
-        except WeightsMissing as error:
+        except (WeightsMissing, OSError) as error:  # OSError: the cache's disk is full or broken
             raise AdapterFailed(f"{source}: {error}") from error
     return folder
 

@@ -5,26 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import AdapterFailed
+from cluster.errors import AdapterFailed, EngineSilent
+
+log = logging.getLogger("bora.adapters")
 
 UNLOAD_AFTER_S = 3.0  # gateways that sync twice a second send nothing there any more
-RETRY_S = (5.0, 60.0)  # first and longest pause after a failure
+RETRY_S = (5.0, 60.0)  # first and longest pause after a failure, of each adapter
+_UNKNOWN = ""  # the source of what a silent engine may have
 
 
 class AdapterEngine(Protocol):
     """What loads adapters while it serves."""
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Load it under that name; `AdapterFailed` when the engine refuses."""
+        """Load it under that name.
+
+        Raises:
+            AdapterFailed: the engine refuses.
+            EngineSilent: it does not answer.
+        """
         ...
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget it; requests that run go on. `AdapterFailed` when the engine refuses."""
+        """Forget it; requests that run go on. Raises as `load_adapter`."""
         ...
 
 
@@ -61,7 +70,8 @@ class Adapters:
         self._sources: dict[str, str] = {}  # of all that the engine has, by its names
         self._unused_s: dict[str, float] = {}  # since when (monotonic), by the engine's names
         self._first_retry_s, self._longest_retry_s = retry_s
-        self._retry_s = self._retry_in_s = self._first_retry_s
+        self._retries: dict[str, tuple[float, float]] = {}  # when (monotonic), and the last pause
+        self._taken_out = False
         self._unload_after_s = unload_after_s
         self._woken = asyncio.Event()
         self._settled = asyncio.Event()
@@ -72,10 +82,17 @@ class Adapters:
             await asyncio.wait_for(self._settled.wait(), timeout_s)
 
     def want(self, adapters: Mapping[str, str]) -> None:
-        """From now on these, by name: folders or repo ids."""
+        """From now on these, by name: folders or repo ids.
+
+        Nobody is routed to others from now on, whatever is being brought just now.
+        """
         if self._wanted != adapters:
             self._wanted = dict(adapters)
-            self._retry_s = self._first_retry_s
+            for name in {*self.loaded, *self.failures} - self._wanted.keys():
+                self._taken_out = True
+                self.loaded.pop(name, None)
+                self.failures.pop(name, None)
+            self._retries.clear()
             self._woken.set()
 
     async def run_forever(self, changed: Callable[[], Awaitable[None]]) -> None:
@@ -88,39 +105,50 @@ class Adapters:
     async def settle(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Try once to make the engine's adapters equal to those that are wanted."""
         self._woken.clear()
-        wanted = dict(self._wanted)
-        gone = [name for name in (*self.loaded, *self.failures) if name not in wanted]
-        for name in gone:
-            self.loaded.pop(name, None)
-            self.failures.pop(name, None)
-        if gone:
+        if self._taken_out:
+            self._taken_out = False
             await changed()
-        failed = False
-        for name, source in wanted.items():
+        for name, source in list(self._wanted.items()):
+            if time.monotonic() < self._retries.get(name, (0.0, 0.0))[0]:
+                continue
             before = self.loaded.get(name), self.failures.get(name)
-            try:
-                self.loaded[name] = await self._bring(name, source)
-                self.failures.pop(name, None)
-            except AdapterFailed as error:
-                failed = True
-                self.failures[name] = str(error)
+            await self._try(name, source)
             if before != (self.loaded.get(name), self.failures.get(name)):
                 await changed()
-        self._retry_in_s = self._retry_s
-        longer_s = min(2 * self._retry_s, self._longest_retry_s)
-        self._retry_s = longer_s if failed else self._first_retry_s
         await self._unload_unused()
         self._settled.set()
+
+    async def _try(self, name: str, source: str) -> None:
+        served, failure = "", ""
+        try:
+            served = await self._bring(name, source)
+        except AdapterFailed as error:
+            failure = str(error)
+        if self._wanted.get(name) != source:
+            return  # something else is wanted by now
+        if served:
+            self.loaded[name] = served
+            self.failures.pop(name, None)
+            self._retries.pop(name, None)
+            return
+        self.failures[name] = failure
+        _, last_s = self._retries.get(name, (0.0, 0.0))
+        pause_s = min(2 * last_s or self._first_retry_s, self._longest_retry_s)
+        self._retries[name] = time.monotonic() + pause_s, pause_s
 
     async def _bring(self, name: str, source: str) -> str:
         """The engine's name of `source`, which is loaded now."""
         served = self._served_name(name, source)
-        if served not in self._sources:
+        if self._sources.get(served) != source:
             try:
                 folder = await self._locate(source, lambda stage: self._note(name, stage))
             finally:
                 self._note(name, "")
-            await self._engine.load_adapter(served, folder)
+            try:
+                await self._engine.load_adapter(served, folder)
+            except EngineSilent:
+                self._sources[served] = _UNKNOWN  # it may have it, and must not keep it for ever
+                raise
             self._sources[served] = source
         return served
 
@@ -141,13 +169,17 @@ class Adapters:
             if served in used:
                 self._unused_s.pop(served, None)
             elif now_s - self._unused_s.setdefault(served, now_s) >= self._unload_after_s:
-                with contextlib.suppress(
-                    AdapterFailed
-                ):  # the engine lacks it: that is what is wanted
+                try:
                     await self._engine.unload_adapter(served)
+                except EngineSilent:
+                    continue  # it may have it still: the next round asks again
+                except AdapterFailed as error:
+                    log.info("%s", error)  # the engine lacks it: that is what is wanted
                 del self._sources[served], self._unused_s[served]
 
     def _pause_s(self) -> float | None:
-        if self._unused_s:
-            return self._unload_after_s
-        return self._retry_in_s if self.failures else None
+        """Until something is to be done, though nothing else is wanted; None: nothing is."""
+        now_s = time.monotonic()
+        due = [due_s - now_s for due_s, _ in self._retries.values()]
+        due += [self._unload_after_s] if self._unused_s else []
+        return max(min(due), 0.0) if due else None

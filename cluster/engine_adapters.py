@@ -9,7 +9,7 @@ from pathlib import Path
 
 import aiohttp
 
-from cluster.errors import AdapterFailed
+from cluster.errors import AdapterFailed, EngineSilent
 
 TIMEOUT_S = 120.0  # to read its files, and until the engine has a moment for it
 _LOADED = "has already been loaded"
@@ -23,18 +23,28 @@ class EngineAdapters:
     api_key: str
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Load the adapter in `folder` under `name`.
+        """Load the adapter in `folder` under `name`, whatever was loaded under it before.
 
         Raises:
-            AdapterFailed: the engine refuses, or does not answer.
+            AdapterFailed: the engine refuses.
+            EngineSilent: it does not answer.
         """
-        await self._tell("load", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder)}
+        try:
+            await self._tell("load", body)
+        except AdapterFailed as error:
+            if _LOADED not in str(error):
+                raise
+            # By a call that was given up too early, of these files or of others.
+            await self.unload_adapter(name)
+            await self._tell("load", body)
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it go on.
 
         Raises:
-            AdapterFailed: the engine does not have it, or does not answer.
+            AdapterFailed: the engine does not have it.
+            EngineSilent: it does not answer.
         """
         await self._tell("unload", {"lora_name": name})
 
@@ -48,11 +58,9 @@ class EngineAdapters:
                 session.post(url, json=body) as response,
             ):
                 if response.status != HTTPStatus.OK:
-                    said = _message_in(await response.text())
-                    if _LOADED not in said:  # by a call that was given up too early
-                        raise AdapterFailed(said)
+                    raise AdapterFailed(_message_in(await response.text()))
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise AdapterFailed(f"the engine did not answer: {error!r}") from error
+            raise EngineSilent(f"the engine did not answer: {error!r}") from error
 
 
 def _message_in(body: str) -> str:

@@ -6,6 +6,7 @@ ClusterError
 ├── WeightsMissing       a checkpoint cannot be brought to a node (5)
 │   └── HubUnreachable   nothing answers where the model hub should be
 ├── AdapterFailed        a LoRA adapter could not be loaded; its engine serves on
+│   └── EngineSilent     nor said whether it is: it may have it
 ├── InventoryDiffers     hosts are not what was declared; each lie with its cure is printed (3)
 ├── StateKept            what a head kept in Redis could not be deleted (4)
 ├── PortInUse            (2)
@@ -45,6 +46,10 @@ class HubUnreachable(WeightsMissing):
 
 class AdapterFailed(ClusterError):
     """An adapter is not there, or the engine refuses it."""
+
+
+class EngineSilent(AdapterFailed):
+    """The engine did not answer: whether it did what it was asked for is unknown."""
 
 
 class InventoryDiffers(ClusterError):
