@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway import llamacpp_dialect
 from gateway.call import Call, parse_object
 from gateway.continuation import CHAT_PATH, CannotContinue, can_be_continued, num_held
 from gateway.engine import request_head
@@ -31,7 +32,9 @@ def engine_request(call: Call, lease: Lease) -> tuple[bytes, bytes]:
             raise EngineBroke(f"its engine broke off, and it cannot go on: {reason}") from None
     else:
         path, body = call.path, call.body_at(endpoint)
-        if _hides_ids(call, lease):
+        if lease.state.engine == "llamacpp":
+            path, body = llamacpp_dialect.asked(path, body)
+        elif _hides_ids(call, lease):
             body = body.rstrip()[:-1] + _ASK_FOR_IDS
     head = request_head(endpoint, call, path, len(body))
     return head, body
@@ -45,7 +48,9 @@ def transcript_of(call: Call, lease: Lease, num_running: int) -> Transcript | No
     if not can_be_continued(call.path):
         return None
     try:
-        held = num_held(parse_object(call.body)) if b'"stop"' in call.body else 0
+        # llama.cpp holds back only what is the beginning of a stop string.
+        holds = b'"stop"' in call.body and lease.state.engine != "llamacpp"
+        held = num_held(parse_object(call.body)) if holds else 0
     except BadRequest:
         return None  # the engine can read it, but we cannot
     return Transcript(

@@ -15,6 +15,7 @@ from gateway.answer import Answer
 from gateway.call import Call
 from gateway.engine_request import transcript_of
 from gateway.errors import DeadlineExceeded, EngineBroke, GatewayError, NotSupported
+from gateway.llamacpp_dialect import CACHE_IS_FULL, translated
 from gateway.missing_path import refuse_if_missing
 from gateway.opening import Opening
 from gateway.plant import Client, Plant, shutting_down
@@ -125,15 +126,16 @@ class Exchange:
             upstream.recover().stalled()
             self.give_up(f"it was silent for {patience_s:g} s")
 
-    def give_up(self, reason: str) -> None:
-        """Leave the engine that this is at, and go on elsewhere."""
+    def give_up(self, reason: str, status: int | None = None) -> None:
+        """Leave the engine that this is at, and go on elsewhere. `status`: what it meant, if it told."""
         upstream = self._upstream
         if upstream.lease is None or self._over:
             return
         upstream.stop_waiting()
         upstream.hang_up()
         key = upstream.lease.endpoint.key
-        self.broke(EngineBroke(f"the engine at {key} was left: {reason}"))
+        error = EngineBroke(f"the engine at {key} was left: {reason}")
+        self._go_elsewhere(error, status or error)
 
     def is_at(self, endpoint_key: str) -> bool:
         """Whether it has a place at that endpoint."""
@@ -145,6 +147,7 @@ class Exchange:
     def answered(self, answer: Answer, body: bytes) -> None:
         """All of a JSON answer."""
         self._upstream.connection = None
+        answer, body = translated(answer, body, self._call.path, self._upstream.lease)
         try:
             refuse_if_missing(answer.status, body, self.record)
         except NotSupported as error:
@@ -244,7 +247,8 @@ class Exchange:
         relay = self._relay
         transcript = relay.transcript if relay is not None else None
         if transcript is not None and not self._over:
-            self.give_up(transcript.fault or "")
+            fault = transcript.fault or ""
+            self.give_up(fault, 503 if CACHE_IS_FULL in fault else None)
 
     # How it goes on when that engine does not
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 
 from gateway.errors import NotSupported
 from gateway.record import Record
@@ -18,7 +19,8 @@ def refuse_if_missing(status: int, body: bytes, record: Record) -> None:
     Raises:
         NotSupported: the engine has no such path.
     """
-    if status not in {404, 405} or len(body) > _LONGEST_BARE_BYTES or _told(body) not in _BARE:
+    is_bare = status in {404, 405} and len(body) <= _LONGEST_BARE_BYTES and _told(body) in _BARE
+    if not is_bare and status != HTTPStatus.NOT_IMPLEMENTED:  # llama.cpp, of vectors
         return
     path = record.path.partition("?")[0][:200]
     raise NotSupported(

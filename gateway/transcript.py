@@ -292,6 +292,9 @@ class Transcript:
         except (ValueError, RecursionError) as error:
             self.fault = f"it sent an event that is no JSON: {error}"
             return False
+        if chunk is None:  # llama.cpp's first, of several prompts: nothing to tell
+            self._only_ids = True
+            return True
         if not isinstance(chunk, dict) or "error" in chunk:
             if _is_the_clients(chunk):
                 self.finished = True

@@ -22,6 +22,7 @@ from placement.fleet import FleetModel, FleetSpec
 from placement.inventory import Inventory, Pool
 from placement.plan import Variant
 from placement.planner import make_plan
+from tests.gateway.engines import CHAT, a_client, a_gateway, a_table, an_endpoint
 
 pytestmark = pytest.mark.engine
 
@@ -156,6 +157,52 @@ async def test_a_request_has_the_context_that_was_planned_and_not_more(tmp_path:
         answer = await ask(engine, "/v1/completions", {"prompt": "x", "temperature": 0})
 
         assert answer["usage"]["total_tokens"] == pytest.approx(2048, abs=2)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+async def test_clients_of_a_gateway_see_what_vllm_would_show_them(tmp_path: Path) -> None:
+    async with running(planned(), tmp_path) as engine:
+        there = an_endpoint(engine.url, engine="llamacpp", api_key=engine.api_key)
+        async with a_gateway(a_table(there)) as gateway, a_client(gateway) as client:
+
+            async def told(path: str, **body: Any) -> tuple[int, Any]:
+                async with client.post(path, json={"model": "chat", **body}) as response:
+                    return response.status, await response.json()
+
+            hello: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+            seeing = [{"role": "user", "content": [IMAGE]}]
+            _, answer = await told("/v1/completions", prompt=PROMPT)
+            _, counted = await told("/tokenize", prompt=PROMPT)
+            _, chat = await told(CHAT, messages=hello, max_tokens=1)
+            _, of_messages = await told("/tokenize", messages=hello)
+            _, text = await told("/detokenize", tokens=counted["tokens"])
+            mistakes = [
+                await told(CHAT, messages=seeing),
+                await told(CHAT, messages=[{"content": "no role"}]),
+                await told(CHAT, messages=hello, tools=5),
+                await told("/detokenize", tokens=[99999999]),
+                await told("/v1/completions", prompt="x", repeat_last_n=2_000_000_000),
+            ]
+            unable, _ = await told("/v1/embeddings", input="x")
+
+    assert answer["usage"]["completion_tokens"] == 16
+    assert counted["count"] == len(counted["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert of_messages["count"] == chat["usage"]["prompt_tokens"]
+    assert PROMPT in text["prompt"]
+    assert [status for status, _ in mistakes] == [400] * 5
+    assert {body["error"]["type"] for _, body in mistakes} == {"invalid_request_error"}
+    assert unable == 404
+
+
+async def test_sampling_is_openais_where_a_client_says_nothing(tmp_path: Path) -> None:
+    async with running(planned(), tmp_path) as engine:
+        answer = await ask(engine, "/completion", {"prompt": "x", "n_predict": 1})
+
+    told = answer["generation_settings"]
+    sampling = [told[name] for name in ("temperature", "top_p", "top_k", "min_p")]
+    assert sampling == [1.0, 1.0, 0, 0.0]
 
 
 async def test_experts_may_stay_in_host_memory(tmp_path: Path):

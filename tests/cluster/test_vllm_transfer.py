@@ -19,7 +19,6 @@ from tests.cluster.test_vllm_engine import Configuration, planned
 from tests.gateway.engines import CHAT, a_client, a_gateway, a_table, an_endpoint, metric
 
 pytestmark = pytest.mark.engine
-pytest.importorskip("nixl", reason="nixl is not installed: no engine can hand KV caches on")
 
 PROMPT = "The bora falls from the plateau to the sea. " * 20
 CONNECTORS: dict[str, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
