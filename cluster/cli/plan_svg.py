@@ -45,7 +45,7 @@ class _Scale:
     def of(cls, gpus: int) -> _Scale:
         if gpus <= 48:
             return cls(cell=56, height=84, gap=6, label=True)
-        if gpus <= 256:
+        if gpus <= 640:
             return cls(cell=24, height=40, gap=3, label=True)
         if gpus <= 2048:
             return cls(cell=10, height=18, gap=2, label=False)
@@ -254,7 +254,7 @@ def _short(name: str, width: int) -> str:
 
 
 def _rect(x: float, y: float, width: float, height: float, more: str, *, title: str = "") -> str:
-    head = f'<rect x="{x:g}" y="{y:.4g}" width="{width:g}" height="{height:.4g}" {more}'
+    head = f'<rect x="{x:g}" y="{y:.6g}" width="{width:g}" height="{height:.4g}" {more}'
     return f"{head}><title>{escape(title)}</title></rect>" if title else f"{head}/>"
 
 

@@ -50,6 +50,21 @@ def test_every_gpu_is_drawn_within_the_picture(nodes: int) -> None:
         assert 0 <= float(rect.get("y", 0)) <= height - float(rect.attrib["height"])
 
 
+def test_sixty_nodes_are_named_in_the_picture() -> None:
+    names = [f"team-{number}" for number in range(12)]
+    wishes = [
+        a_wish(name, "mistral-7b", demand=Demand(requests_per_s=9.0), replicas=ReplicaBounds(max=4))
+        for name in names
+    ]
+    inventory = an_inventory(a_pool("a", nodes=30), a_pool("b", "RTX-4090", nodes=30))
+
+    picture = plan_svg(make_plan(a_fleet(*wishes), inventory, CATALOGUE), inventory)
+    texts = {text.text for text in ET.fromstring(picture).iter(f"{SVG}text")}  # noqa: S314 - ours
+
+    assert texts >= {node for pool in inventory.pools for node in pool.names()}
+    assert texts >= set(names)
+
+
 def test_the_page_needs_nothing_beside_itself_and_tells_cost_reasons_and_changes() -> None:
     fleet, inventory, plan = a_case()
     before = a_case(rate=4.0)[2]
