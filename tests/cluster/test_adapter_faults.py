@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.adapter_folder import locate_adapter
 from cluster.adapters import Adapters
+from cluster.engine_adapters import EngineAdapters
 from cluster.errors import AdapterFailed, EngineSilent
 from placement.model_cache import ModelCacheSpec
 from tests.cluster.test_adapters import Engine, a_folder, following, nothing, until
@@ -172,3 +175,30 @@ def test_in_the_end_the_engine_has_what_is_wanted_and_nothing_else(
         assert adapters.failures == {}
 
     asyncio.run(story())
+
+
+async def test_an_engine_that_has_the_name_already_gets_these_files_under_it():
+    has = {"legal": "/a"}  # of a call that was given up too early
+
+    async def load(request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["lora_name"] in has:
+            text = f"The lora adapter '{body['lora_name']}' has already been loaded."
+            return web.json_response({"error": {"message": text}}, status=400)
+        has[body["lora_name"]] = body["lora_path"]
+        return web.Response()
+
+    async def unload(request: web.Request) -> web.Response:
+        del has[(await request.json())["lora_name"]]
+        return web.Response()
+
+    app = web.Application()
+    app.add_routes(
+        [web.post("/v1/load_lora_adapter", load), web.post("/v1/unload_lora_adapter", unload)]
+    )
+    async with TestServer(app) as server:
+        await EngineAdapters(str(server.make_url("")).rstrip("/"), "key").load_adapter(
+            "legal", Path("/b")
+        )
+
+    assert has == {"legal": "/b"}
