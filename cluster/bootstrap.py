@@ -17,6 +17,7 @@ from cluster.errors import AlreadyRunning, ClusterUnreachable
 from cluster.gateway_host import STOP_S, GatewayHost, gateway_actors, gateway_name
 from cluster.host_state import HostState
 from cluster.names import CONTROLLER, NAMESPACE
+from cluster.priority import outrank_engines
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes, Survey, host_states, look, measure
 from placement.errors import ConfigError
@@ -32,6 +33,7 @@ class ControllerActor:
     """Starts by itself: when its process dies Ray makes it anew, but calls nothing on it."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
+        outrank_engines()
         self._controller = Controller(*arguments)
         self._start = asyncio.create_task(self._controller.start())
         self._start.add_done_callback(end_process_on_failure)
@@ -57,6 +59,7 @@ class GatewayActor:
     """As the controller's."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
+        outrank_engines()
         self._host = GatewayHost(*arguments)
         await self._host.start()
 

@@ -21,8 +21,12 @@ ACCELERATOR_LABEL = "ray.io/accelerator-type"
 SHIPPED = ("cluster", "configs", "gateway", "loadtests", "placement", "requirements")
 SHIPPED_FILES = ("README.md", "pyproject.toml")
 
+# On every host: after how long a connection to a dead host is given up, not after Ray's two minutes.
+# Ray makes one placement group at a time, so one that a dying host was to hold would stop all others.
+NODE_SETTINGS = {"RAY_grpc_client_keepalive_timeout_ms": 5000}
 # A host that dies is known after 9 s, with Ray's own settings after 15 to 65 s.
 HEALTH_SETTINGS = {
+    **NODE_SETTINGS,
     "RAY_health_check_period_ms": 1000,
     "RAY_health_check_timeout_ms": 2000,
     "RAY_health_check_failure_threshold": 3,
@@ -30,12 +34,8 @@ HEALTH_SETTINGS = {
 _SILENT = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"
 # Where hosts are there already: how long they, and the head's own start, may take to answer.
 HEAD_SETTINGS = {**HEALTH_SETTINGS, "AUTOSCALER_UPDATE_INTERVAL_S": 1, _SILENT: 30}
-# With Redis, on every host: how long to wait for a head that is down, engines serving; and after how
-# long a connection to a dead host is given up, without which some notice a new head a minute late.
-KEPT_SETTINGS = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": 86400,
-    "RAY_grpc_client_keepalive_timeout_ms": 5000,
-}
+# With Redis, on every host: how long to wait for a head that is down, engines serving.
+KEPT_SETTINGS = {"RAY_gcs_rpc_server_reconnect_timeout_s": 86400}
 # On the head: its predecessor's node is known as dead after 4 s, and then the controller moves; a
 # replica that Serve has not found again after 30 s, which is its own setting, would be restarted.
 KEPT_HEAD_SETTINGS = {
@@ -217,7 +217,9 @@ def start_commands(
         "--dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml"
         f" {_NODE}"
     )
-    worker = f"{start} {_told(KEPT_SETTINGS if redis else {})}{node} -- ray start"
+    worker = (
+        f"{start} {_told({**NODE_SETTINGS, **(KEPT_SETTINGS if redis else {})})}{node} -- ray start"
+    )
     return [head], [f"{worker} --address=$RAY_HEAD_IP:6379 {_NODE}"]
 
 

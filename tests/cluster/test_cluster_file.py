@@ -97,6 +97,8 @@ def test_every_file_ships_code_installs_the_lock_file_and_starts_with_a_token(na
     assert cluster["worker_start_ray_commands"] == worker
     assert "RAY_AUTH_MODE=token" in head[0]
     assert "RAY_health_check_timeout_ms=2000" in head[0]
+    for command in (head[0], worker[0]):  # else a dying host stops all placements for two minutes
+        assert "RAY_grpc_client_keepalive_timeout_ms=5000" in command
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, "kuberay"])
