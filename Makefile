@@ -73,8 +73,8 @@ bench-planner: install  ## the planner: time, gap and memory over size; cost bes
 bench-grpc: install  ## CPU per gRPC request and message, beside a bare pass-through
 	$(BIN)/python -m loadtests.bench_grpc
 
-bench-cluster: install  ## 50, 100, 200 replicas: deploy, scale, node loss, loop times, memory
-	$(BIN)/python -m loadtests.bench_cluster
+bench-cluster: install  ## 50, 100, 200 replicas on 12 hosts: deploy, scale, host loss, loop times, memory (root)
+	$(BIN)/python -m tests.multihost.bench
 
 bench-streams: install  ## 10,000 streams through one gateway worker, 24,000 clients that come and go
 	$(BIN)/python -m loadtests.bench_streams

@@ -1,9 +1,8 @@
-"""What a cluster tells about itself: the controller's status, the gateways' metrics, memory in use."""
+"""What gateways tell in their metrics, and the memory that processes use."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,34 +21,6 @@ _ALIVE = "bora_gateway_endpoint_alive"
 
 
 @dataclass(frozen=True, slots=True)
-class Controller:
-    """The controller's API, as `bora status --json` reads it, without a command's start-up."""
-
-    url: str
-    token: str
-
-    @classmethod
-    def of(cls, state: Path) -> Controller:
-        """From the folder in `BORA_STATE`, once something is deployed."""
-        context = json.loads((state / "context.json").read_text(encoding="utf-8"))
-        return cls(context["controller_url"], context["token"])
-
-    def status(self) -> dict[str, Any]:
-        """The state of the fleet; empty while the controller does not answer."""
-        headers = {"authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(self.url + "/v1/status", headers=headers)  # noqa: S310
-        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
-            return dict(json.loads(_read(request)))
-        return {}
-
-    def scale(self, model: str, count: int) -> None:
-        """As `bora scale`."""
-        body = json.dumps({"model": model, "replicas": count}).encode()
-        headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
-        _read(urllib.request.Request(self.url + "/v1/scale", data=body, headers=headers))  # noqa: S310
-
-
-@dataclass(frozen=True, slots=True)
 class Page:
     """A gateway's metrics at one moment."""
 
@@ -58,7 +29,7 @@ class Page:
     @classmethod
     def of(cls, url: str) -> Page:
         """Read now."""
-        text = _read(urllib.request.Request(url + "/metrics")).decode()  # noqa: S310
+        text = _read(urllib.request.Request(url + "/metrics")).decode()
         return cls({family.name: family for family in text_string_to_metric_families(text)})
 
     @property
@@ -84,7 +55,7 @@ class Page:
 
 
 def _read(request: urllib.request.Request) -> bytes:
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         body: bytes = response.read()
         return body
 
@@ -107,21 +78,21 @@ def quantile(cumulative: Mapping[float, float], share: float) -> float | None:
     return min(bound for bound, count in cumulative.items() if count >= share * total)
 
 
-def replicas(status: Mapping[str, Any], state: str = "ready") -> list[dict[str, Any]]:
-    """All replicas of the fleet in one state."""
-    variants = status.get("variants", ())
-    return [each for v in variants for each in v["replicas"] if each["state"] == state]
-
-
 def memory_mib(pids: Collection[int]) -> float:
-    """What processes hold by themselves, and their share of what they hold together, MiB."""
-    total = 0
+    """What processes hold by themselves, and their share of what they hold together, MiB.
+
+    What lies in swap counts as well.
+    """
+    total_kib = 0
     for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            total += psutil.Process(pid).memory_full_info().pss
-    return total / 2**20
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in ("Pss", "SwapPss"):
+                    total_kib += int(value.split()[0])
+    return total_kib / 2**10
 
 
 def free_gib() -> float:
-    """What the machine has left for others."""
-    return float(psutil.virtual_memory().available) / 2**30
+    """What the machine has left for others, in memory and swap."""
+    return float(psutil.virtual_memory().available + psutil.swap_memory().free) / 2**30
