@@ -386,7 +386,7 @@ def test_a_wish_that_cannot_be_is_an_error(changes: str, told: str) -> None:
 
 def test_simulated_engines_take_roles_on_a_machine_without_gpus() -> None:
     pool = Pool(
-        name="local", gpu="cpu", gpus_per_node=8, memory_gib_per_gpu=1, kv_cache_gib_per_gpu=1
+        name="local", gpu="cpu", gpus_per_node=8, memory_gib_per_gpu=2, kv_cache_gib_per_gpu=1
     )
 
     plan = planned(documents(1.0, engine="sim", slo=Objective()), pools=(pool,))
