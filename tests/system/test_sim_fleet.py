@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from cluster.errors import ClusterError
+from cluster.priority import STEERING_NICENESS, outrank_engines
 from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
 pytestmark = pytest.mark.ray
@@ -216,7 +218,9 @@ async def test_deploying_again_with_other_bounds_restarts_nothing(steady: Bora, 
     ]
 
 
-async def test_engines_and_what_serves_them_have_the_priority_of_who_started_bora(steady: Bora):
+async def test_engines_have_the_priority_of_who_started_bora_and_what_steers_them_a_higher_one(
+    steady: Bora,
+):
     """Ray itself would put its workers, and engines with them, at nice 15."""
     async with aiohttp.ClientSession() as session:
         assert not (await ask(session, steady.url, tokens=4, stream=False)).startswith("!")
@@ -229,9 +233,20 @@ async def test_engines_and_what_serves_them_have_the_priority_of_who_started_bor
     processes = {"engine": engine, **dict(zip(actors, map(psutil.Process, hosts), strict=True))}
 
     shell = psutil.Process(steady.process.pid).nice()
-    assert {name: process.nice() for name, process in processes.items()} == dict.fromkeys(
-        processes, shell
-    )
+    above = STEERING_NICENESS if _may_outrank() else shell
+    assert {name: process.nice() for name, process in processes.items()} == {
+        "engine": shell,
+        "ServeReplica": shell,
+        "ControllerActor": above,
+        "GatewayActor": above,
+    }
+
+
+def _may_outrank() -> bool:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        allowed = outrank_engines(process.pid)
+        process.kill()
+    return allowed
 
 
 async def test_a_fleet_whose_models_sleep_can_be_deployed_and_wakes(
