@@ -62,9 +62,10 @@ class BenchHosts:
 
     @property
     def gateways(self) -> list[str]:
-        """Beside the controller, and on the first workers."""
-        names = ("head", *self.workers[: self._gateways - 1])
-        return [f"http://{self.lab.address(name)}:{HTTP_PORT}" for name in names]
+        """Beside the controller, and on the workers whose addresses come first as text."""
+        others = sorted(self.lab.address(name) for name in self.workers)[: self._gateways - 1]
+        addresses = (self.lab.address("head"), *others)
+        return [f"http://{address}:{HTTP_PORT}" for address in addresses]
 
     def nodes(self) -> set[str]:
         """Names of the hosts on which Ray runs."""
