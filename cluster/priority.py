@@ -1,11 +1,12 @@
-"""Priority: engines and replicas run at that of the shell that started Ray, what steers them above.
+"""Priority: engines and replicas run at that of the shell that started Ray, what steers them before.
 
 Each Ray worker adds `RAY_worker_niceness`, by default 15, to its own niceness, and what it starts
 inherits that: beside anything else on its host an engine would get a thirtieth of the CPU that it
 asks for. The variable counts in the environment of `ray start`; only root could take it back later.
 
 An engine that starts takes every core for a while (imports, kernels that are compiled, weights).
-Controller and gateways need little, but at once: streams wait for them, and replicas that died.
+Controller, gateways and on clusters Ray's own processes need little, but at once: streams wait for
+them, and replicas that died.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ NORMAL_PRIORITY = {VARIABLE: "0"}
 STEERING_NICENESS = -10
 
 log = logging.getLogger("bora.priority")
+
+
+def ahead_of_workers() -> dict[str, str]:
+    """Put this process, and the Ray node that it will start, before engines; with what environment.
+
+    A raylet whose agents take more than 15 s to start ends, and one that answers no health check in
+    time is taken for dead, both because engines of its own host start. Workers come back to where
+    this process was.
+    """
+    was = os.nice(0)
+    return {VARIABLE: str(was - STEERING_NICENESS)} if outrank_engines() else NORMAL_PRIORITY
 
 
 def outrank_engines(pid: int | None = None) -> bool:

@@ -28,7 +28,8 @@ from cluster.context import made_state_dir
 from cluster.errors import ClusterError
 from cluster.head_store import HeadStore, is_kept, store_of
 from cluster.node_record import NodeRecord, boot_id, needed, read_record, write_record
-from cluster.priority import NORMAL_PRIORITY
+from cluster.priority import NORMAL_PRIORITY, ahead_of_workers
+from cluster.priority import VARIABLE as PRIORITY
 from placement.errors import PlacementError
 
 CLUSTER_VARIABLE = "BORA_CLUSTER"
@@ -83,6 +84,8 @@ def start(cluster: str, command: Sequence[str]) -> int:
         head_state_file(cluster).unlink(missing_ok=True)  # what was launched from here is gone
     _raise_limits()
     environment = environment_of_ray(cluster, os.environ)
+    if PRIORITY not in os.environ:
+        environment |= ahead_of_workers()
     ray = [sys.executable, "-m", "ray.scripts.scripts", *command[1:]]
     status = subprocess.run(ray, env=environment, check=False).returncode
     if status != 0:  # Ray's own time limit is short for a host that is just booting

@@ -53,6 +53,21 @@ def test_all_threads_and_children_come_before_engines(process: subprocess.Popen[
     assert process.stdout.readline() == f"{STEERING_NICENESS}\n"
 
 
+@pytest.mark.parametrize("niceness", [0, 3])
+def test_workers_of_a_node_that_is_ahead_come_back_to_where_its_start_was(niceness: int) -> None:
+    program = "import os; from cluster.priority import ahead_of_workers\n"
+    program += "print(ahead_of_workers()['RAY_worker_niceness'], os.nice(0))"
+    result = subprocess.run(
+        ["nice", "-n", str(niceness), sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    was = os.nice(0) + niceness
+    ahead, stays = (was - STEERING_NICENESS, STEERING_NICENESS), (0, was)
+    assert tuple(map(int, result.stdout.split())) == (ahead if os.geteuid() == 0 else stays)
+
+
 def test_who_is_not_allowed_to_goes_on() -> None:
     program = "import os; from cluster.priority import outrank_engines\n"
     if os.geteuid() == 0:

@@ -30,8 +30,6 @@ _HEAD_SETTINGS = {
     "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": 600,
 }
 _NODE_SETTINGS = {
-    "RAY_raylet_start_wait_time_s": 300,
-    "RAY_agent_register_timeout_ms": 300_000,
     # Processes that wait for work take the memory of replicas here.
     "RAY_enable_worker_prestart": 0,
     "RAY_prestart_worker_first_driver": 0,
