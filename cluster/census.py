@@ -47,7 +47,7 @@ def take() -> Census:
 
 def live_nodes() -> dict[str, NodeFacts]:
     """By Ray's ids. Blocks as `take` does."""
-    free = ray._private.state.available_resources_per_node()  # noqa: SLF001
+    free = ray._private.state.available_resources_per_node()  # noqa: SLF001 - no public one
     return {
         node["NodeID"]: NodeFacts(
             node_id=node["NodeID"],

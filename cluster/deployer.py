@@ -10,6 +10,7 @@ from cluster import census, serve_apps
 from cluster.gang_nodes import Move, NodeWish, planned_wishes, reserved, shared_out, with_planned
 from cluster.generations import Deployed, GenerationKey, key_of
 from cluster.head_copy import KeyValues
+from cluster.placement_check import NodeFacts
 from cluster.site import Site
 from placement.plan import Plan, Variant
 
@@ -65,11 +66,16 @@ class Deployer:
         planned = planned_wishes(variant, {node.name: node.node_id for node in nodes.values()})
         wishes = with_planned(await self.wishes(key), planned, parts) if parts else planned
         await self._keep(key, wishes)
-        return await self._share_out(variant, count, parts)
+        return await self._share_out(variant, count, parts, nodes)
 
-    async def _share_out(self, variant: Variant, count: int, parts: Mapping[int, Deployed]) -> bool:
+    async def _share_out(
+        self,
+        variant: Variant,
+        count: int,
+        parts: Mapping[int, Deployed],
+        nodes: Mapping[str, NodeFacts],
+    ) -> bool:
         """Give `count` gangs their places; whether there was anything to do."""
-        nodes = await asyncio.to_thread(census.live_nodes)
         targets = shared_out(count, await self.wishes(key_of(variant)), parts, nodes)
         changed = [
             await self._place(variant, place, target, parts.get(place))
@@ -147,7 +153,8 @@ class Deployer:
             told = (await self.deployed()).get(key)
             if told and told.config:  # else Serve has not taken it over yet
                 variant = Variant.model_validate(told.config)
-                await self._share_out(variant, replicas, told.living)
+                nodes = await asyncio.to_thread(census.live_nodes)
+                await self._share_out(variant, replicas, told.living, nodes)
 
     async def delete(self, key: GenerationKey) -> None:
         """Let a generation's replicas finish what runs, and forget it. Does not wait for them."""

@@ -60,7 +60,7 @@ def stop_host(host: str, config: Mapping[str, Any], cluster: str) -> bool:
     return True
 
 
-class StoppingRunner(SSHCommandRunner):  # type: ignore[misc]
+class StoppingRunner(SSHCommandRunner):  # type: ignore[misc]  # Ray tells no types
     """Ray's own over ssh, in which `ray stop` (of `ray down`) is replaced."""
 
     def __init__(self, *args: Any, stop: str) -> None:

@@ -18,13 +18,13 @@ from cluster.errors import ClusterError
 from cluster.messages import FleetStatus, ReplicaState, ReplicaStatus
 from placement.catalogue import load_catalogue
 from tests.debian_packages import install_missing
-from tests.multihost.conftest import PYTHON, ROOT, install_bora
+from tests.multihost.conftest import PYTHON, ROOT, furnish, live_nodes, without_dashboard
 from tests.multihost.lab import OPERATOR, Lab, running_lab
 
 HTTP_PORT = 8000
 _POOL = "sim"
 _FLEET = "fleet.yaml"
-# Hundreds of processes that start share two cores: who answers late is not dead.
+# Hundreds of processes that start share two cores: a host that is late is not given up.
 _HEAD_SETTINGS = {
     **HEAD_SETTINGS,
     "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": 600,
@@ -50,12 +50,7 @@ class BenchHosts:
 
     def start(self) -> None:
         """`ray up`; returns before the workers have joined."""
-        for host in self.lab.hosts.values():
-            install_bora(host)
-        home = self.lab.hosts[OPERATOR].folder / "root"
-        (home / ".ray").mkdir()
-        (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
-        (home / "lab.yaml").write_text(yaml.safe_dump(self._cluster_file()))
+        furnish(self.lab, self._cluster_file())
         self.lab.run(OPERATOR, "ray up -y lab.yaml 2>&1", timeout_s=240)
 
     @property
@@ -67,13 +62,8 @@ class BenchHosts:
 
     def nodes(self) -> set[str]:
         """Names of the hosts on which Ray runs."""
-        script = (
-            "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
-            "print('NODES', *[n['NodeManagerHostname'] for n in ray.nodes() if n['Alive']])"
-        )
-        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            said = self.lab.run("head", f'RAY_AUTH_MODE=token {PYTHON} -c "{script}"')
-            return set(next(x for x in said.splitlines() if x.startswith("NODES")).split()[1:])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return set(live_nodes(self.lab, "NodeManagerHostname"))
         return set()
 
     def deploy(self, models: str, log: Path) -> subprocess.Popen[bytes]:
@@ -148,9 +138,7 @@ class BenchHosts:
         for kind in ("head", "worker"):
             key = f"{kind}_start_ray_commands"
             cluster[key] = [f"export {told}; {command}" for command in cluster[key]]
-        [start] = cluster["head_start_ray_commands"]  # without a dashboard, of a dozen processes
-        start = start.replace("--dashboard-host=127.0.0.1", "--include-dashboard=false")
-        cluster["head_start_ray_commands"] = [start]
+        without_dashboard(cluster)
         return cluster
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.fail("hosts with their own networks need root: sudo make test-multihost")
     install_missing()
     with running_lab("head", "r1", "a1", "h1", "h2", "c1", shown=[ROOT]) as lab:
-        for host in lab.hosts.values():
-            install_bora(host)
-        home = lab.hosts[OPERATOR].folder / "root"
-        (home / ".ray").mkdir()
-        (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
-        (home / "lab.yaml").write_text(yaml.safe_dump(_cluster_file(lab)))
+        furnish(lab, _cluster_file(lab))
         lab.power_off("h1")
         yield Cluster(lab)
 
@@ -95,6 +91,37 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
     cluster["max_workers"] += 1
     cluster["provider"]["drain_s"] = 20
     return cluster
+
+
+def furnish(lab: Lab, cluster_file: Mapping[str, Any]) -> Path:
+    """bora on every host, and on the operator's token and `lab.yaml`; the operator's home folder."""
+    for host in lab.hosts.values():
+        install_bora(host)
+    home = lab.hosts[OPERATOR].folder / "root"
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    (home / "lab.yaml").write_text(yaml.safe_dump(cluster_file))
+    return home
+
+
+def without_dashboard(cluster_file: dict[str, Any]) -> None:
+    """It is a dozen processes on the head."""
+    [start] = cluster_file["head_start_ray_commands"]
+    start = start.replace("--dashboard-host=127.0.0.1", "--include-dashboard=false")
+    cluster_file["head_start_ray_commands"] = [start]
+
+
+def live_nodes(lab: Lab, field: str) -> list[str]:
+    """That field of Ray's live nodes, sorted; none where no head answers."""
+    script = (
+        "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
+        f"print('NODES', *[n['{field}'] for n in ray.nodes() if n['Alive']])"
+    )
+    with contextlib.suppress(AssertionError):
+        said = lab.run("head", f'RAY_AUTH_MODE=token {PYTHON} -c "{script}"')
+        line = next(line for line in said.splitlines() if line.startswith("NODES"))
+        return sorted(line.split()[1:])
+    return []
 
 
 def install_bora(host: Host) -> None:

@@ -17,7 +17,7 @@ from cluster.errors import ClusterError
 from loadtests.drill_cluster import ENGINE_DELAY_S
 from placement.catalogue import load_catalogue
 from tests.debian_packages import install_missing
-from tests.multihost.conftest import PYTHON, ROOT, install_bora
+from tests.multihost.conftest import PYTHON, ROOT, furnish, live_nodes, without_dashboard
 from tests.multihost.lab import OPERATOR, Lab, running_lab
 from tests.system.harness import eventually
 
@@ -63,13 +63,8 @@ class FaultHosts:
 
     def start(self) -> None:
         """Redis, `ray up` and `bora deploy`."""
-        for host in self.lab.hosts.values():
-            install_bora(host)
-        home = self.lab.hosts[OPERATOR].folder / "root"
-        (home / ".ray").mkdir()
-        (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+        home = furnish(self.lab, _cluster_file(self.lab))
         (home / ".ray" / "redis_password").write_text(_PASSWORD)
-        (home / "lab.yaml").write_text(yaml.safe_dump(_cluster_file(self.lab)))
         self.lab.run("store", f"{_redis(self.lab)} --daemonize yes > /dev/null 2>&1")
         self.ray_up()
         (self.head_folder / "fleet.yaml").write_text(_FLEET)
@@ -96,15 +91,7 @@ class FaultHosts:
 
     def nodes(self) -> list[str]:
         """Addresses of Ray's live nodes; none where no head answers."""
-        script = (
-            "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
-            "print('NODES', *[n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
-        )
-        with contextlib.suppress(AssertionError):
-            said = self.lab.run("head", f'RAY_AUTH_MODE=token {PYTHON} -c "{script}"')
-            line = next(line for line in said.splitlines() if line.startswith("NODES"))
-            return sorted(line.split()[1:])
-        return []
+        return live_nodes(self.lab, "NodeManagerAddress")
 
     def status(self) -> Mapping[str, Any]:
         """What the controller says; empty while none answers. On the operator's network only."""
@@ -176,8 +163,6 @@ def _cluster_file(lab: Lab) -> dict[str, Any]:
     types[FRONT] = {**types["head"], "min_workers": 1, "max_workers": 1}
     cluster["provider"]["pools"][FRONT] = [lab.address(FRONT)]
     cluster["provider"]["drain_s"] = 5
-    [start] = cluster["head_start_ray_commands"]  # without a dashboard, of a dozen processes
-    start = start.replace("--dashboard-host=127.0.0.1", "--include-dashboard=false")
-    cluster["head_start_ray_commands"] = [start]
+    without_dashboard(cluster)
     cluster["max_workers"] = len(WORKERS) + 1
     return cluster

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.context import Context
 from cluster.control_api import ControlClient
 from cluster.processes import free_ports
+from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
 from loadtests.steady_streams import SteadyStreams
 
 BORA = [sys.executable, "-m", "cluster"]
@@ -34,6 +36,25 @@ def eventually(
             return value
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
         time.sleep(period_s)
+
+
+@contextlib.contextmanager
+def served(
+    fleet: str, *, workers: Sequence[str], slots: int, gpus: int = 0
+) -> Iterator[tuple[DrillCluster, str]]:
+    """A cluster of several Ray nodes with a fleet on it, and its gateway's URL.
+
+    `fleet` is YAML with places for the ports `http` and `grpc`.
+    """
+    http, grpc = free_ports(2)
+    with (
+        tempfile.TemporaryDirectory(prefix="bora-ray-") as folder,
+        drill_cluster(Path(folder), workers=workers, slots=slots, gpus=gpus) as cluster,
+    ):
+        file = Path(folder) / "fleet.yaml"
+        file.write_text(fleet.format(http=http, grpc=grpc))
+        cluster.bora("deploy", str(file), "--address", cluster.address)
+        yield cluster, f"http://127.0.0.1:{http}"
 
 
 def steady_streams(url: str) -> SteadyStreams:

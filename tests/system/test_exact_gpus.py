@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
-from loadtests.drill_processes import free_ports
+from loadtests.drill_cluster_processes import DrillCluster
 from placement.plan import Plan
 from placement.spec import parse_yaml
-from tests.system.harness import eventually
+from tests.system.harness import eventually, served
 
 pytestmark = pytest.mark.ray
 
@@ -34,14 +32,7 @@ gateway: {{http_port: {http}, grpc_port: {grpc}}}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DrillCluster]:
     """One worker of eight GPUs."""
-    http, grpc = free_ports(2)
-    with (
-        tempfile.TemporaryDirectory(prefix="bora-gpus-") as folder,
-        drill_cluster(Path(folder), workers=("a",), slots=0, gpus=8) as cluster,
-    ):
-        fleet = Path(folder) / "fleet.yaml"
-        fleet.write_text(FLEET.format(http=http, grpc=grpc))
-        cluster.bora("deploy", str(fleet), "--address", cluster.address)
+    with served(FLEET, workers=("a",), slots=0, gpus=8) as (cluster, _):
         yield cluster
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
-from loadtests.drill_processes import free_ports
+from loadtests.drill_cluster_processes import DrillCluster
 from loadtests.processes import CannotRun
 from placement.plan import Plan
 from placement.spec import parse_yaml
-from tests.system.harness import eventually
+from tests.system.harness import eventually, served
 
 pytestmark = pytest.mark.ray
 
@@ -39,15 +37,8 @@ gateway: {{http_port: {http}, grpc_port: {grpc}}}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[DrillCluster, str]]:
     """Three workers of one slot, one replica; and the gateway's URL."""
-    http, grpc = free_ports(2)
-    with (
-        tempfile.TemporaryDirectory(prefix="bora-gang-") as folder,
-        drill_cluster(Path(folder), workers=("a", "b", "c"), slots=1) as cluster,
-    ):
-        fleet = Path(folder) / "fleet.yaml"
-        fleet.write_text(FLEET.format(http=http, grpc=grpc))
-        cluster.bora("deploy", str(fleet), "--address", cluster.address)
-        yield cluster, f"http://127.0.0.1:{http}"
+    with served(FLEET, workers=("a", "b", "c"), slots=1) as cluster:
+        yield cluster
 
 
 def the_replica(cluster: DrillCluster) -> dict[str, Any]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
-from loadtests.drill_processes import free_ports
-from tests.system.harness import eventually, steady_streams
+from loadtests.drill_cluster_processes import DrillCluster
+from tests.system.harness import eventually, served, steady_streams
 
 pytestmark = pytest.mark.ray
 
@@ -37,15 +34,8 @@ gateway: {{http_port: {http}, grpc_port: {grpc}}}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[DrillCluster, str]]:
     """Two workers of three slots, a replica on each; and the gateway's URL."""
-    http, grpc = free_ports(2)
-    with (
-        tempfile.TemporaryDirectory(prefix="bora-moves-") as folder,
-        drill_cluster(Path(folder), workers=("a", "b"), slots=3) as cluster,
-    ):
-        fleet = Path(folder) / "fleet.yaml"
-        fleet.write_text(FLEET.format(http=http, grpc=grpc))
-        cluster.bora("deploy", str(fleet), "--address", cluster.address)
-        yield cluster, f"http://127.0.0.1:{http}"
+    with served(FLEET, workers=("a", "b"), slots=3) as cluster:
+        yield cluster
 
 
 def the_variant(cluster: DrillCluster) -> dict[str, Any]:

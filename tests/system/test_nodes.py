@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import pytest
 from cluster.control_api import ControlClient
 from cluster.errors import ClusterError
 from cluster.messages import LogQuery
-from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
-from loadtests.drill_processes import free_ports
+from loadtests.drill_cluster_processes import DrillCluster
 from loadtests.processes import CannotRun
-from tests.system.harness import PATIENCE_S, eventually, steady_streams
+from tests.system.harness import PATIENCE_S, eventually, served, steady_streams
 
 pytestmark = pytest.mark.ray
 
@@ -40,15 +38,8 @@ gateway: {{http_port: {http}, grpc_port: {grpc}}}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[DrillCluster, str]]:
     """Two workers of three slots, two replicas; and the gateway's URL."""
-    http, grpc = free_ports(2)
-    with (
-        tempfile.TemporaryDirectory(prefix="bora-nodes-") as folder,
-        drill_cluster(Path(folder), workers=("a", "b"), slots=3) as cluster,
-    ):
-        fleet = Path(folder) / "fleet.yaml"
-        fleet.write_text(FLEET.format(http=http, grpc=grpc))
-        cluster.bora("deploy", str(fleet), "--address", cluster.address)
-        yield cluster, f"http://127.0.0.1:{http}"
+    with served(FLEET, workers=("a", "b"), slots=3) as cluster:
+        yield cluster
 
 
 def num_slots(cluster: DrillCluster) -> int:
