@@ -16,8 +16,9 @@ from cluster.controller import Controller, end_process_on_failure
 from cluster.errors import AlreadyRunning, ClusterUnreachable
 from cluster.gateway_host import STOP_S, GatewayHost, gateway_actors, gateway_name
 from cluster.host_state import HostState
+from cluster.messages import Orders
 from cluster.names import CONTROLLER, NAMESPACE
-from cluster.priority import outrank_engines
+from cluster.priority import CONTROLLER_NICENESS, outrank_engines
 from cluster.ray_inventory import ray_inventory
 from cluster.ray_survey import RayProbes, Survey, host_states, look, measure
 from placement.errors import ConfigError
@@ -33,7 +34,7 @@ class ControllerActor:
     """Starts by itself: when its process dies Ray makes it anew, but calls nothing on it."""
 
     async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
-        outrank_engines()
+        outrank_engines(niceness=CONTROLLER_NICENESS)
         self._controller = Controller(*arguments)
         self._start = asyncio.create_task(self._controller.start())
         self._start.add_done_callback(end_process_on_failure)
@@ -42,7 +43,7 @@ class ControllerActor:
         """`Controller.start`."""
         return await self._controller.start()
 
-    async def report(self, text: str) -> float | None:
+    async def report(self, text: str) -> Orders:
         """`Controller.report`."""
         return await self._controller.report(text)
 

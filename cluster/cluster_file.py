@@ -14,6 +14,7 @@ import yaml
 from cluster.head_store import ADDRESS_VARIABLE, NAMESPACE_VARIABLE
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
 from cluster.provider_config import require_address, require_name
+from cluster.ray_settings import NO_LOG_MONITOR
 from placement.catalogue import CONFIGS, Catalogue, GpuType
 from placement.errors import ConfigError
 
@@ -88,7 +89,7 @@ _START_SILENT = """\
 # they choose themselves a node waits 15 s and then ends, too short for a busy host.
 _NODE = (
     "--object-store-memory=200000000 --dashboard-agent-grpc-port=6380"
-    " --runtime-env-agent-port=6381 --metrics-export-port=6382"
+    f" --runtime-env-agent-port=6381 --metrics-export-port=6382 {NO_LOG_MONITOR}"
 )
 
 

@@ -32,6 +32,7 @@ from cluster.messages import (
     LogPart,
     LogQuery,
     NodeList,
+    Orders,
     ReplicaReport,
 )
 from cluster.names import NAMESPACE
@@ -108,11 +109,8 @@ class Controller:
             text = "the file by which commands find the controller is here again"
             self._events.note(time.time(), "note", text)
 
-    async def report(self, text: str) -> float | None:
-        """A replica's heartbeat (`ReplicaReport` as JSON).
-
-        The answer tells it within how many seconds to finish and go; None: it serves on.
-        """
+    async def report(self, text: str) -> Orders:
+        """A replica's heartbeat (`ReplicaReport` as JSON)."""
         await self.start()
         return await self.fleet.heartbeats.take(ReplicaReport.model_validate_json(text))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from cluster.messages import Orders
 from cluster.names import CONTROLLER, NAMESPACE
 
 # No controller, no answer in time; with OSError Ray says that its head was not reached.
@@ -43,7 +44,7 @@ class ControllerLink:
         self._looking: asyncio.Future[Any] | None = None
         self._looking_s = 0.0
 
-    async def report(self, text: str) -> float | None:
+    async def report(self, text: str) -> Orders:
         """What `Controller.report` answers.
 
         Raises:
@@ -53,7 +54,7 @@ class ControllerLink:
             async with asyncio.timeout(self._call_s):
                 if self._actor is None:
                     self._actor = await self._found()
-                answer: float | None = await self._actor.report.remote(text)
+                answer: Orders = await self._actor.report.remote(text)
                 return answer
         except UNREACHABLE:
             self._actor = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 
 from cluster import census, serve_apps
 from cluster.gang_nodes import Move, NodeWish, planned_wishes, reserved, shared_out, with_planned
-from cluster.generations import Deployed, GenerationKey, key_of
+from cluster.generations import RUNNING, Deployed, GenerationKey, key_of
 from cluster.head_copy import KeyValues
+from cluster.pace import period_s
 from cluster.placement_check import NodeFacts
 from cluster.site import Site
 from placement.plan import Plan, Variant
@@ -26,6 +28,7 @@ class Deployer:
     def __init__(self, site: Site, kept: KeyValues) -> None:
         self._site = site
         self._kept = kept
+        self._health_check_s = 1.0
         self._wishes: dict[GenerationKey, tuple[NodeWish, ...]] = {}
         self._lock = asyncio.Lock()
 
@@ -38,6 +41,7 @@ class Deployer:
         `again`: try what Serve gave up once more.
         """
         async with self._lock:
+            self._health_check_s = period_s(sum(counts.values()))
             deployed = await self.deployed()
             models = {variant.model for variant in plan.variants}
             touched = []
@@ -57,9 +61,9 @@ class Deployer:
         """Whether there was anything to do."""
         key, parts = key_of(variant), told.living if told else {}
         for place, part in parts.items():
-            if part.gave_up:  # asked for once more: Serve itself would not try again
+            if _is_idle(part):  # asked for once more: Serve itself would not try again
                 await asyncio.to_thread(serve_apps.delete, key, [place], wait=True)
-        parts = {place: part for place, part in parts.items() if not part.gave_up}
+        parts = {place: part for place, part in parts.items() if not _is_idle(part)}
         if variant.shape.num_nodes == 1:
             return await self._place(variant, 0, count, parts.get(0))
         nodes = await asyncio.to_thread(census.live_nodes)
@@ -67,6 +71,13 @@ class Deployer:
         wishes = with_planned(await self.wishes(key), planned, parts) if parts else planned
         await self._keep(key, wishes)
         return await self._share_out(variant, count, parts, nodes)
+
+    async def again(self, variant: Variant, count: int) -> None:
+        """Have `count` replicas of a generation that Serve gave up; those that run stay."""
+        async with self._lock:
+            told = (await self.deployed()).get(key_of(variant))
+            if told and told.gave_up and not told.deleting:
+                await self._settle(variant, count, told)
 
     async def _share_out(
         self,
@@ -86,7 +97,7 @@ class Deployer:
     async def _place(self, variant: Variant, place: int, count: int, told: Deployed | None) -> bool:
         """Have `count` replicas in a place of a variant; whether there was anything to do."""
         key = key_of(variant)
-        if told and told.config == variant.model_dump(mode="json"):
+        if told and told.config == variant.model_dump(mode="json") and not told.gave_up:
             if told.target != count:
                 await asyncio.to_thread(serve_apps.scale, key, count, place)
             return told.target != count
@@ -95,7 +106,19 @@ class Deployer:
             wish = (await self.wishes(key))[place]
             if told is None and not wish.nodes:
                 wish = await self._without_planned(variant, place)
-        await asyncio.to_thread(serve_apps.deploy, variant, count, self._site, place, wish)
+        health_check_s = self._health_check_s
+        if told and told.gave_up:
+            # Serve takes that up again only when something of it is new. This restarts nothing.
+            health_check_s += time.time() % 100 / 1000
+        await asyncio.to_thread(
+            serve_apps.deploy,
+            variant,
+            count,
+            self._site,
+            place,
+            wish,
+            health_check_s=health_check_s,
+        )
         return True
 
     async def _without_planned(self, variant: Variant, place: int) -> NodeWish:
@@ -176,3 +199,8 @@ class Deployer:
 
 def _name(key: GenerationKey) -> str:
     return f"pins/{key.variant}:{key.version}"
+
+
+def _is_idle(part: Deployed) -> bool:
+    """Whether Serve gave it up, and nothing of it runs."""
+    return part.gave_up and not part.count(*RUNNING)

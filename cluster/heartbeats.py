@@ -9,8 +9,9 @@ from cluster.adapter_events import adapter_events
 from cluster.event_log import EventLog
 from cluster.generations import GenerationKey, key_of
 from cluster.lifecycle import Lifecycle
-from cluster.messages import ReplicaReport
+from cluster.messages import Orders, ReplicaReport
 from cluster.observer import Observer
+from cluster.pace import period_s
 from cluster.registry import Registry
 from cluster.weight_events import WeightEvents
 from placement.plan import Variant
@@ -43,8 +44,8 @@ class Heartbeats:
         """A new plan: what failed may be tried again."""
         self._failures.clear()
 
-    async def take(self, report: ReplicaReport) -> float | None:
-        """Seconds within which the replica must finish and go; None: it serves on."""
+    async def take(self, report: ReplicaReport) -> Orders:
+        """What the replica shall do."""
         self._weights.heard(time.time(), report)
         adapters_changed = self._note_adapters(report)
         if self._registry.report(report, time.monotonic()):
@@ -62,7 +63,10 @@ class Heartbeats:
         elif adapters_changed:
             self._changed()
         await self._observer.heard(report)
-        return self._lifecycle.departures.order_for(report.replica)
+        return Orders(
+            next_report_s=period_s(len(self._registry.reports)),
+            retire_within_s=self._lifecycle.departures.order_for(report.replica),
+        )
 
     def _note_adapters(self, report: ReplicaReport) -> bool:
         """Tell what a replica has loaded since its last heartbeat; whether there was anything."""

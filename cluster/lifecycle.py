@@ -24,6 +24,7 @@ from cluster.places import Places
 from cluster.prefetch import NodeFetch
 from cluster.registry import Registry
 from cluster.rollouts import Rollouts
+from cluster.second_tries import SecondTries
 from placement.plan import Variant
 
 log = logging.getLogger("bora.lifecycle")
@@ -48,12 +49,17 @@ class Counts(Protocol):
         """Give a gang that does not run other nodes than those of its place."""
         ...
 
+    async def again(self, variant: Variant, count: int) -> None:
+        """Have `count` replicas of a generation that Serve gave up; those that run stay."""
+        ...
+
 
 class Lifecycle:
     """Holds the last census, which `take` makes, and does what follows from it.
 
     `departures` go on purpose, `rollouts` replace shapes, `places` compares with the plan, `moves`
-    bring it back to that. For `drain_node`, `fetch` and `rooms` see there. `variants()` are the plan's; what happens is told to `events`.
+    bring it back to that. For `drain_node`, `fetch` and `rooms` see there. `variants()` are the
+    plan's; what happens is told to `events`.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Lifecycle:
         )  # another plan comes before or after all that a census leads to
         self.places = Places(registry, events)
         self.rollouts = Rollouts(registry, autoscaler, deployer, events, fetch=fetch)
+        self._second_tries = SecondTries(deployer, events, self.rollouts.failing)
         self.departures = Departures(
             registry, autoscaler, deployer, events, nodes=self._nodes, drain_node=drain_node
         )
@@ -128,6 +135,7 @@ class Lifecycle:
     async def _act(self, variants: Sequence[Variant], now: Census) -> None:
         try:
             await self._let_go(variants, now)
+            await self._second_tries.step(variants, now, self._count)
             await self._free_gangs(variants, now)
             await self.rollouts.step(variants, now, self.departures.drained)
             await self.moves.step(variants, now)
@@ -151,6 +159,10 @@ class Lifecycle:
                 self._events.lost(time.time(), report, "its process is gone")
         return bool(lost)
 
+    def _count(self, variant: Variant) -> int:
+        """What Serve must aim at."""
+        return self.departures.counts([variant])[variant.variant]
+
     async def _let_go(self, variants: Sequence[Variant], now: Census) -> None:
         """Lower Serve's counts for those that have ended, or whatever else a count differs by."""
         alive = {
@@ -162,7 +174,7 @@ class Lifecycle:
         self.departures.forget_all_but(alive)
         self.departures.clear_of_gangs()
         for variant in variants:
-            key, count = key_of(variant), self.departures.counts([variant])[variant.variant]
+            key, count = key_of(variant), self._count(variant)
             served = now.generations.get(key)
             # Serve has not taken one without a configuration over yet.
             if served and served.config and not served.deleting and served.target != count:

@@ -18,6 +18,7 @@ from cluster.errors import ClusterError
 from cluster.files import write_private
 from cluster.priority import NORMAL_PRIORITY
 from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from cluster.ray_settings import NO_LOG_MONITOR, SERVE_SETTINGS
 from cluster.signals import signals_ignored
 
 HOST = "127.0.0.1"
@@ -60,17 +61,23 @@ def start_local_ray(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
         # A dead node is found after some 3 s instead of 15; one that is only slow has 9 s.
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "3000",
         "RAY_health_check_failure_threshold": "3",
         **NORMAL_PRIORITY,
+        **SERVE_SETTINGS,
     }
     gcs, client, agent, agent_grpc, metrics = free_ports(5, HOST)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--node-ip-address", HOST, "--port", str(gcs), "--temp-dir", tmpdir]
-    command += ["--ray-client-server-port", str(client), "--include-dashboard", "false"]
+    command += [
+        "--ray-client-server-port",
+        str(client),
+        "--include-dashboard",
+        "false",
+        NO_LOG_MONITOR,
+    ]
     command += ["--dashboard-agent-listen-port", str(agent)]
     command += ["--dashboard-agent-grpc-port", str(agent_grpc)]
     command += ["--metrics-export-port", str(metrics), "--num-gpus", str(num_gpus)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -34,6 +35,14 @@ class RankPlace(Spec):
     status: int | None = None  # that its share of the engine ended with
     log_file: str = ""
     log_tail: str = ""  # of a share that ended
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The controller's answer to a heartbeat."""
+
+    next_report_s: float = 1.0  # until the next one, if nothing changes before
+    retire_within_s: float | None = None  # finish and go; None: serve on
 
 
 class ReplicaReport(Spec):

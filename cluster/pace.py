@@ -1,4 +1,4 @@
-"""Pace: how long the rounds of a loop take, of those that ended last."""
+"""Pace: how long the rounds of a loop take, and how often each of many replicas is heard."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from cluster.messages import LoopTime
 
 _KEPT = 240  # rounds: two minutes of two a second
+_HEARD_PER_S = 100.0  # replicas in all: each takes the listener, one process, about a millisecond
+_LONGEST_S = 2.0  # gateways turn away from a dead engine by themselves; this is when it is replaced
+
+
+def period_s(replicas: int) -> float:
+    """After how long one of so many replicas should report again, or Serve should look at it."""
+    return min(max(1.0, replicas / _HEARD_PER_S), _LONGEST_S)
 
 
 class Pace:

@@ -19,6 +19,8 @@ from pathlib import Path
 VARIABLE = "RAY_worker_niceness"
 NORMAL_PRIORITY = {VARIABLE: "0"}
 STEERING_NICENESS = -10
+# One process for all hosts, busiest just when all of them start engines.
+CONTROLLER_NICENESS = -20
 
 log = logging.getLogger("bora.priority")
 
@@ -34,7 +36,7 @@ def ahead_of_workers() -> dict[str, str]:
     return {VARIABLE: str(was - STEERING_NICENESS)} if outrank_engines() else NORMAL_PRIORITY
 
 
-def outrank_engines(pid: int | None = None) -> bool:
+def outrank_engines(pid: int | None = None, niceness: int = STEERING_NICENESS) -> bool:
     """Put a process, or this one, before engines, with all threads and what it will start.
 
     Only root may, or who has `CAP_SYS_NICE` or a `LimitNICE`. False: not allowed, nothing changed.
@@ -43,8 +45,8 @@ def outrank_engines(pid: int | None = None) -> bool:
     try:
         for thread in threads.iterdir():  # Linux keeps a niceness for each
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), STEERING_NICENESS)
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
     except PermissionError:
-        log.info("not allowed to run at niceness %d", STEERING_NICENESS)
+        log.info("not allowed to run at niceness %d", niceness)
         return False
     return True

@@ -30,6 +30,7 @@ from cluster.head_store import HeadStore, is_kept, store_of
 from cluster.node_record import NodeRecord, boot_id, needed, read_record, write_record
 from cluster.priority import NORMAL_PRIORITY, ahead_of_workers
 from cluster.priority import VARIABLE as PRIORITY
+from cluster.ray_settings import SERVE_SETTINGS
 from placement.errors import PlacementError
 
 CLUSTER_VARIABLE = "BORA_CLUSTER"
@@ -107,9 +108,9 @@ def start(cluster: str, command: Sequence[str]) -> int:
 
 
 def environment_of_ray(cluster: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What `ray start` runs in; a priority that the operator set is his."""
+    """What `ray start` runs in; a setting that the operator made is his."""
     own = {CLUSTER_VARIABLE: cluster, "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**NORMAL_PRIORITY, **inherited, **own}
+    return {**NORMAL_PRIORITY, **SERVE_SETTINGS, **inherited, **own}
 
 
 def stop(cluster: str, *, drain_s: float) -> None:

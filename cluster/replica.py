@@ -1,7 +1,7 @@
 """Replica: a Ray Serve replica that owns one engine process, and lives and dies with it.
 
 Requests do not pass through it: gateways talk to the engine's port. It starts the engine, reports
-to the controller every second, drains it when Serve stops the replica, and ends itself at once
+to the controller about every second, drains it when Serve stops the replica, and ends itself at once
 when the engine ends, so that Serve starts another. Where the engine has ranks on several nodes, it
 leads a gang of actors there (`cluster.gang`), and any fault of the gang is its own.
 """
@@ -25,7 +25,7 @@ from cluster.controller_link import UNREACHABLE, ControllerLink
 from cluster.errors import ClusterError, EngineFailed
 from cluster.gang import Gang, places_of
 from cluster.gang_start import unless_fault
-from cluster.messages import ReplicaReport, ReplicaState
+from cluster.messages import Orders, ReplicaReport, ReplicaState
 from cluster.running_engine import RunningEngine, engine_for
 from cluster.seat import my_seat, with_gpus
 from cluster.serving_features import ServingFeatures
@@ -34,7 +34,6 @@ from cluster.site import Site
 from cluster.speed_meter import SpeedMeter
 from placement.plan import Variant
 
-REPORT_PERIOD_S = 1.0
 DRAIN_TIMEOUT_S = 600.0  # a stream may be long; `bora down` has ended all of them before
 SUSPECT_CHECKS = 2  # failed in a row, each of up to 2.5 s: then the endpoint leaves the table
 DEAD_CHECKS = 6  # in a row: then the engine is ended and started anew
@@ -54,6 +53,7 @@ class Replica:
         self._version = ""
         self._features = ServingFeatures()
         self._link = ControllerLink()
+        self._orders = Orders()
         self._failure = ""
         self._engine: RunningEngine | None = None
         self._meter = SpeedMeter()
@@ -187,7 +187,7 @@ class Replica:
     async def _report_forever(self) -> None:
         while True:
             await self._report()
-            await asyncio.sleep(REPORT_PERIOD_S)
+            await asyncio.sleep(self._orders.next_report_s)
 
     async def _watch_forever(self) -> None:
         """Follow the engine's health; end this process when the engine is gone."""
@@ -246,7 +246,8 @@ class Replica:
     async def _report(self) -> None:
         """Best effort: the controller may be restarting, and the next heartbeat comes soon."""
         with contextlib.suppress(*UNREACHABLE):
-            retire_within_s = await self._link.report(self._snapshot().model_dump_json())
+            self._orders = await self._link.report(self._snapshot().model_dump_json())
+            retire_within_s = self._orders.retire_within_s
             if retire_within_s is not None and self._retiring is None:
                 self._retiring = asyncio.create_task(self._retire(retire_within_s))
 

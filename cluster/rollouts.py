@@ -68,6 +68,10 @@ class Rollouts:
             self._failing.discard(key)
             self._proven.add(key)
 
+    def failing(self, key: GenerationKey) -> bool:
+        """Whether a replica of it told why it did not start, and none was ready since."""
+        return key in self._failing
+
     def forgive(self) -> None:
         """A new plan: what failed may be tried again."""
         self._failing.clear()
@@ -211,7 +215,7 @@ class Rollouts:
             ready=ready,
             no_room=fetched and stuck and bool(waiting) and len(waiting) == len(starting),
             failing=any(key in self._failing for key in served),
-            gave_up=any(each.gave_up for each in served.values()),
+            gave_up=any(each.gave_up and key in self._failing for key, each in served.items()),
         )
 
     async def _ask(

@@ -53,18 +53,25 @@ def start() -> None:
 
 
 def deploy(
-    variant: Variant, replicas: int, site: Site, place: int = 0, wish: NodeWish = ANYWHERE
+    variant: Variant,
+    replicas: int,
+    site: Site,
+    place: int = 0,
+    wish: NodeWish = ANYWHERE,
+    *,
+    health_check_s: float = 1.0,
 ) -> None:
     """Create or update a generation, or a place of it; returns once Serve has taken it over.
 
-    `wish`: that it was created with, or its replicas restart.
+    `wish`: that it was created with, or its replicas restart. `health_check_s`: after how long Serve
+    looks at a replica again.
 
     Serve deploys nothing with 0 replicas, only scales to it: such a generation may start one for a
     moment.
     """
     key = key_of(variant)
     target = serve.RunTarget(
-        target=_deployment(variant, replicas, wish).bind(site),
+        target=_deployment(variant, replicas, wish, health_check_s).bind(site),
         name=_application(key, place),
         route_prefix=None,
         external_scaler_enabled=True,
@@ -160,7 +167,9 @@ def _key(application: str) -> tuple[GenerationKey, int]:
     return GenerationKey(variant, version), int(place or 0)
 
 
-def _deployment(variant: Variant, replicas: int, wish: NodeWish) -> serve.Deployment:
+def _deployment(
+    variant: Variant, replicas: int, wish: NodeWish, health_check_s: float
+) -> serve.Deployment:
     nodes = bundles(variant)
     resources = nodes[0]  # the leader's; its followers take the others themselves (cluster.gang)
     actor: dict[str, Any] = {"num_cpus": 0}
@@ -177,7 +186,7 @@ def _deployment(variant: Variant, replicas: int, wish: NodeWish) -> serve.Deploy
         placement_group_bundle_label_selector=selectors(variant, *wish),
         placement_group_strategy=spread(variant),
         user_config=variant.model_dump(mode="json"),
-        health_check_period_s=1,
+        health_check_period_s=health_check_s,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,

@@ -65,6 +65,11 @@ class DrillCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",  # as on bora's own clusters
+            # As on bora's own clusters (`cluster.ray_settings`): no request goes through Serve.
+            "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+            "RAY_SERVE_STOP_FAILED_ROLLING_UPDATES": "0",
+            "RAY_task_events_report_interval_ms": "10000",
             **{f"RAY_health_check_{name}": value for name, value in _HEALTH.items()},
             **(env or {}),
         }
@@ -102,7 +107,7 @@ class DrillCluster:
 
     def _start_node(self, name: str, arguments: Sequence[str]) -> None:
         agent, agent_grpc, metrics = free_ports(3)
-        command = [*_RAY, "--node-ip-address", _HOST, *arguments]
+        command = [*_RAY, "--include-log-monitor=false", "--node-ip-address", _HOST, *arguments]
         command += ["--object-store-memory", str(100 * 2**20), "--num-cpus", "4"]
         command += ["--dashboard-agent-listen-port", str(agent)]
         command += ["--dashboard-agent-grpc-port", str(agent_grpc)]

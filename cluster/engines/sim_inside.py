@@ -107,7 +107,7 @@ class SimInside:
         """Refresh `load`; False when the engine steps no more."""
         if self._engine is None or self.ended:
             return False
-        self.load = vllm_output.load(self._engine.metrics())
+        self.load = self._engine.load()
         return True
 
     async def drained(self, timeout_s: float) -> None:

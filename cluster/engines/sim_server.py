@@ -21,6 +21,7 @@ from uuid import uuid4
 import uvloop
 from aiohttp import web
 
+from cluster.engines.adapter import EngineLoad
 from cluster.engines.sim_adapters import LOAD_PATH, UNLOAD_PATH, Adapters
 from cluster.engines.sim_answer import Answer, usage_of
 from cluster.engines.sim_api import (
@@ -121,9 +122,9 @@ class SimulatedEngine:
             app.router.add_post(DRILL_PATH, self._drill.post)
         return app
 
-    def metrics(self) -> str:
-        """The page that `/metrics` shows."""
-        return self._metrics.text().decode()
+    def load(self) -> EngineLoad:
+        """What `/metrics` tells."""
+        return self._metrics.load()
 
     def begin(self, generation: Generation) -> None:
         """Queue a request, to be followed by `first`, `following` until it has ended, and `end`."""
@@ -136,8 +137,7 @@ class SimulatedEngine:
         loop = asyncio.get_running_loop()
         arrived_s = loop.time()
         delta = await self.following(generation)
-        self._metrics.time_to_first_token.observe(loop.time() - arrived_s)
-        self._metrics.prompt_tokens.inc(generation.prompt_tokens)
+        self._metrics.first_token(generation.prompt_tokens, loop.time() - arrived_s)
         return delta
 
     async def following(self, generation: Generation) -> Delta:

@@ -31,6 +31,9 @@ class RecordingCounts:
         self.wished = (NodeWish(),)
         self.calls.append(("move", key_of(variant), move))
 
+    async def again(self, variant: Variant, count: int) -> None:
+        self.calls.append(("again", key_of(variant), count))
+
 
 class RecordingRooms:
     """Remembers which rooms are held."""

@@ -64,13 +64,14 @@ class SimServe:
     def deploy(self, variant: Variant, count: int) -> None:
         key = key_of(variant)
         known = self.generations.get(key)
-        if known is None or known.deleting or known.gave_up:
-            left = known.replicas if known else []
+        running = known and any(each.state == "RUNNING" for each in known.replicas)
+        if known is None or known.deleting or (known.gave_up and not running):
+            left = list(known.replicas) if known else []
             for replica in left:
                 self._stop(replica)
             self.generations[key] = Generation(variant, count, replicas=left)
         else:
-            known.variant, known.target = variant, count
+            known.variant, known.target, known.failures = variant, count, 0
 
     async def scale(self, key: GenerationKey, replicas: int) -> None:
         self.asked(key, replicas)
@@ -80,6 +81,10 @@ class SimServe:
     async def delete(self, key: GenerationKey) -> None:
         self.asked(key, 0)
         self.generations[key].deleting, self.generations[key].target = True, 0
+        self._settle()
+
+    async def again(self, variant: Variant, count: int) -> None:
+        self.deploy(variant, count)
         self._settle()
 
     async def pins(self, variant: Variant) -> tuple[str, ...]:
@@ -138,6 +143,8 @@ class SimServe:
     def lose(self, node: str) -> None:
         del self.nodes[node]
         for replica in [each for each in self.replicas if each.node == node]:
+            if replica.state == "STARTING":  # Serve takes it for one that cannot start
+                self.generations[replica.key].failures += 1
             self.die(replica)
 
     def second(

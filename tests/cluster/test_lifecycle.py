@@ -407,3 +407,29 @@ def test_another_revision_is_another_version_even_where_no_hub_told_its_commit()
     assert key_of(a_variant()) != key_of(a_variant(revision="v2"))
     pinned = [a_variant(revision=name, commit="2" * 40) for name in ("main", "v2")]
     assert key_of(pinned[0]) == key_of(pinned[1])
+
+
+async def test_what_serve_gave_up_is_asked_for_again_but_not_with_every_look():
+    fleet = Fleet(0, 0)
+    fleet.serve(fleet.variant, "r0", target=2, gave_up=True)
+
+    await fleet.lifecycle.look(act=True)
+    await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == [("again", key_of(fleet.variant), 2)]
+    [(kind, text)] = [note for note in fleet.notes if "gave up" in note[1]]
+    assert (kind, text) == (
+        "note",
+        f"{fleet.variant.variant}: Ray Serve gave up starting replicas; asked for once more",
+    )
+
+
+async def test_an_engine_that_told_why_it_does_not_start_is_not_asked_for_again():
+    fleet = Fleet(0)
+    version = key_of(fleet.variant).version
+    fleet.lifecycle.rollouts.heard(a_report(replica="r9", state="failed", version=version))
+    fleet.serve(fleet.variant, "r0", target=2, gave_up=True)
+
+    await fleet.lifecycle.look(act=True)
+
+    assert [call for call in fleet.deployer.calls if call[0] == "again"] == []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.pace import Pace
+from cluster.pace import Pace, period_s
 
 
 def test_before_the_first_round_all_is_zero() -> None:
@@ -31,3 +31,12 @@ def test_a_round_that_fails_is_not_counted() -> None:
     with pace.round():
         pass
     assert pace.told().rounds == 1
+
+
+@pytest.mark.parametrize(
+    ("replicas", "seconds"), [(0, 1.0), (1, 1.0), (100, 1.0), (150, 1.5), (200, 2.0), (5000, 2.0)]
+)
+def test_of_more_than_a_hundred_replicas_each_is_heard_less_often_but_within_two_seconds(
+    replicas: int, seconds: float
+):
+    assert period_s(replicas) == seconds

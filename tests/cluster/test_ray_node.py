@@ -18,6 +18,7 @@ from cluster.node_record import NodeRecord, read_record, write_record
 from cluster.priority import NORMAL_PRIORITY, VARIABLE
 from cluster.processes import free_ports
 from cluster.ray_node import CLUSTER_VARIABLE, _digest, environment_of_ray, main, stop
+from cluster.ray_settings import SERVE_SETTINGS
 from tests.debian_packages import install_missing
 from tests.system.harness import eventually
 
@@ -219,3 +220,10 @@ def test_ray_starts_its_workers_at_normal_priority_unless_the_operator_chose_ano
     assert plain == {**NORMAL_PRIORITY, **plain}
     assert (plain["HOME"], plain[CLUSTER_VARIABLE]) == ("/root", name)
     assert environment_of_ray(name, {VARIABLE: "5"})[VARIABLE] == "5"
+
+
+def test_serve_idles_more_quietly_unless_the_operator_chose_otherwise(name: str):
+    [loop] = [setting for setting in SERVE_SETTINGS if "CONTROL_LOOP" in setting]
+
+    assert environment_of_ray(name, {}).items() >= SERVE_SETTINGS.items()
+    assert environment_of_ray(name, {loop: "0.1"})[loop] == "0.1"

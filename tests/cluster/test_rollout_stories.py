@@ -239,6 +239,20 @@ async def test_who_is_stopping_but_has_not_said_so_is_not_counted_with():
     assert story.wrongs == []
 
 
+async def test_replicas_that_were_starting_on_a_host_that_died_come_elsewhere():
+    story = Story(("dies", "p", 3))
+    story.apply(version(2, replicas=3))
+    await story.seconds(2)
+    story.serve.nodes["other"] = ("p", 3)
+
+    story.serve.lose("dies")
+    [generation] = story.serve.generations.values()
+    assert generation.gave_up
+    await story.seconds(30)
+
+    assert story.left() == {key_of(version(2, replicas=3)): 3}
+
+
 Event = tuple[str, int, int]  # what, which one, and the seconds until the next
 EVENTS = st.tuples(
     st.sampled_from(

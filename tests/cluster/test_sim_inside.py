@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from cluster.engine_process import EngineProcess
+from cluster.engines import vllm_output
 from cluster.engines.sim_inside import SimInside
 from cluster.errors import EngineFailed
 from cluster.running_engine import engine_for
@@ -42,6 +43,28 @@ async def test_it_answers_with_its_key_in_the_same_process(tmp_path: Path) -> No
     assert engine.facts.kv_cache_tokens == simulated().shape.kv_cache_tokens
     assert await engine.observe()
     await asyncio.to_thread(engine.stop)
+
+
+async def test_it_knows_of_itself_what_its_metrics_tell_others(tmp_path: Path) -> None:
+    engine = an_engine(tmp_path, "--sim-speed=100")
+    await engine.start("")
+    body = {"model": simulated().model, "prompt": "Hello", "max_tokens": 3}
+    key = {"authorization": f"Bearer {engine.api_key}"}
+
+    async with aiohttp.ClientSession(headers=key) as session:
+        for _ in range(2):
+            async with session.post(f"{engine.url}/v1/completions", json=body) as response:
+                await response.read()
+        async with session.get(f"{engine.url}/metrics") as response:
+            told = vllm_output.load(await response.text())
+    await engine.observe()
+    await asyncio.to_thread(engine.stop)
+
+    assert engine.load == told
+    assert engine.load.counters is not None
+    assert engine.load.counters == told.counters
+    assert engine.load.counters.prompts == 2
+    assert engine.load.counters.intervals == 4
 
 
 async def test_once_stopped_it_has_ended_and_nothing_listens(tmp_path: Path) -> None:

@@ -432,7 +432,7 @@ async def _simulated(variant: Variant) -> SpeedWindow:
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(user())]
     while meter.window is None:
         await asyncio.sleep(0.5)
-        meter.note(SimEngine().load(engine.metrics()), asyncio.get_running_loop().time())
+        meter.note(engine.load(), asyncio.get_running_loop().time())
     for task in tasks:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -23,17 +23,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from loadtests.processes import CannotRun
 from tests.multihost.bench_hosts import BenchHosts, bench_hosts
-from tests.multihost.cluster_view import Page, delays_between, free_gib, memory_mib, quantile
+from tests.multihost.cluster_view import (
+    Page,
+    busy_cores,
+    delays_between,
+    free_gib,
+    memory_mib,
+    quantile,
+)
 from tests.multihost.fault_hosts import why_not
 from tests.multihost.lab import OPERATOR
+from tests.multihost.page_out import page_out
 
 _MODELS = 10
 _GATEWAYS = 3
 _SPARE_SLOTS = 2  # of each host, beyond what the others need when one is lost
-_STEADY_S = 10.0
+_STEADY_S = 20.0
+_UNTOUCHED_GIB = 4.0  # of memory, for what else runs and comes
 _POLL_S = 0.1
+_REST = 4.0  # times as long as a look took
 _FIRST_GUESS_GIB = 0.12  # a replica, before the first were measured
 _MODEL = """
   - name: model-{number}
@@ -47,7 +59,7 @@ _MODEL = """
     engine_args: [--sim-inside, --sim-speed=10]
 """
 _COLUMNS = (
-    "replicas", "deploy s", "scaling loop p50/p99 ms", "census p50/p99 ms", "propagation p50/p99 ms",
+    "replicas", "deploy s", "cores idle", "scaling loop p50/p99 ms", "census p50/p99 ms", "propagation p50/p99 ms",
     "one model up s", "down s", "host loss: given up s", "full s", "controller MiB", "head MiB",
     "a replica MiB",
 )  # fmt: skip
@@ -72,13 +84,16 @@ class Bench:
         Raises:
             CannotRun: it did not come about, or the machine ran short of memory.
         """
-        begun_s = time.perf_counter()
+        begun_s = looked_s = time.perf_counter()
         while not holds():
+            now_s = time.perf_counter()
             if free_gib() < self.keep_free_gib:
                 raise CannotRun(f"{what}: given up with {free_gib():.1f} GiB of memory left")
-            if time.perf_counter() - begun_s > self.patience_s:
+            if now_s - begun_s > self.patience_s:
                 raise CannotRun(f"{what}: not within {self.patience_s:g} s")
-            time.sleep(_POLL_S)
+            # Of many replicas each look takes what is looked at some time too.
+            time.sleep(max(_POLL_S, _REST * (now_s - looked_s)))
+            looked_s = time.perf_counter()
         return time.perf_counter() - begun_s
 
     def all_serve(self, wanted: int) -> bool:
@@ -146,6 +161,7 @@ def _measure_all(bench: Bench, sizes: Sequence[int]) -> None:
     _deploy(bench, _MODELS)
     served, each_gib = _MODELS, _FIRST_GUESS_GIB
     for size in sizes:
+        _make_room(bench, (size - served) * each_gib)
         left = free_gib() - (size - served) * each_gib
         if left < bench.keep_free_gib:
             _say(
@@ -158,32 +174,58 @@ def _measure_all(bench: Bench, sizes: Sequence[int]) -> None:
         served, each_gib = size, each_mib / 1024
 
 
+def _make_room(bench: Bench, wanted_gib: float) -> None:
+    """Let replicas that idle wait in swap, a sixth of them stays. One page at a time, when there is
+    nothing left, the kernel would do so too, and hold up everybody."""
+    for name in bench.hosts.workers:
+        for pid in bench.hosts.pids(name, "ray::ServeReplica"):
+            free = psutil.virtual_memory().available / 2**30
+            if free >= wanted_gib + _UNTOUCHED_GIB or not psutil.swap_memory().free:
+                return
+            with suppress(OSError):  # it has ended
+                page_out(pid)
+
+
 def _measure(bench: Bench, served: int, size: int) -> tuple[list[str], float]:
-    hosts, before = bench.hosts, bench.pages()
+    """A row of the table, and the memory of a replica, MiB."""
+    hosts, seen = bench.hosts, [bench.pages()]
+
+    def ended(phase: str) -> None:
+        seen.append(bench.pages())
+        told = _propagation(seen[-2], seen[-1])
+        _say(f"{size} replicas, {phase}; propagation p50/p99 {told} ms")
+
     deploy_s = _deploy(bench, size)
-    _say(f"{size} replicas serve, {size - served} more after {deploy_s:.1f} s")
-    time.sleep(_STEADY_S)
+    ended(f"{size - served} more serve after {deploy_s:.1f} s")
+    cores = busy_cores(_STEADY_S)
     up_s, down_s = _scale(bench, size)
-    away_s, full_s = _lose_a_host(bench, size)
-    loops = {each.name: each for each in hosts.controller.status().loops}
-    delays = delays_between(before, bench.pages())
+    ended(f"one model up in {up_s:.1f} s, down in {down_s:.1f} s")
+    lost, away_s, full_s = _lose_a_host(bench, size)
+    ended(f"a host with {lost} of them died: away {away_s:.1f} s, full {full_s:.1f} s")
     own = [pid for name in hosts.workers for pid in hosts.pids(name, "ray::ServeReplica")]
     each_mib = memory_mib(own) / max(1, len(own))
     row = [
-        str(size),
+        f"{size}",
         f"{deploy_s:.1f} (+{size - served})",
-        _milliseconds(loops["scaling"].p50_s, loops["scaling"].p99_s),
-        _milliseconds(loops["census"].p50_s, loops["census"].p99_s),
-        _milliseconds(quantile(delays, 0.5), quantile(delays, 0.99)),
-        f"{up_s:.1f}",
-        f"{down_s:.1f}",
-        f"{away_s:.1f}",
-        f"{full_s:.1f}",
+        f"{cores:.2f}",
+        *_loops(hosts),
+        _propagation(seen[0], seen[-1]),
+        *(f"{seconds:.1f}" for seconds in (up_s, down_s, away_s, full_s)),
         f"{memory_mib(hosts.pids('head', 'ray::ControllerActor')):.0f}",
         f"{memory_mib(hosts.pids('head')):.0f}",
         f"{each_mib:.0f}",
     ]
     return row, each_mib
+
+
+def _loops(hosts: BenchHosts) -> list[str]:
+    loops = {each.name: each for each in hosts.controller.status().loops}
+    return [_milliseconds(loops[name].p50_s, loops[name].p99_s) for name in ("scaling", "census")]
+
+
+def _propagation(before: Sequence[Page], after: Sequence[Page]) -> str:
+    delays = delays_between(before, after)
+    return _milliseconds(quantile(delays, 0.5), quantile(delays, 0.99))
 
 
 def _milliseconds(p50_s: float | None, p99_s: float | None) -> str:
@@ -219,6 +261,8 @@ def _scale(bench: Bench, size: int) -> tuple[float, float]:
     def served() -> list[int]:
         return [page.ready["model-0"] for page in bench.pages()]
 
+    # One may be there for a while that takes the place of another, which is not where planned.
+    bench.until("model-0 has as many as planned", lambda: set(served()) == {count})
     begun_s = time.perf_counter()
     scale("model-0", count + 1)
     bench.until("model-0 has a replica more", lambda: min(served()) > count)
@@ -231,8 +275,9 @@ def _scale(bench: Bench, size: int) -> tuple[float, float]:
     return up_s, down_s
 
 
-def _lose_a_host(bench: Bench, size: int) -> tuple[float, float]:
-    """Seconds until no gateway sends anything to a host that died, and until all serve again."""
+def _lose_a_host(bench: Bench, size: int) -> tuple[int, float, float]:
+    """How many replicas died with a host; seconds until no gateway sends anything there, until all
+    serve again."""
     name = bench.hosts.workers[-1]
     lost = {each.replica for each in bench.hosts.replicas() if each.node == name}
     if not lost:
@@ -244,9 +289,8 @@ def _lose_a_host(bench: Bench, size: int) -> tuple[float, float]:
     bench.until("all serve again", lambda: _serve_without(bench, lost, size))
     full_s = time.perf_counter() - begun_s
     bench.hosts.lab.boot(name)
-    _say(f"a host with {len(lost)} replicas died: away {away_s:.1f} s, full {full_s:.1f} s")
     bench.all_hosts()
-    return away_s, full_s
+    return len(lost), away_s, full_s
 
 
 def _away(bench: Bench, lost: set[str], size: int) -> bool:

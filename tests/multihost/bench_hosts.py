@@ -33,6 +33,8 @@ _NODE_SETTINGS = {
     # Processes that wait for work take the memory of replicas here.
     "RAY_enable_worker_prestart": 0,
     "RAY_prestart_worker_first_driver": 0,
+    # A dozen hosts that start a hundred processes in one moment share two cores.
+    "RAY_worker_maximum_startup_concurrency": 1,
     # Ray ends workers at 95 % of the memory, of which swap is no part.
     "RAY_memory_monitor_refresh_ms": 0,
 }

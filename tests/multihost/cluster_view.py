@@ -96,3 +96,8 @@ def memory_mib(pids: Collection[int]) -> float:
 def free_gib() -> float:
     """What the machine has left for others, in memory and swap."""
     return float(psutil.virtual_memory().available + psutil.swap_memory().free) / 2**30
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores of the machine work, on average over these seconds. Blocks for as long."""
+    return float(psutil.cpu_percent(interval=seconds)) / 100 * float(psutil.cpu_count() or 1)
