@@ -85,8 +85,15 @@ class Lifecycle:
             asyncio.Lock()
         )  # another plan comes before or after all that a census leads to
         self.places = Places(registry, events)
-        self.rollouts = Rollouts(registry, autoscaler, deployer, events, fetch=fetch)
-        self._second_tries = SecondTries(deployer, events, self.rollouts.failing)
+        self._second_tries = SecondTries(deployer, events)
+        self.rollouts = Rollouts(
+            registry,
+            autoscaler,
+            deployer,
+            events,
+            fetch=fetch,
+            hopeless=self._second_tries.hopeless,
+        )
         self.departures = Departures(
             registry, autoscaler, deployer, events, nodes=self._nodes, drain_node=drain_node
         )
@@ -135,7 +142,7 @@ class Lifecycle:
     async def _act(self, variants: Sequence[Variant], now: Census) -> None:
         try:
             await self._let_go(variants, now)
-            await self._second_tries.step(variants, now, self._count)
+            await self._second_tries.step(variants, now, self._count, self.rollouts.failing)
             await self._free_gangs(variants, now)
             await self.rollouts.step(variants, now, self.departures.drained)
             await self.moves.step(variants, now)

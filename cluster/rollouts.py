@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cluster.autoscaler import Autoscaler
@@ -33,7 +33,10 @@ class Replaces(Protocol):
 
 
 class Rollouts:
-    """Of all models. `fetch` brings weights to nodes ahead; what happens is told to `events`."""
+    """Of all models. `fetch` brings weights to nodes ahead; what happens is told to `events`.
+
+    `hopeless(key)`: Serve gave it up again and again, and nobody knows why.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,9 @@ class Rollouts:
         events: EventLog,
         *,
         fetch: NodeFetch,
+        hopeless: Callable[[GenerationKey], bool],
     ) -> None:
+        self._hopeless = hopeless
         self._registry = registry
         self._autoscaler = autoscaler
         self._deployer = deployer
@@ -215,7 +220,10 @@ class Rollouts:
             ready=ready,
             no_room=fetched and stuck and bool(waiting) and len(waiting) == len(starting),
             failing=any(key in self._failing for key in served),
-            gave_up=any(each.gave_up and key in self._failing for key, each in served.items()),
+            gave_up=any(
+                each.gave_up and (key in self._failing or self._hopeless(key))
+                for key, each in served.items()
+            ),
         )
 
     async def _ask(

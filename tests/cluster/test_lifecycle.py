@@ -433,3 +433,20 @@ async def test_an_engine_that_told_why_it_does_not_start_is_not_asked_for_again(
     await fleet.lifecycle.look(act=True)
 
     assert [call for call in fleet.deployer.calls if call[0] == "again"] == []
+
+
+async def test_what_is_given_up_again_and_again_makes_no_more_room_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("cluster.second_tries._FIRST_PAUSE_S", 0.0)
+    old, new = a_variant(replicas=1), a_variant(replicas=1, shape=a_shape(max_model_len=8192))
+    fleet = Fleet(0, variant=old)
+    fleet.serve(old, "r0")
+    fleet.variant = new
+    fleet.serve(new, target=1, gave_up=True)
+
+    for _ in range(6):
+        await fleet.lifecycle.look(act=True)
+
+    assert fleet.deployer.calls == 3 * [("again", key_of(new), 1)]
+    assert "does not start" in fleet.lifecycle.rollouts.stage(new.model)

@@ -6,7 +6,7 @@ Makes a head and workers on this machine, each with its own network and process 
 on them by `ray up`, and deploys one fleet of ten models with more replicas each time. The way is the
 real one: planner, Ray, a Serve replica each, endpoint table, gateways on three hosts; only the
 engines are simulated, each inside of its replica's process. Most of what a Python process has loaded
-it never looks at again, so there is swap, on a file that goes with the run. A size for which the
+it never looks at again: that waits in swap, on a file that goes with the run. A size for which the
 machine still lacks memory is left out, and said so. Needs root.
 """
 
@@ -23,8 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from loadtests.processes import CannotRun
 from tests.multihost.bench_hosts import BenchHosts, bench_hosts
 from tests.multihost.cluster_view import (
@@ -32,6 +30,7 @@ from tests.multihost.cluster_view import (
     busy_cores,
     delays_between,
     free_gib,
+    free_memory_gib,
     memory_mib,
     quantile,
 )
@@ -179,8 +178,7 @@ def _make_room(bench: Bench, wanted_gib: float) -> None:
     nothing left, the kernel would do so too, and hold up everybody."""
     for name in bench.hosts.workers:
         for pid in bench.hosts.pids(name, "ray::ServeReplica"):
-            free = psutil.virtual_memory().available / 2**30
-            if free >= wanted_gib + _UNTOUCHED_GIB or not psutil.swap_memory().free:
+            if free_memory_gib() >= wanted_gib + _UNTOUCHED_GIB:
                 return
             with suppress(OSError):  # it has ended
                 page_out(pid)

@@ -95,7 +95,14 @@ def memory_mib(pids: Collection[int]) -> float:
 
 def free_gib() -> float:
     """What the machine has left for others, in memory and swap."""
-    return float(psutil.virtual_memory().available + psutil.swap_memory().free) / 2**30
+    return free_memory_gib() + float(psutil.swap_memory().free) / 2**30
+
+
+def free_memory_gib() -> float:
+    """Without swap. What lies in both is there for the asking, though nobody calls it free."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return (kib["MemAvailable"] + kib["SwapCached"]) / 2**20
 
 
 def busy_cores(seconds: float) -> float:
