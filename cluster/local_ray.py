@@ -71,13 +71,8 @@ def start_local_ray(
     gcs, client, agent, agent_grpc, metrics = free_ports(5, HOST)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--node-ip-address", HOST, "--port", str(gcs), "--temp-dir", tmpdir]
-    command += [
-        "--ray-client-server-port",
-        str(client),
-        "--include-dashboard",
-        "false",
-        NO_LOG_MONITOR,
-    ]
+    command += ["--ray-client-server-port", str(client), "--include-dashboard", "false"]
+    command += [NO_LOG_MONITOR]
     command += ["--dashboard-agent-listen-port", str(agent)]
     command += ["--dashboard-agent-grpc-port", str(agent_grpc)]
     command += ["--metrics-export-port", str(metrics), "--num-gpus", str(num_gpus)]

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.priority import STEERING_NICENESS, outrank_engines
+from cluster.priority import CONTROLLER_NICENESS, STEERING_NICENESS, outrank_engines
 from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
 pytestmark = pytest.mark.ray
@@ -233,12 +233,14 @@ async def test_engines_have_the_priority_of_who_started_bora_and_what_steers_the
     processes = {"engine": engine, **dict(zip(actors, map(psutil.Process, hosts), strict=True))}
 
     shell = psutil.Process(steady.process.pid).nice()
-    above = STEERING_NICENESS if _may_outrank() else shell
+    gateway, controller = STEERING_NICENESS, CONTROLLER_NICENESS
+    if not _may_outrank():
+        gateway = controller = shell
     assert {name: process.nice() for name, process in processes.items()} == {
         "engine": shell,
         "ServeReplica": shell,
-        "ControllerActor": above,
-        "GatewayActor": above,
+        "ControllerActor": controller,
+        "GatewayActor": gateway,
     }
 
 
