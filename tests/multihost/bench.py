@@ -1,6 +1,6 @@
 """How the cluster part grows with its replicas: `make bench-cluster`.
 
-    python -m tests.multihost.bench [--sizes 50,100,200] [--hosts 12] [--swap-gib 8]
+    python -m tests.multihost.bench [--sizes 50,100,200] [--hosts 12] [--swap-gib 16]
 
 Makes a head and workers on this machine, each with its own network and process table, brings Ray up
 on them by `ray up`, and deploys one fleet of ten models with more replicas each time. The way is the
@@ -42,7 +42,7 @@ _MODELS = 10
 _GATEWAYS = 3
 _SPARE_SLOTS = 2  # of each host, beyond what the others need when one is lost
 _STEADY_S = 20.0
-_UNTOUCHED_GIB = 4.0  # of memory, for what else runs and comes
+_UNTOUCHED_GIB = 8.0  # of memory, for what else comes: page tables, stacks, files that are read
 _POLL_S = 0.1
 _REST = 4.0  # times as long as a look took
 _FIRST_GUESS_GIB = 0.12  # a replica, before the first were measured
@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", default="50,100,200", help="replicas, ascending")
     parser.add_argument("--hosts", type=int, default=12, help="beside the head")
     parser.add_argument("--keep-free-gib", type=float, default=1.0, help="left for others")
-    parser.add_argument("--swap-gib", type=float, default=8.0, help="made for the run; 0: none")
+    parser.add_argument("--swap-gib", type=float, default=16.0, help="made for the run; 0: none")
     parser.add_argument("--patience-s", type=float, default=900.0, help="for each step")
     return parser
 
