@@ -305,7 +305,7 @@ async def test_an_infeasible_fleet_changes_nothing(steady: Bora, tmp_path: Path)
 
 async def test_a_deployment_whose_engine_does_not_start_is_taken_back(steady: Bora, tmp_path: Path):
     broken = tmp_path / "fleet.yaml"
-    flags = "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=1]\n"
+    flags = "    engine_args: [--sim-start-delay-s=60, --sim-fail-after-s=4]\n"
     other = STEADY.split("models:\n")[1].replace("name: chat", "name: other")
     broken.write_text(STEADY + other + flags)
 
