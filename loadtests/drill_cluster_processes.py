@@ -170,10 +170,14 @@ class DrillCluster:
         Raises:
             CannotRun: there is none.
         """
-        for pid in self.pids():
-            if words in _command(pid) and "guard.py" not in _command(pid):
-                return pid
+        for pid in self.pids_with(words):
+            return pid
         raise CannotRun(f"no process with {words!r} in its command line")
+
+    def pids_with(self, words: str, node: str = "") -> list[int]:
+        """Those of a node, or of all, whose command lines hold `words`, without their guards."""
+        commands = {pid: _command(pid) for pid in self.pids(node)}
+        return [pid for pid, each in commands.items() if words in each and "guard.py" not in each]
 
     def kill_node(self, name: str) -> None:
         """All of its processes at once, as when its power fails."""

@@ -174,8 +174,10 @@ def _measure_all(bench: Bench, sizes: Sequence[int]) -> None:
 
 
 def _make_room(bench: Bench, wanted_gib: float) -> None:
-    """Let replicas that idle wait in swap, a sixth of them stays. One page at a time, when there is
-    nothing left, the kernel would do so too, and hold up everybody."""
+    """Put replicas that idle into swap, of which a sixth comes back at once.
+
+    The kernel would do so too, when nothing is left, and hold up everybody who asks for a page.
+    """
     for name in bench.hosts.workers:
         for pid in bench.hosts.pids(name, "ray::ServeReplica"):
             if free_memory_gib() >= wanted_gib + _UNTOUCHED_GIB:

@@ -7,7 +7,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
@@ -38,12 +37,6 @@ def states(cluster: DrillCluster) -> list[str]:
     return [replica["state"] for replica in variant["replicas"]]
 
 
-def num_engines(cluster: DrillCluster, node: str) -> int:
-    """That load, or serve."""
-    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in cluster.pids(node)]
-    return sum("cluster.engines.sim_server" in each and "guard.py" not in each for each in commands)
-
-
 def test_replicas_that_were_starting_on_a_host_that_died_start_on_another():
     http, grpc = free_ports(2)
     with (
@@ -55,7 +48,8 @@ def test_replicas_that_were_starting_on_a_host_that_died_start_on_another():
         fleet.write_text(FLEET.format(http=http, grpc=grpc))
         deploy = ["deploy", str(fleet), "--address", cluster.address]
         deployed = pool.submit(cluster.bora, *deploy, timeout_s=PATIENCE_S)
-        eventually(lambda: deployed.done() or num_engines(cluster, "a") == 3)
+        engine = "cluster.engines.sim_server"
+        eventually(lambda: deployed.done() or len(cluster.pids_with(engine, "a")) == 3)
         assert not deployed.done(), deployed.result()
 
         cluster.kill_node("a")
