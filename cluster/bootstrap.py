@@ -219,8 +219,11 @@ def _hosts_for_gateways(count: int) -> list[str]:
     """
     own = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    first = HEAD if HEAD in alive[own]["Resources"] else _host(alive[own])
-    others = sorted({_host(node) for node in alive.values()} - {_host(alive[own])})
+    here = _host(alive[own])
+    # Of several nodes at one address Ray names any as this driver's: the head outlives the others.
+    at_head = any(HEAD in node["Resources"] and _host(node) == here for node in alive.values())
+    first = HEAD if at_head else here
+    others = sorted({_host(node) for node in alive.values()} - {here})
     hosts = [first, *others]
     if count > len(hosts):
         raise ConfigError(

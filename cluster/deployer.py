@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from cluster import census, serve_apps
 from cluster.gang_nodes import Move, NodeWish, planned_wishes, reserved, shared_out, with_planned
-from cluster.generations import RUNNING, Deployed, GenerationKey, key_of
+from cluster.generations import Deployed, GenerationKey, key_of
 from cluster.head_copy import KeyValues
 from cluster.pace import period_s
 from cluster.placement_check import NodeFacts
@@ -60,10 +60,6 @@ class Deployer:
     async def _settle(self, variant: Variant, count: int, told: Deployed | None) -> bool:
         """Whether there was anything to do."""
         key, parts = key_of(variant), told.living if told else {}
-        for place, part in parts.items():
-            if _is_idle(part):  # asked for once more: Serve itself would not try again
-                await asyncio.to_thread(serve_apps.delete, key, [place], wait=True)
-        parts = {place: part for place, part in parts.items() if not _is_idle(part)}
         if variant.shape.num_nodes == 1:
             return await self._place(variant, 0, count, parts.get(0))
         nodes = await asyncio.to_thread(census.live_nodes)
@@ -108,7 +104,8 @@ class Deployer:
                 wish = await self._without_planned(variant, place)
         health_check_s = self._health_check_s
         if told and told.gave_up:
-            # Serve takes that up again only when something of it is new. This restarts nothing.
+            # Serve takes that up again only when something of it is new. This restarts nothing, and
+            # waits for nothing: a replica that has no place does not hear that it should stop.
             health_check_s += time.time() % 100 / 1000
         await asyncio.to_thread(
             serve_apps.deploy,
@@ -199,8 +196,3 @@ class Deployer:
 
 def _name(key: GenerationKey) -> str:
     return f"pins/{key.variant}:{key.version}"
-
-
-def _is_idle(part: Deployed) -> bool:
-    """Whether Serve gave it up, and nothing of it runs."""
-    return part.gave_up and not part.count(*RUNNING)

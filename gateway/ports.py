@@ -10,25 +10,29 @@ from random import SystemRandom
 from gateway.errors import StartupFailed
 
 _FREE_PORTS = range(20_000, 30_000)
+_given: set[int] = set()  # to somebody of this process, who may not listen there yet
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+def free_ports(count: int, host: str = "127.0.0.1", among: range = _FREE_PORTS) -> list[int]:
     """Distinct TCP ports of `host` that nobody has now, for servers that start in a moment.
 
     From a range of which nobody is given a port meanwhile: the system takes those for connections and
     for port 0 from 32768 on, and a vLLM or Ray that starts takes dozens; Ray's workers stay below.
+    One process is given each port once, until it had them all.
 
     Raises:
         OSError: there are none, or `host` is no address of this machine.
     """
     found: list[int] = []
     with contextlib.ExitStack() as stack:
-        for port in SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
+        # Sorting is stable: those that were given before are the last, in random order as well.
+        for port in sorted(SystemRandom().sample(among, len(among)), key=_given.__contains__):
             if _is_free(host, port, stack):
                 found.append(port)
                 if len(found) == count:
+                    _given.update(found)
                     return found
-    raise OSError(errno.EADDRINUSE, f"no {count} ports are free in {_FREE_PORTS}")
+    raise OSError(errno.EADDRINUSE, f"no {count} ports are free in {among}")
 
 
 def free_ports_in_a_row(count: int, host: str = "127.0.0.1") -> int:

@@ -14,10 +14,15 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from gateway.ports import free_ports
+from gateway import ports
 from loadtests.processes import CannotRun, last_line
 
-__all__ = ["Process", "free_ports", "gateway", "metrics_of"]
+_PORTS = range(30_000, 32_768)
+
+
+def free_ports(count: int) -> list[int]:
+    """As `gateway.ports.free_ports`, of which bora itself takes none while it starts here."""
+    return ports.free_ports(count, among=_PORTS)
 
 
 @dataclass(slots=True)
@@ -143,10 +148,10 @@ def gateway(
         # Managed: somebody starts lost engines again, so a request that lost its own may wait.
         f"models:\n  - {{name: {model}, managed: true}}\nendpoints:\n{''.join(lines)}"
     )
-    ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+    listen = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     if not grpc:
-        ports = [*ports[:2], "--no-grpc"]
-    command = [sys.executable, "-m", "gateway", "--endpoints", str(endpoints), *ports, *options]
+        listen = [*listen[:2], "--no-grpc"]
+    command = [sys.executable, "-m", "gateway", "--endpoints", str(endpoints), *listen, *options]
     log = folder / f"gateway-{http_port}.log"
     return Process(
         command,

@@ -64,8 +64,7 @@ class SimServe:
     def deploy(self, variant: Variant, count: int) -> None:
         key = key_of(variant)
         known = self.generations.get(key)
-        running = known and any(each.state == "RUNNING" for each in known.replicas)
-        if known is None or known.deleting or (known.gave_up and not running):
+        if known is None or known.deleting:
             left = list(known.replicas) if known else []
             for replica in left:
                 self._stop(replica)

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from gateway.errors import GatewayError, StartupFailed
-from gateway.ports import free_ports, hold_port
+from gateway.ports import free_ports, free_ports_in_a_row, hold_port
 from gateway.proto import inference_pb2 as pb
 from gateway.proto import inference_pb2_grpc
 from gateway.server import run
@@ -100,6 +100,14 @@ def test_free_ports_are_distinct_and_can_be_listened_on() -> None:
     assert len(set(found)) == 50
     for port in found:
         socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_free_port_is_given_again_only_when_none_is_left() -> None:
+    first = free_ports_in_a_row(2)
+    two = range(first, first + 2)
+
+    assert {*free_ports(1, among=two), *free_ports(1, among=two)} == set(two)
+    assert free_ports(1, among=two)[0] in two
 
 
 @pytest.mark.parametrize("which", ["http_port", "grpc_port"])

@@ -15,8 +15,8 @@ from typing import Any
 
 from cluster.context import Context
 from cluster.control_api import ControlClient
-from cluster.processes import free_ports
 from loadtests.drill_cluster_processes import DrillCluster, drill_cluster
+from loadtests.drill_processes import free_ports
 from loadtests.steady_streams import SteadyStreams
 
 BORA = [sys.executable, "-m", "cluster"]

@@ -17,7 +17,8 @@ import pytest
 from cluster.checkpoints import locate
 from cluster.engines.vllm import VllmEngine
 from cluster.errors import ClusterError
-from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from cluster.processes import start_guarded, stop_guarded, tail
+from loadtests.drill_processes import free_ports
 from placement.plan import Plan, Variant
 from tests.cluster.fake_hub import Hub, running_hub
 from tests.lora_files import an_adapter

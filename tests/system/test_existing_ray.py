@@ -13,7 +13,7 @@ import pytest
 
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, POOL_LABEL
-from cluster.processes import free_ports
+from loadtests.drill_processes import free_ports
 from tests.system.harness import BORA, PATIENCE_S
 
 pytestmark = pytest.mark.ray

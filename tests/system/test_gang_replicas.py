@@ -125,6 +125,13 @@ def test_each_replica_stands_on_the_nodes_of_a_planned_one_in_its_order(gangs: G
     assert len({node for nodes in gangs.sets() for node in nodes}) == 4
 
 
+def test_controller_and_gateway_stand_on_the_head_of_nodes_that_share_its_address(
+    gangs: Gangs,
+) -> None:
+    for actor in ("ControllerActor", "GatewayActor"):
+        assert gangs.cluster.pids_with(f"ray::{actor}", "head"), actor
+
+
 def test_adapters_are_brought_to_every_node_of_a_gang_at_one_path_or_not_loaded(
     gangs: Gangs,
 ) -> None:

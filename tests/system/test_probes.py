@@ -15,7 +15,8 @@ import pytest
 
 from cluster.local_ray import LocalRay, start_local_ray
 from cluster.names import GPU_LABEL, KV_CACHE_LABEL, MEMORY_LABEL, POOL_LABEL, SLOT
-from cluster.processes import free_ports, start_guarded, stop_guarded, tail
+from cluster.processes import start_guarded, stop_guarded, tail
+from loadtests.drill_processes import free_ports
 from tests.system.harness import BORA, PATIENCE_S, eventually
 
 pytestmark = pytest.mark.ray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -59,8 +60,14 @@ def answer(bora: Bora, prompt: str) -> tuple[dict[str, str], str]:
 def test_a_long_prompt_is_read_by_one_replica_and_answered_by_another(roles: Bora):
     [reader], [writer] = replicas(roles, "prefill"), replicas(roles, "decode")
 
-    headers, _ = answer(roles, "word " * 4000)
+    numbers = count()
 
+    def read_elsewhere() -> dict[str, str] | None:
+        """Headers, once the gateway has heard of the reader; what was read is in a cache."""
+        headers, _ = answer(roles, f"{next(numbers)}: {'word ' * 4000}")
+        return headers if "x-bora-prefill-endpoint" in headers else None
+
+    headers = eventually(read_elsewhere)
     assert headers["x-bora-prefill-endpoint"] == reader
     assert headers["x-bora-endpoint"] == writer
     assert "x-bora-prefill-endpoint" not in answer(roles, "Hello")[0]
