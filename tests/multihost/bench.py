@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,8 @@ from tests.multihost.cluster_view import (
 )
 from tests.multihost.fault_hosts import why_not
 from tests.multihost.lab import OPERATOR
-from tests.multihost.page_out import page_out
+from tests.multihost.page_out import page_out, take_what_waits
+from tests.multihost.shared_machine import niceness_across_sessions, swap_file
 
 _MODELS = 10
 _GATEWAYS = 3
@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with (
             tempfile.TemporaryDirectory(prefix="bora-bench-", dir="/var/tmp") as folder,
-            _swap(Path(folder) / "swap", options.swap_gib),
+            swap_file(Path(folder) / "swap", options.swap_gib),
+            niceness_across_sessions(),
             bench_hosts(options.hosts, slots, _GATEWAYS) as hosts,
         ):
             bench = Bench(hosts, Path(folder), options.keep_free_gib, options.patience_s)
@@ -135,23 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     return 0
-
-
-@contextmanager
-def _swap(file: Path, gib: float) -> Iterator[None]:
-    if not gib:
-        yield
-        return
-    made = [["fallocate", "-l", str(int(gib * 2**30)), str(file)], ["chmod", "600", str(file)]]
-    for command in (*made, ["mkswap", str(file)], ["swapon", str(file)]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            said = result.stderr.strip()
-            raise CannotRun(f"{' '.join(command)}: {said}; --swap-gib 0 does without swap")
-    try:
-        yield
-    finally:
-        subprocess.run(["swapoff", str(file)], check=True)
 
 
 def _measure_all(bench: Bench, sizes: Sequence[int]) -> None:
@@ -178,12 +162,13 @@ def _make_room(bench: Bench, wanted_gib: float) -> None:
 
     The kernel would do so too, when nothing is left, and hold up everybody who asks for a page.
     """
+    wanted_gib += _UNTOUCHED_GIB
     for name in bench.hosts.workers:
         for pid in bench.hosts.pids(name, "ray::ServeReplica"):
-            if free_memory_gib() >= wanted_gib + _UNTOUCHED_GIB:
-                return
-            with suppress(OSError):  # it has ended
-                page_out(pid)
+            if free_memory_gib() < wanted_gib:
+                with suppress(OSError):  # it has ended
+                    page_out(pid)
+    take_what_waits(min(wanted_gib, free_memory_gib() - bench.keep_free_gib))
 
 
 def _measure(bench: Bench, served: int, size: int) -> tuple[list[str], float]:

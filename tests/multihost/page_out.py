@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,16 @@ def page_out(pid: int) -> None:
                 raise OSError(number, f"process_madvise of {pid}: {os.strerror(number)}")
     finally:
         os.close(process)
+
+
+def take_what_waits(gib: float) -> None:
+    """Have so much memory for a moment, so that it is free afterwards.
+
+    What was written to swap stays in memory as well until somebody asks for room: everybody at once,
+    if it is nobody before.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, int(gib * 2**30), flags=flags).close()
 
 
 def _own_memory(pid: int) -> Iterator[tuple[int, int]]:
