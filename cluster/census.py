@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import ray
 from ray.core.generated import autoscaler_pb2
-from ray.util.placement_group import placement_group_table
 
 from cluster import serve_apps
 from cluster.errors import ClusterError
@@ -16,8 +14,6 @@ from cluster.names import POOL_LABEL
 from cluster.placement_check import NodeFacts
 from cluster.ray_inventory import node_name
 from placement.errors import ConfigError
-
-_NO_PLACE = ("PENDING", "RESCHEDULING")
 
 
 def take() -> Census:
@@ -28,19 +24,12 @@ def take() -> Census:
     """
     begun_s = time.monotonic()
     generations = serve_apps.deployed()
-    # The table keeps every group that there ever was, of each replica that ever lived: whoever runs
-    # has its place, so it is read only while somebody does not.
+    # Whoever runs has its place.
     settled = all(each.count(*RUNNING) == len(each.replicas) for each in generations.values())
-    groups: dict[str, Any] = {} if settled else placement_group_table()
     return Census(
         begun_s=begun_s,
         generations=generations,
-        placeless=frozenset(
-            # Serve names a group after its actor: SERVE_REPLICA::application#deployment#id
-            str(group["name"]).rpartition("#")[2]
-            for group in groups.values()
-            if group["state"] in _NO_PLACE
-        ),
+        placeless=frozenset() if settled else serve_apps.waiting(),
         nodes=live_nodes(),
     )
 

@@ -186,12 +186,15 @@ class Deployer:
         """Delete everything of bora's and wait until its replicas are gone."""
         async with self._lock:
             deployed = await self.deployed()
-            deletions = (
-                asyncio.to_thread(serve_apps.delete, key, [place], wait=True)
-                for key, each in deployed.items()
-                for place in each.parts
-            )
-            await asyncio.gather(*deletions)
+            parts = [(key, *part) for key, each in deployed.items() for part in each.parts.items()]
+            await asyncio.gather(*(asyncio.to_thread(_end, *part) for part in parts))
+
+
+def _end(key: GenerationKey, place: int, part: Deployed) -> None:
+    """Delete a place and wait until its replicas are gone, which those that wait would never be."""
+    if any(not replica.node_id for replica in part.replicas):
+        serve_apps.discard(key, place)
+    serve_apps.delete(key, [place], wait=True)
 
 
 def _name(key: GenerationKey) -> str:

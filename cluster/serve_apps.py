@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -22,10 +22,10 @@ from ray import serve
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
+from ray.util.placement_group import placement_group_table
 
 from cluster.gang_nodes import NodeWish
 from cluster.generations import (
-    STOPPING,
     Deployed,
     GenerationKey,
     ServedReplica,
@@ -44,6 +44,7 @@ STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 15  # then Serve kills a replica that it stop
 
 ANYWHERE = NodeWish()
 
+_NO_PLACE = ("PENDING", "RESCHEDULING")
 _PREFIX = "bora:"  # of our applications' names
 
 
@@ -132,29 +133,39 @@ def delete(key: GenerationKey, places: Iterable[int], *, wait: bool) -> None:
 
 
 def discard(key: GenerationKey, place: int) -> None:
-    """Forget a place of which no replica runs, only some that wait for nodes. Blocks, briefly.
+    """Forget a place, and end those of its replicas that wait for nodes. Blocks, briefly.
 
-    Serve asks those to stop, which an actor hears only once it has a place: so they are ended here,
-    after Serve has begun to, since it would start others before.
+    Serve asks them to stop, which an actor hears only once it has a node: so they are ended here.
+    Until Serve has begun to delete it may start another in the place of one that was ended.
     """
     application = _application(key, place)
     serve.delete(application, _blocking=False)
     deployment = DeploymentID(name=key.variant, app_name=application)
     deadline = time.monotonic() + DISCARD_TIMEOUT_S
-    while (left := _replicas(key, place)) is not None and time.monotonic() < deadline:
-        for replica in left:
-            name = ReplicaID(unique_id=replica.replica, deployment_id=deployment).to_full_id_str()
-            if replica.state == STOPPING:
-                with contextlib.suppress(ValueError):  # gone already
-                    ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+    while _is_known(key, place) and time.monotonic() < deadline:
+        for replica in waiting():
+            name = ReplicaID(unique_id=replica, deployment_id=deployment).to_full_id_str()
+            with contextlib.suppress(ValueError):  # another deployment's, or gone already
+                ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
         time.sleep(0.1)
 
 
-def _replicas(key: GenerationKey, place: int) -> Sequence[ServedReplica] | None:
-    """Of a place; None: Serve has forgotten it."""
+def waiting() -> frozenset[str]:
+    """Ids of replicas that Ray has no place for, of all applications.
+
+    Ray reads through all groups that there ever were, one for each replica that ever lived.
+    """
+    return frozenset(
+        # Serve names a group after its actor: SERVE_REPLICA::application#deployment#id
+        str(group["name"]).rpartition("#")[2]
+        for group in placement_group_table().values()
+        if group["state"] in _NO_PLACE
+    )
+
+
+def _is_known(key: GenerationKey, place: int) -> bool:
     generation = deployed().get(key)
-    part = generation.parts.get(place) if generation else None
-    return part.replicas if part else None
+    return generation is not None and place in generation.parts
 
 
 def _application(key: GenerationKey, place: int) -> str:

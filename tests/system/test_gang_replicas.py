@@ -199,3 +199,11 @@ def test_without_a_spare_node_it_waits_and_the_status_says_for_what(gangs: Gangs
     assert "of the planned nodes" in waiting
     assert waiting.endswith(" is gone")
     eventually(lambda: [each["replica"] for each in gangs.ready()] == [other["replica"]])
+
+
+def test_what_waits_does_not_hold_up_bora_down(gangs: Gangs) -> None:
+    assert gangs.variant()["waiting"]
+
+    gangs.cluster.bora("down", timeout_s=45)  # Serve itself would wait 60 s for it
+
+    assert not gangs.cluster.pids_with("ray::ServeReplica")
