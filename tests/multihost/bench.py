@@ -36,7 +36,7 @@ from tests.multihost.cluster_view import (
 from tests.multihost.fault_hosts import why_not
 from tests.multihost.lab import OPERATOR
 from tests.multihost.page_out import page_out, take_what_waits
-from tests.multihost.shared_machine import first_of_all, swap_file
+from tests.multihost.shared_machine import niceness_across_sessions, swap_file
 
 _MODELS = 10
 _GATEWAYS = 3
@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with (
             tempfile.TemporaryDirectory(prefix="bora-bench-", dir="/var/tmp") as folder,
             swap_file(Path(folder) / "swap", options.swap_gib),
+            niceness_across_sessions(),
             bench_hosts(options.hosts, slots, _GATEWAYS) as hosts,
         ):
             bench = Bench(hosts, Path(folder), options.keep_free_gib, options.patience_s)
@@ -141,7 +142,6 @@ def _measure_all(bench: Bench, sizes: Sequence[int]) -> None:
     bench.all_hosts()
     _say(f"Ray runs on {len(bench.hosts.workers)} hosts of {bench.hosts.slots} slots and a head")
     _deploy(bench, _MODELS)
-    first_of_all(bench.hosts.pids("head"))  # all that runs there does by now
     served, each_gib = _MODELS, _FIRST_GUESS_GIB
     for size in sizes:
         _make_room(bench, (size - served) * each_gib)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loadtests.processes import CannotRun
+
+_AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 @contextmanager
@@ -32,13 +34,19 @@ def swap_file(file: Path, gib: float) -> Iterator[None]:
         subprocess.run(["swapoff", str(file)], check=True)
 
 
-def first_of_all(pids: Iterable[int]) -> None:
-    """Give the sessions of these processes CPU before those of others.
+@contextmanager
+def niceness_across_sessions() -> Iterator[None]:
+    """Niceness counts among all processes of the machine, not within each session alone.
 
-    Linux gives each session as much as any other, whatever the niceness of its processes (man 7
-    sched, autogroups). A lab host is one: the head's, which would have cores of its own, had to do
-    with a thirteenth of two.
+    Linux gives each session as much CPU as any other (man 7 sched, autogroups), and a lab host is a
+    session: the head's, which would have cores of its own, had to do with a thirteenth of two.
     """
-    for pid in pids:
-        with suppress(OSError):  # it has ended, or the kernel makes no groups
-            (Path("/proc") / str(pid) / "autogroup").write_text("-20")
+    if not _AUTOGROUP.exists():  # a kernel without it
+        yield
+        return
+    before = _AUTOGROUP.read_text()
+    _AUTOGROUP.write_text("0")
+    try:
+        yield
+    finally:
+        _AUTOGROUP.write_text(before)
