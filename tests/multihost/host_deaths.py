@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from tests.multihost.lab import OPERATOR
 
 _SETTLED_S = 3.0
 _NODES_S = 120.0  # a host that comes back is started over ssh
+_HOME_S = 60.0  # 20 s pass before a move begins, and an engine starts
 _MENDED_S = 150.0  # `ray up` alone takes half a minute on a busy machine
 _HEAD_OFF_S = 75.0  # by itself a Ray node gives up after 60 s
 
@@ -117,6 +118,7 @@ async def _measure(death: HostDeath, hosts: FaultHosts, clients: int, start_s: f
         return await status() if len(await asyncio.to_thread(hosts.ready)) == REPLICAS else {}
 
     async with SteadyStreams(hosts.url, MODEL, clients=clients) as load:
+        await _at_home(status)
         await settled(load, whole, REPLICAS)
         before = await asyncio.to_thread(hosts.parts)
         replica = await replica_of(status, load.busiest())
@@ -148,6 +150,18 @@ async def _measure(death: HostDeath, hosts: FaultHosts, clients: int, start_s: f
             example=failures[0].problems[0] if failures else "",
             wrong=_wrong(after, await asyncio.to_thread(hosts.ready), nodes=nodes),
         )
+
+
+async def _at_home(status: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    """No replica is about to move to its planned node, which starts an engine and ends another.
+
+    One that stays beside the plan for longer has moved some minutes ago, and does not again so soon.
+    """
+    deadline_s = time.perf_counter() + _HOME_S
+    while any(variant["misplaced"] for variant in (await status()).get("variants", ())):
+        if time.perf_counter() > deadline_s:
+            return
+        await asyncio.sleep(1.0)
 
 
 def _all_nodes(hosts: FaultHosts) -> bool:
