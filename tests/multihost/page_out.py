@@ -45,10 +45,12 @@ def take_what_waits(gib: float) -> None:
     """Have so much memory for a moment, so that it is free afterwards.
 
     What was written to swap stays in memory as well until somebody asks for room: everybody at once,
-    if it is nobody before.
+    if it is nobody before. Nothing to have, 0 or less, changes nothing.
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, int(gib * 2**30), flags=flags).close()
+    size = int(gib * 2**30)
+    if size > 0:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        mmap.mmap(-1, size, flags=flags).close()
 
 
 def _own_memory(pid: int) -> Iterator[tuple[int, int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.system.harness import PATIENCE_S, Bora, eventually, running_bora
 
@@ -57,17 +57,22 @@ def answer(bora: Bora, prompt: str) -> tuple[dict[str, str], str]:
         return dict(said.headers), found["choices"][0]["text"]
 
 
+def alive(bora: Bora) -> set[str]:
+    """Endpoints that the gateway knows and has found well."""
+    with urllib.request.urlopen(f"{bora.url}/metrics", timeout=PATIENCE_S) as page:
+        families = text_string_to_metric_families(page.read().decode())
+    samples = (each for family in families for each in family.samples)
+    found = (each for each in samples if each.name == "bora_gateway_endpoint_alive" and each.value)
+    return {each.labels["endpoint"] for each in found}
+
+
 def test_a_long_prompt_is_read_by_one_replica_and_answered_by_another(roles: Bora):
     [reader], [writer] = replicas(roles, "prefill"), replicas(roles, "decode")
 
-    numbers = count()
+    eventually(lambda: {reader, writer} <= alive(roles))  # the controller hears of them before
 
-    def read_elsewhere() -> dict[str, str] | None:
-        """Headers, once the gateway has heard of the reader; what was read is in a cache."""
-        headers, _ = answer(roles, f"{next(numbers)}: {'word ' * 4000}")
-        return headers if "x-bora-prefill-endpoint" in headers else None
+    headers, _ = answer(roles, "word " * 4000)
 
-    headers = eventually(read_elsewhere)
     assert headers["x-bora-prefill-endpoint"] == reader
     assert headers["x-bora-endpoint"] == writer
     assert "x-bora-prefill-endpoint" not in answer(roles, "Hello")[0]
